@@ -1,0 +1,212 @@
+"""The anomaly map: score, density per mm² and coverage on one georeferenced grid.
+
+Coverage is data: each map pixel says whether it was analysed, and a pixel that was not has no score (NaN), so that
+"nothing there" and "never looked" never look alike. Nothing is scaled per slide: a value means the same on all.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.ndimage import gaussian_filter
+
+from slidescan.detections import Detections
+from slidescan.geometry import Box, Frame
+from slidescan.plan import Grid
+
+__all__ = ["AnomalyMap", "Coverage", "anomaly_map", "coverage_map"]
+
+# Stored steps: score in 1e-4, density in 0.1 per mm²; 0 is "not evaluated", so values start at 1.
+_SCORE_STEPS = 10_000
+_DENSITY_STEPS_PER_MM2 = 10
+
+
+class Coverage(IntEnum):
+    """State of a map pixel; the higher, the more it needs to be told, so a pyramid keeps the maximum."""
+
+    OUTSIDE = 0
+    BACKGROUND = 1
+    ANALYSED = 2
+    SATURATED = 3
+    """Analysed, but the detector ran out of queries there even on smaller tiles: figures may be missing."""
+    READ_FAILED = 4
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AnomalyMap:
+    """Score, density and coverage of a slide; arrays are (rows, columns) of `frame`.
+
+    Parameters
+    ----------
+    frame : Frame
+        The map's plane: `frame.mpp` is µm per map pixel, its corner is the slide's corner.
+    score : ndarray of float32
+        Highest detection score whose box touches the pixel; 0 where analysed and empty, NaN where not analysed.
+    density : ndarray of float32
+        Detections at or above the threshold per mm² of analysed area, Gaussian-averaged; NaN where not analysed.
+    coverage : ndarray of uint8
+        A `Coverage` value per pixel.
+    """
+
+    frame: Frame
+    score: NDArray[np.float32]
+    density: NDArray[np.float32]
+    coverage: NDArray[np.uint8]
+
+    def area_mm2(self, *states: Coverage) -> float:
+        """Return the area in one of `states`, mm²."""
+        return float(np.isin(self.coverage, states).sum() * self.frame.mm2_per_px)
+
+    @property
+    def tissue_mm2(self) -> float:
+        """Area that was to be analysed, mm²."""
+        return self.area_mm2(Coverage.ANALYSED, Coverage.SATURATED, Coverage.READ_FAILED)
+
+    @property
+    def analysed_fraction(self) -> float:
+        """Share of the tissue that was analysed; NaN where there was no tissue."""
+        tissue = self.tissue_mm2
+        return self.area_mm2(Coverage.ANALYSED, Coverage.SATURATED) / tissue if tissue else float("nan")
+
+    def encode(self) -> NDArray[np.uint16]:
+        """Pack into (score, density, coverage) planes of uint16; 0 means not evaluated."""
+        seen = np.isfinite(self.score)
+        score = np.where(seen, 1 + np.round(np.nan_to_num(self.score) * _SCORE_STEPS), 0)
+        density = np.where(seen, 1 + np.round(np.nan_to_num(self.density) * _DENSITY_STEPS_PER_MM2), 0)
+        return np.stack([score, np.minimum(density, 65535), self.coverage]).astype(np.uint16)
+
+    @classmethod
+    def decode(cls, planes: NDArray[np.uint16], frame: Frame) -> AnomalyMap:
+        """Unpack what `encode` made, to within half a stored step."""
+        raw_score, raw_density, coverage = planes
+        seen = raw_score > 0
+        score = np.where(seen, (raw_score.astype(np.float32) - 1) / _SCORE_STEPS, np.nan)
+        density = np.where(seen, (raw_density.astype(np.float32) - 1) / _DENSITY_STEPS_PER_MM2, np.nan)
+        return cls(frame, score.astype(np.float32), density.astype(np.float32), coverage.astype(np.uint8))
+
+    @staticmethod
+    def pyramid(planes: NDArray[np.uint16], smallest_px: int = 256) -> list[NDArray[np.uint16]]:
+        """Return `planes` and halved copies down to `smallest_px`.
+
+        Score and coverage keep the maximum, so that one hot or failed pixel is never averaged away; density is the mean
+        of the evaluated pixels.
+        """
+        levels = [planes]
+        while max(levels[-1].shape[1:]) > smallest_px:
+            above = levels[-1]
+            padded = np.pad(above, ((0, 0), (0, above.shape[1] % 2), (0, above.shape[2] % 2)))
+            blocks = np.stack([padded[:, r::2, c::2] for r in (0, 1) for c in (0, 1)])
+            halved = blocks.max(0)
+            evaluated = np.maximum((blocks[:, 1] > 0).sum(0), 1)
+            halved[1] = np.round(blocks[:, 1].astype(np.float64).sum(0) / evaluated)
+            levels.append(halved)
+        return levels
+
+
+def coverage_map(
+    frame: Frame,
+    grid: Grid,
+    has_tissue: NDArray[np.bool_],
+    failed: list[Box],
+    saturated: list[Box],
+) -> NDArray[np.uint8]:
+    """Return a `Coverage` value for each pixel of the map plane `frame`.
+
+    Parameters
+    ----------
+    frame : Frame
+        The map's plane.
+    grid, has_tissue : Grid, ndarray of bool
+        The scan's tile grid and which of its tiles were scored.
+    failed, saturated : list of Box
+        In px of the grid's plane; every map pixel they touch takes that state.
+    """
+    factor = grid.plane.factor_to(frame)
+    width, height = frame.size_wh
+    column = _tile_index(width, factor, grid.origin[0], grid.core_px, has_tissue.shape[1])
+    row = _tile_index(height, factor, grid.origin[1], grid.core_px, has_tissue.shape[0])
+    coverage = np.where(has_tissue[np.ix_(row, column)], Coverage.ANALYSED, Coverage.BACKGROUND).astype(np.uint8)
+    for boxes, state in ((saturated, Coverage.SATURATED), (failed, Coverage.READ_FAILED)):
+        for box in boxes:
+            x0, y0, x1, y1 = box.scale(factor).clip(frame.bounds).round_out()
+            inside = coverage[y0:y1, x0:x1]
+            # A hole in the glass beside the tissue was never to be analysed.
+            inside[inside != Coverage.BACKGROUND] = state
+    return coverage
+
+
+def _tile_index(n_px: int, factor: float, origin: int, core_px: int, n_tiles: int) -> NDArray[np.intp]:
+    """Return, per map pixel along one axis, the tile whose core holds the pixel's centre."""
+    center_m = (np.arange(n_px) + 0.5) / factor
+    return np.clip(np.floor((center_m - origin) / core_px), 0, n_tiles - 1).astype(np.intp)
+
+
+def anomaly_map(
+    detections: Detections,
+    slide: Frame,
+    coverage: NDArray[np.uint8],
+    frame: Frame,
+    *,
+    threshold: float,
+    density_sigma_um: float,
+) -> AnomalyMap:
+    """Lay stitched detections onto the map plane.
+
+    Parameters
+    ----------
+    detections : Detections
+        Level-0 px.
+    slide, frame : Frame
+        Level 0 and the map's plane.
+    coverage : ndarray of uint8
+        From `coverage_map`, on `frame`.
+    threshold : float
+        Score from which a detection counts in the density.
+    density_sigma_um : float
+        Standard deviation of the averaging Gaussian, µm.
+
+    Examples
+    --------
+    >>> slide, frame = Frame((640, 640), 0.25), Frame((10, 10), 16.0)
+    >>> seen = np.full((10, 10), Coverage.ANALYSED, np.uint8)
+    >>> one = Detections.build([[70, 70, 120, 120]], [0.8])
+    >>> m = anomaly_map(one, slide, seen, frame, threshold=0.5, density_sigma_um=200.0)
+    >>> np.argwhere(m.score > 0).tolist(), round(float(m.score[1, 1]), 2)
+    ([[1, 1]], 0.8)
+    """
+    factor = slide.factor_to(frame)
+    seen = (coverage == Coverage.ANALYSED) | (coverage == Coverage.SATURATED)
+    score = np.zeros(coverage.shape, np.float32)
+    _paint_max(score, detections.xyxy * factor, detections.score)
+
+    found = detections[detections.score >= threshold]
+    rows_wh = np.array(frame.size_wh) - 1
+    column, row = np.clip(np.floor(found.centers * factor), 0, rows_wh).astype(np.intp).T
+    counts = np.zeros(coverage.shape)
+    np.add.at(counts, (row, column), 1.0)
+    sigma = frame.px(density_sigma_um)
+    # Dividing by the equally averaged analysed area keeps borders and holes from diluting the density.
+    area_mm2 = gaussian_filter(seen.astype(np.float64), sigma, mode="constant") * frame.mm2_per_px
+    density = gaussian_filter(counts, sigma, mode="constant") / np.maximum(area_mm2, frame.mm2_per_px * 1e-3)
+
+    score[~seen] = np.nan
+    density[~seen] = np.nan
+    return AnomalyMap(frame, score, density.astype(np.float32), coverage)
+
+
+def _paint_max(score: NDArray[np.float32], xyxy: NDArray[np.float64], value: NDArray[np.float32]) -> None:
+    """Raise every pixel of `score` that a box touches to at least the box's value, in place."""
+    if not len(xyxy):
+        return
+    height, width = score.shape
+    x0, y0 = np.floor(xyxy[:, :2]).astype(np.intp).T
+    x1, y1 = np.ceil(xyxy[:, 2:]).astype(np.intp).T
+    # Boxes are a few map pixels wide: a loop over the offsets inside a box is a loop over very few.
+    for dy in range(int((y1 - y0).max())):
+        for dx in range(int((x1 - x0).max())):
+            row, column = y0 + dy, x0 + dx
+            inside = (row < y1) & (column < x1) & (row >= 0) & (column >= 0) & (row < height) & (column < width)
+            np.maximum.at(score, (row[inside], column[inside]), value[inside])

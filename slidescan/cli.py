@@ -1,0 +1,373 @@
+"""The command line: parse, call, say what came of it. Heavy imports wait until a command needs them.
+
+Exit codes: 0 done; 1 the slide (or file) is at fault; 2 the command, a setting or the model is; 3 stopped before
+the end.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+import yaml
+
+from slidescan.errors import ConfigError, ResultError, SlideError, SlidescanError
+
+if TYPE_CHECKING:
+    from slidescan.config import ScanConfig
+    from slidescan.detections import Detector
+    from slidescan.result import ScanResult
+    from slidescan.scan import Prepared, Progress
+    from slidescan.slides import Slide
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="slidescan",
+    help="Finds what matters on gigapixel pathology slides. Research use only; not a diagnostic device.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+SlideArg = Annotated[Path, typer.Argument(help="Whole-slide image: SVS, OME-TIFF, NDPI, DICOM, OME-Zarr, …")]
+MppOpt = Annotated[float | None, typer.Option(help="µm/px of level 0, overriding the file's own.")]
+ModelOpt = Annotated[str, typer.Option("--model", "-m", help="Detector: `mitosis`, a directory, or a Hugging Face id.")]
+ConfigOpt = Annotated[Path | None, typer.Option("--config", "-c", help="YAML with settings; see configs/default.yaml.")]
+SetOpt = Annotated[list[str] | None, typer.Option("--set", help="One setting, as section.key=value; repeatable.")]
+CoarseOpt = Annotated[bool, typer.Option("--allow-coarse", help="Scan a slide coarser than the detector's training.")]
+BackendOpt = Annotated[str, typer.Option(help="Reader: auto, tiff, openslide or zarr.")]
+
+
+def main() -> None:
+    """Run the command line; a foreseen failure is one line on stderr."""
+    try:
+        app(standalone_mode=False)
+    except typer.Exit as exc:
+        sys.exit(exc.exit_code)
+    except typer.Abort:
+        _fail("stopped", 3)
+    except KeyboardInterrupt:
+        _fail("stopped; what was scored is kept: run the same command to continue", 3)
+    except SlidescanError as exc:
+        _fail(str(exc), 1 if isinstance(exc, SlideError) else 3 if isinstance(exc, ResultError) else 2)
+    except BrokenPipeError:
+        sys.exit(0)
+    except Exception as exc:
+        # Typer raises Click's own usage errors through here; anything else is a bug and keeps its traceback.
+        if not hasattr(exc, "exit_code") or not hasattr(exc, "format_message"):
+            raise
+        _fail(exc.format_message(), 2)
+
+
+def _fail(message: str, code: int) -> None:
+    """Say one line on stderr and leave."""
+    sys.stderr.write(f"slidescan: {message}\n")
+    sys.exit(code)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from slidescan import __version__
+
+        typer.echo(f"slidescan {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Say the version.")
+    ] = False,
+) -> None:
+    """Find what matters on gigapixel pathology slides. Research use only; not a diagnostic device."""
+
+
+@app.command()
+def info(
+    slide: SlideArg,
+    mpp: MppOpt = None,
+    model: ModelOpt = "mitosis",
+    config: ConfigOpt = None,
+    set_: SetOpt = None,
+    allow_coarse: CoarseOpt = False,
+    backend: BackendOpt = "auto",
+) -> None:
+    """Say what a slide is, and what a scan of it would do and take."""
+    settings = _settings(config, set_)
+    opened = _open(slide, mpp, backend, settings)
+    width, height = opened.size_wh
+    typer.echo(f"{opened.name}: {width:,} × {height:,} px, {width * height / 1e6:,.0f} MP, read by {opened.backend}")
+    levels = ", ".join(f"{level.size_wh[0]}×{level.size_wh[1]}" for level in opened.levels)
+    typer.echo(f"levels      {len(opened.levels)}: {levels}")
+    frame = opened.frame
+    extent = f"{width * frame.mpp / 1000:.2f} × {height * frame.mpp / 1000:.2f} mm"
+    typer.echo(f"resolution  {frame.mpp:.4g} µm/px (from {opened.mpp_source}); {extent}")
+
+    from slidescan.scan import prepare
+
+    prepared = prepare(opened, _detector(model), settings, allow_coarse=allow_coarse)
+    typer.echo(f"detector    {_chosen(prepared)}")
+    if prepared.tissue is not None:
+        note = f"; {prepared.tissue.note}" if prepared.tissue.note else ""
+        tissue_mm2 = prepared.tissue.fraction * frame.area_mm2
+        typer.echo(f"tissue      {prepared.tissue.fraction:.1%} of the slide, {tissue_mm2:.1f} mm²{note}")
+    plan = prepared.plan
+    typer.echo(f"plan        {plan.n_tiles:,} tiles in {len(plan.regions):,} regions, {plan.core_megapixels:,.0f} MP")
+    if plan.n_tiles:
+        typer.echo(f"time        about {_duration(_estimate_s(opened, prepared, settings))} on this machine")
+
+
+@app.command()
+def scan(
+    slide: SlideArg,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Directory that will hold <slide id>/.")] = Path("runs"),
+    mpp: MppOpt = None,
+    model: ModelOpt = "mitosis",
+    config: ConfigOpt = None,
+    set_: SetOpt = None,
+    slide_id: Annotated[str | None, typer.Option(help="Name in outputs, instead of the file's own.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Regions in flight; the result is the same.")] = None,
+    scheduler: Annotated[str | None, typer.Option(help="Address of a running Dask scheduler.")] = None,
+    allow_coarse: CoarseOpt = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another scan's result.")] = False,
+    backend: BackendOpt = "auto",
+) -> None:
+    """Scan one slide; run it again to continue after a stop."""
+    settings = _settings(config, set_)
+    opened = _open(slide, mpp, backend, settings)
+    result = _scan(
+        opened,
+        model,
+        out / (slide_id or opened.name),
+        settings,
+        title=slide_id,
+        workers=workers,
+        scheduler=scheduler,
+        allow_coarse=allow_coarse,
+        overwrite=overwrite,
+    )
+    _report(result)
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="Result directory of a scan.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="File to write.")],
+    format_: Annotated[str, typer.Option("--format", "-f", help="geojson or csv.")] = "geojson",
+    origin: Annotated[str, typer.Option(help="Frame of GeoJSON coordinates: qupath or level0.")] = "qupath",
+    what: Annotated[str, typer.Option(help="GeoJSON objects: all, detections or regions.")] = "all",
+    min_score: Annotated[float | None, typer.Option(help="Lowest score; default: the operating threshold.")] = None,
+    top_k: Annotated[int | None, typer.Option(min=1, help="At most so many, best first.")] = None,
+) -> None:
+    """Write a result for QuPath or a spreadsheet."""
+    from slidescan.result import load_result
+
+    result = load_result(run)
+    if what not in ("all", "detections", "regions"):
+        raise ConfigError(f"--what must be all, detections or regions, got {what!r}")
+    if format_ == "geojson":
+        n = result.to_geojson(out, origin=origin, min_score=min_score, top_k=top_k, what=what)  # type: ignore[arg-type]
+    elif format_ == "csv":
+        n = result.to_csv(out, min_score=min_score, top_k=top_k)
+    else:
+        raise ConfigError(f"--format must be geojson or csv, got {format_!r}")
+    typer.echo(f"{out}: {n:,} objects")
+
+
+@app.command()
+def validate(path: Annotated[Path, typer.Argument(help="GeoJSON file, plain, .gz or .zip.")]) -> None:
+    """Check a GeoJSON file against what QuPath 0.5–0.8 reads, and name each line that breaks."""
+    from slidescan.export import validate_geojson
+
+    problems = validate_geojson(path)
+    for problem in problems:
+        typer.echo(f"{path}:{problem.line}: {problem.severity}: {problem.message} [{problem.rule}]")
+    errors = sum(problem.severity == "error" for problem in problems)
+    if errors:
+        raise typer.Exit(1)
+    typer.echo(f"{path}: QuPath reads it" + (f", with {len(problems)} warnings" if problems else ""))
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Directory for the slide and the result.")] = Path("demo"),
+    size_px: Annotated[int, typer.Option(min=2048, help="Edge of the phantom slide, px.")] = 12288,
+    seed: Annotated[int, typer.Option(min=0, help="Another seed is another slide.")] = 0,
+    workers: Annotated[int | None, typer.Option(min=1, help="Regions in flight.")] = None,
+) -> None:
+    """Write a phantom slide with known mitotic figures, scan it, and compare."""
+    from slidescan.demo import compare, seam_phantom, write
+
+    settings = _settings(None, None)
+    detector = _detector("mitosis")
+    phantom = seam_phantom(detector, settings, size_px=size_px, seed=seed)
+    path = out / f"phantom-{seed}.tiff"
+    seconds = write(path, phantom)
+    typer.echo(f"{path}: {size_px:,} × {size_px:,} px, {len(phantom.truth)} figures planted, {seconds:.1f} s to write")
+    opened = _open(path, None, "auto", settings)
+    result = _scan(opened, "mitosis", out / opened.name, settings, workers=workers)
+    outcome = compare(result, phantom)
+    typer.echo(f"planted {outcome.planted}   found {outcome.found}   extra {outcome.extra}")
+    typer.echo(f"on tile and region seams: planted {outcome.planted_on_seams}   found {outcome.found_on_seams}")
+    typer.echo("seconds     " + "   ".join(f"{k} {v:.1f}" for k, v in result.provenance["seconds"].items()))
+    _report(result)
+
+
+def _settings(config: Path | None, assignments: list[str] | None) -> ScanConfig:
+    """Return the settings of a file (or the defaults) under `--set` overrides."""
+    from slidescan.config import ScanConfig
+
+    overrides = {}
+    for assignment in assignments or []:
+        key, equals, value = assignment.partition("=")
+        if not equals:
+            raise ConfigError(f"--set expects section.key=value, got {assignment!r}")
+        overrides[key.strip()] = yaml.safe_load(value)
+    return ScanConfig.load(config or {}, overrides)
+
+
+def _open(path: Path, mpp: float | None, backend: str, settings: ScanConfig) -> Slide:
+    """Open the slide as the options say."""
+    from slidescan.slides import open_slide
+
+    if backend not in ("auto", "tiff", "openslide", "zarr"):
+        raise ConfigError(f"--backend must be auto, tiff, openslide or zarr, got {backend!r}")
+    return open_slide(path, mpp=mpp, backend=backend, color=settings.color)  # type: ignore[arg-type]
+
+
+def _detector(model: str) -> Detector:
+    from slidescan.detect import load_detector
+
+    return load_detector(model)
+
+
+def _scan(
+    opened: Slide,
+    model: str,
+    out: Path,
+    settings: ScanConfig,
+    *,
+    title: str | None = None,
+    workers: int | None = None,
+    scheduler: str | None = None,
+    allow_coarse: bool = False,
+    overwrite: bool = False,
+) -> ScanResult:
+    """Scan with a progress bar on stderr."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    from slidescan.cluster import connect
+    from slidescan.scan import scan as scan_slide
+
+    client = connect(scheduler) if scheduler else None
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("regions  {task.fields[rate]}"),
+        TimeRemainingColumn(),
+    )
+    console = Console(stderr=True)
+    with Bar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(title or opened.name, total=None, rate="")
+
+        def prepared(what: Prepared) -> None:
+            frame = opened.frame
+            console.print(f"{frame.mpp:.4g} µm/px (from {opened.mpp_source}): {_chosen(what)}", highlight=False)
+            if what.tissue is not None and what.tissue.note:
+                console.print(f"tissue: {what.tissue.note}", highlight=False)
+            bar.update(task, total=len(what.plan.regions))
+
+        def progress(state: Progress) -> None:
+            elapsed = bar.tasks[0].elapsed or 0.0
+            rate = f"{state.megapixels_done / elapsed:.1f} MP/s" if elapsed else ""
+            bar.update(task, completed=state.regions_done, total=state.regions, rate=rate)
+
+        try:
+            return scan_slide(
+                opened,
+                model,
+                out=out,
+                config=settings,
+                client=client,
+                workers=workers,
+                allow_coarse=allow_coarse,
+                overwrite=overwrite,
+                title=title,
+                on_progress=progress,
+                on_prepared=prepared,
+            )
+        finally:
+            if client is not None:
+                client.close()
+
+
+def _chosen(prepared: Prepared) -> str:
+    """Say which variant of the detector reads what."""
+    detector, plane = prepared.detector, prepared.plane
+    exact = math.isclose(plane.mpp, detector.mpp, rel_tol=1e-9)
+    how = f"at {plane.mpp:.4g} µm/px" if exact else f"on the slide's own {plane.mpp:.4g} µm/px, without resampling"
+    return f"{detector.name}, trained at {detector.mpp:g} µm/px, reads {how}"
+
+
+def _estimate_s(slide: Slide, prepared: Prepared, settings: ScanConfig) -> float:
+    """Time the reading and scoring of a few real tiles and scale to all of them."""
+    import time
+
+    import numpy as np
+
+    tiles = prepared.plan.regions[len(prepared.plan.regions) // 2].tiles[: settings.detect.batch_tiles]
+
+    def probe() -> None:
+        windows = []
+        for tile in tiles:
+            x0, y0, x1, y1 = tile.read.round_out()
+            windows.append(slide.read(x0, y0, x1 - x0, y1 - y0, prepared.plane).rgb)
+        prepared.detector.detect(np.stack(windows), settings.detect.min_score)
+
+    probe()  # loads the weights
+    started = time.perf_counter()
+    probe()
+    return (time.perf_counter() - started) / len(tiles) * prepared.plan.n_tiles
+
+
+def _duration(seconds: float) -> str:
+    """Say a duration as a person would."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    minutes = seconds / 60
+    return f"{minutes:.0f} min" if minutes < 90 else f"{minutes / 60:.1f} h"
+
+
+def _report(result: ScanResult) -> None:
+    """Say what was found and where it is."""
+    summary = result.summary()
+    what = result.classes[0] if len(result.classes) == 1 else "object"
+    plural = "" if summary["found"] == 1 else "s"
+    regions = summary["flagged_regions"]
+    typer.echo(
+        f"found       {summary['found']:,} {what}{plural} at score ≥ {result.threshold:.2f}, "
+        f"in {regions:,} flagged region{'' if regions == 1 else 's'}"
+    )
+    if result.hotspot is not None:
+        typer.echo(f"hotspot     {result.hotspot.count} in {result.hotspot.area_mm2:.2g} mm²")
+    fraction = summary["analysed_fraction"]
+    if fraction is None:
+        typer.echo("looked at   nothing: no tissue was found on this slide")
+    else:
+        typer.echo(f"looked at   {fraction:.2%} of {summary['tissue_mm2']:.2f} mm² of tissue")
+    saturated = result.provenance["tiles"]["saturated"]
+    if saturated:
+        typer.echo(f"saturated   {saturated} tiles hold more than the detector can report; their counts are too low")
+    typer.echo(f"result      {result.path}")
+    typer.echo(f"overview    {result.path / 'overview.png' if result.path else ''}")
+
+
+if __name__ == "__main__":
+    main()

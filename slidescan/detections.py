@@ -1,0 +1,151 @@
+"""`Detections`, the one table that moves through everything, and `Detector`, the protocol that fills it.
+
+Design: plain columns, no vendor constructors. The frame of `xyxy` is said by whoever holds the table: a detector
+returns tile px, everything after the region task is level-0 px.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["Detections", "Detector"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Detections:
+    """Boxes with scores and labels, one row each.
+
+    Parameters
+    ----------
+    xyxy : ndarray of float64, shape (N, 4)
+        Box edges x0, y0, x1, y1; the holder's name or docstring says in which frame.
+    score : ndarray of float32, shape (N,)
+        In [0, 1].
+    label : ndarray of int16, shape (N,)
+        Index into the detector's `classes`.
+
+    Raises
+    ------
+    ValueError
+        If the columns differ in length or shape.
+
+    Examples
+    --------
+    >>> d = Detections.build([[0, 0, 4, 4], [8, 8, 12, 12]], [0.9, 0.2])
+    >>> len(d), len(d[d.score > 0.5])
+    (2, 1)
+    """
+
+    xyxy: NDArray[np.float64]
+    score: NDArray[np.float32]
+    label: NDArray[np.int16]
+
+    def __post_init__(self) -> None:
+        n = len(self.xyxy)
+        if self.xyxy.shape != (n, 4) or self.score.shape != (n,) or self.label.shape != (n,):
+            raise ValueError(
+                f"Detections: xyxy must be (N, 4) and score, label (N,), "
+                f"got {self.xyxy.shape}, {self.score.shape}, {self.label.shape}"
+            )
+
+    @classmethod
+    def build(cls, xyxy: object, score: object, label: object | None = None) -> Detections:
+        """Build from anything array-like, cast to the column types; `label` defaults to 0."""
+        boxes = np.asarray(xyxy, np.float64).reshape(-1, 4)
+        scores = np.asarray(score, np.float32).reshape(-1)
+        labels = np.zeros(len(boxes), np.int16) if label is None else np.asarray(label, np.int16).reshape(-1)
+        return cls(boxes, scores, labels)
+
+    @classmethod
+    def empty(cls) -> Detections:
+        """Return a table without rows."""
+        return cls.build(np.empty((0, 4)), np.empty(0))
+
+    @classmethod
+    def concat(cls, parts: Iterable[Detections]) -> Detections:
+        """Stack tables in order."""
+        items = list(parts)
+        if not items:
+            return cls.empty()
+        return cls(
+            np.concatenate([p.xyxy for p in items]),
+            np.concatenate([p.score for p in items]),
+            np.concatenate([p.label for p in items]),
+        )
+
+    def __len__(self) -> int:
+        return len(self.xyxy)
+
+    def __getitem__(self, rows: NDArray[np.bool_] | NDArray[np.intp] | slice) -> Detections:
+        """Return the chosen rows (mask, index array or slice)."""
+        return Detections(self.xyxy[rows], self.score[rows], self.label[rows])
+
+    @property
+    def centers(self) -> NDArray[np.float64]:
+        """Box centres, shape (N, 2), in the frame of `xyxy`."""
+        return (self.xyxy[:, :2] + self.xyxy[:, 2:]) / 2
+
+    def moved(self, scale: float, dx: float, dy: float) -> Detections:
+        """Return the table with boxes multiplied by `scale` and then shifted by (`dx`, `dy`)."""
+        return Detections(self.xyxy * scale + np.array([dx, dy, dx, dy]), self.score, self.label)
+
+
+@runtime_checkable
+class Detector(Protocol):
+    """What scores tiles. A scan needs nothing else of a model.
+
+    It must pickle (Dask sends it to workers; load weights on first use) and must be deterministic.
+    """
+
+    @property
+    def name(self) -> str:
+        """Short name for people and file metadata, such as ``mitosis-0.25``."""
+        ...
+
+    @property
+    def sha256(self) -> str:
+        """Digest of the weights and configuration: its identity in provenance and resume."""
+        ...
+
+    @property
+    def classes(self) -> Sequence[str]:
+        """Class names, indexed by label."""
+        ...
+
+    @property
+    def mpp(self) -> float:
+        """µm/px it was trained at and must be fed at."""
+        ...
+
+    @property
+    def input_px(self) -> int:
+        """Best tile edge in px at `mpp`."""
+        ...
+
+    @property
+    def object_um(self) -> float:
+        """Edge of the largest object it reports, µm; tiles overlap by at least this much."""
+        ...
+
+    @property
+    def max_per_tile(self) -> int:
+        """Most detections one tile can return (queries); near it a tile counts as saturated."""
+        ...
+
+    @property
+    def threshold(self) -> float:
+        """Operating score: detections at or above it count as found."""
+        ...
+
+    def at(self, slide_mpp: float, *, allow_coarse: bool = False) -> Detector:
+        """Return the variant to use on a slide scanned at `slide_mpp` (itself if there is but one)."""
+        ...
+
+    def detect(self, tiles: NDArray[np.uint8], min_score: float) -> list[Detections]:
+        """Score tiles (B, H, W, 3) RGB; return one table a tile, in tile px, scores >= `min_score`."""
+        ...

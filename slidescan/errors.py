@@ -1,0 +1,80 @@
+"""Every error slidescan raises on purpose.
+
+::
+
+    SlidescanError
+    ├─ ConfigError (ValueError)              a setting is unknown or out of range
+    ├─ SlideError
+    │  ├─ SlideNotFoundError (FileNotFoundError)
+    │  ├─ SlideFormatError (ValueError)      not a slide, damaged, or unsafe to open
+    │  ├─ SlideReadError (OSError)           opened, but pixels cannot be had
+    │  └─ ResolutionError (ValueError)       µm/px missing, implausible or too coarse
+    ├─ ModelError (RuntimeError)             weights, device or model directory
+    ├─ ResultError (RuntimeError)            a result directory is missing, damaged or in the way
+    └─ MissingExtraError (ImportError)       an optional package is not installed
+
+A message is one line and gives the name, what was expected, what came and what to do.
+Each takes exactly that one message, so that it survives the trip between Dask workers by pickle.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "ConfigError",
+    "MissingExtraError",
+    "ModelError",
+    "ResolutionError",
+    "ResultError",
+    "SlideError",
+    "SlideFormatError",
+    "SlideNotFoundError",
+    "SlideReadError",
+    "SlidescanError",
+]
+
+
+class SlidescanError(Exception):
+    """Any failure that slidescan foresaw; its text is one line for a person."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+
+    def __str__(self) -> str:
+        """Return the message on one line, whatever a wrapped error put into it."""
+        return " ".join(str(self.args[0]).split()) if self.args else ""
+
+
+class ConfigError(SlidescanError, ValueError):
+    """A setting is unknown, of the wrong type or out of range."""
+
+
+class SlideError(SlidescanError):
+    """Something about the slide itself."""
+
+
+class SlideNotFoundError(SlideError, FileNotFoundError):
+    """No slide at this path."""
+
+
+class SlideFormatError(SlideError, ValueError):
+    """The file is not a slide, is damaged beyond opening, or is unsafe to open."""
+
+
+class SlideReadError(SlideError, OSError):
+    """The slide opened but its pixels cannot be read."""
+
+
+class ResolutionError(SlideError, ValueError):
+    """The slide's µm/px is missing, implausible, or too coarse for the detector."""
+
+
+class ModelError(SlidescanError, RuntimeError):
+    """A detector cannot be loaded or run."""
+
+
+class ResultError(SlidescanError, RuntimeError):
+    """A result directory is missing, damaged, unfinished, or in the way."""
+
+
+class MissingExtraError(SlidescanError, ImportError):
+    """An optional dependency is needed and not installed."""

@@ -1,0 +1,222 @@
+"""What a person looks at first: ranked regions of detections, and the mitotic hotspot.
+
+Both are pure functions of stitched detections in level-0 px, deterministic, and independent of the map's resolution.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+from scipy.spatial import ConvexHull, cKDTree
+
+from slidescan.detections import Detections
+from slidescan.geometry import Box, Frame
+
+__all__ = ["FlaggedRegion", "Hotspot", "flag_regions", "mitotic_hotspot"]
+
+# A score of 1 would be infinite evidence; 1e-6 is finer than any calibration can tell.
+_MOST_CERTAIN = 1 - 1e-6
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FlaggedRegion:
+    """A cluster of detections worth looking at.
+
+    `evidence` is -Σ ln(1 - score): for calibrated scores, how unlikely it is (in nats) that none of them is real.
+    """
+
+    rank: int
+    label: str
+    polygon_l0: NDArray[np.float64]
+    """Convex outline with margin, (N, 2) level-0 px, not closed."""
+    n: int
+    peak: float
+    mean: float
+    evidence: float
+    area_mm2: float
+
+    @property
+    def box_l0(self) -> Box:
+        """Bounding box of the outline, level-0 px."""
+        (x0, y0), (x1, y1) = self.polygon_l0.min(0).tolist(), self.polygon_l0.max(0).tolist()
+        return Box(x0, y0, x1, y1)
+
+
+@dataclass(frozen=True, slots=True)
+class Hotspot:
+    """The square window with most figures."""
+
+    box_l0: Box
+    count: int
+    area_mm2: float
+    """Area of the window inside the slide, mm²."""
+
+
+def flag_regions(
+    detections: Detections,
+    frame: Frame,
+    classes: tuple[str, ...],
+    *,
+    threshold: float,
+    link_um: float,
+    max_um: float,
+    margin_um: float,
+) -> tuple[FlaggedRegion, ...]:
+    """Cluster detections and rank the clusters by evidence.
+
+    Detections at or above `threshold` whose centres lie within `link_um` of each other share a region (transitively); a
+    region wider than `max_um` is halved at the median until it is not.
+
+    Parameters
+    ----------
+    detections : Detections
+        Level-0 px.
+    frame : Frame
+        Level 0 of the slide.
+    classes : tuple of str
+        A region is named after the class with most detections in it.
+
+    Returns
+    -------
+    tuple of FlaggedRegion
+        By falling evidence; `rank` starts at 1.
+
+    Examples
+    --------
+    >>> pair = Detections.build([[0, 0, 50, 50], [100, 0, 150, 50], [9000, 0, 9050, 50]], [0.9, 0.8, 0.7])
+    >>> settings = dict(threshold=0.5, link_um=100.0, max_um=1000.0, margin_um=15.0)
+    >>> [(r.rank, r.n) for r in flag_regions(pair, Frame((10000, 100), 0.25), ("mitotic figure",), **settings)]
+    [(1, 2), (2, 1)]
+    """
+    found = detections[detections.score >= threshold]
+    if not len(found):
+        return ()
+    centers = found.centers
+    pairs = cKDTree(centers).query_pairs(frame.px(link_um), output_type="ndarray")
+    links = coo_array((np.ones(len(pairs), np.int8), (pairs[:, 0], pairs[:, 1])), shape=(len(found), len(found)))
+    _, cluster = connected_components(links, directed=False)
+    order = np.argsort(cluster, kind="stable")
+    members = np.split(order, np.flatnonzero(np.diff(cluster[order])) + 1)
+    regions = [
+        _region(found[rows], frame, classes, margin_um)
+        for whole in members
+        for rows in _halved(whole, centers, frame.px(max_um))
+    ]
+    regions.sort(key=lambda r: (-r.evidence, r.box_l0))
+    return tuple(
+        FlaggedRegion(rank, r.label, r.polygon_l0, r.n, r.peak, r.mean, r.evidence, r.area_mm2)
+        for rank, r in enumerate(regions, 1)
+    )
+
+
+def _halved(rows: NDArray[np.intp], centers: NDArray[np.float64], max_px: float) -> list[NDArray[np.intp]]:
+    """Cut a cluster at the median of its longer axis until no part is wider than `max_px`."""
+    todo, parts = [rows], []
+    while todo:
+        part = todo.pop()
+        extent = np.ptp(centers[part], axis=0)
+        if extent.max() <= max_px:
+            parts.append(part)
+            continue
+        along = part[np.argsort(centers[part, int(extent.argmax())], kind="stable")]
+        todo += [along[: len(along) // 2], along[len(along) // 2 :]]
+    return parts
+
+
+def _region(found: Detections, frame: Frame, classes: tuple[str, ...], margin_um: float) -> FlaggedRegion:
+    """Describe one cluster; its rank is not yet known."""
+    margin = frame.px(margin_um)
+    grown = found.xyxy + np.array([-margin, -margin, margin, margin])
+    corners = np.concatenate([grown[:, [0, 1]], grown[:, [2, 1]], grown[:, [2, 3]], grown[:, [0, 3]]])
+    corners = np.clip(corners, 0, frame.size_wh)
+    hull = ConvexHull(corners)
+    label = classes[int(np.bincount(found.label).argmax())]
+    # float64 and sorted: the sum must not depend on the order of the rows
+    scores = np.sort(found.score.astype(np.float64))
+    evidence = -np.log1p(-np.minimum(scores, _MOST_CERTAIN)).sum()
+    return FlaggedRegion(
+        rank=0,
+        label=label,
+        polygon_l0=corners[hull.vertices],
+        n=len(found),
+        peak=float(scores[-1]),
+        mean=float(scores.mean()),
+        evidence=float(evidence),
+        area_mm2=float(hull.volume * frame.mm2_per_px),  # scipy calls a polygon's area its volume
+    )
+
+
+def mitotic_hotspot(detections: Detections, frame: Frame, *, threshold: float, area_mm2: float) -> Hotspot | None:
+    """Find the axis-parallel square of `area_mm2` that holds the most detections, exactly.
+
+    Counted are detections at or above `threshold` by their centre. A slide smaller than the square is counted whole;
+    None without detections. Ties are broken by a fixed rule.
+
+    Notes
+    -----
+    Some best square has a detection on its left and one on its upper side. A histogram with cells of 1/128 of the side
+    bounds the count of every square whose corner lies in a cell, and cells are searched by falling bound until no bound
+    can beat the best.
+
+    Examples
+    --------
+    >>> d = Detections.build([[0, 0, 2, 2], [10, 10, 12, 12], [5000, 0, 5002, 2]], [0.9, 0.9, 0.9])
+    >>> mitotic_hotspot(d, Frame((8000, 8000), 0.25), threshold=0.5, area_mm2=0.01).count
+    2
+    """
+    xy = detections.centers[detections.score >= threshold]
+    if not len(xy):
+        return None
+    side = math.sqrt(area_mm2) * 1000 / frame.mpp
+    cells_per_side = 128
+    cell = side / cells_per_side
+    index = np.floor(xy / cell).astype(np.intp)
+    columns, rows = index.max(0) + 1
+    histogram = np.zeros((rows + cells_per_side + 1, columns + cells_per_side + 1), np.int64)
+    np.add.at(histogram, (index[:, 1], index[:, 0]), 1)
+    reach = cells_per_side + 1
+    down = np.pad(histogram.cumsum(0), ((1, 0), (0, 0)))
+    right = np.pad(histogram.cumsum(1), ((0, 0), (1, 0)))
+    in_column = down[reach : reach + rows] - down[:rows]
+    in_row = (right[:, reach : reach + columns] - right[:, :columns])[:rows]
+    block = np.pad(in_column.cumsum(1), ((0, 0), (1, 0)))
+    bound = block[:, reach : reach + columns] - block[:, :columns]
+    # A corner's x is some detection's x and its y some detection's y, so the corner's cell has one below and one beside.
+    bound[(in_column[:, :columns] == 0) | (in_row == 0)] = 0
+    best_count, best = 0, (0.0, 0.0)
+    by_column = xy[np.argsort(xy[:, 0], kind="stable")]
+    for flat in np.argsort(-bound, axis=None, kind="stable"):
+        row, column = divmod(int(flat), int(columns))
+        if bound[row, column] <= best_count:
+            break
+        low, high = np.searchsorted(by_column[:, 0], [column * cell, (column + reach) * cell])
+        near = by_column[low:high]
+        near = near[(near[:, 1] >= row * cell) & (near[:, 1] < (row + reach) * cell)]
+        count, corner = _fullest_square(near, side, (column + 1) * cell, (row + 1) * cell)
+        if count > best_count:
+            best_count, best = count, corner
+    y0, x0 = best
+    # Slid back inside, the square still holds all it held: nothing lies beyond the slide's edge.
+    x0, y0 = (max(0.0, min(v, size - side)) for v, size in zip((x0, y0), frame.size_wh, strict=True))
+    box = Box(x0, y0, x0 + side, y0 + side).clip(frame.bounds)
+    return Hotspot(box, best_count, box.area * frame.mm2_per_px)
+
+
+def _fullest_square(
+    xy: NDArray[np.float64], side: float, corner_x_below: float, corner_y_below: float
+) -> tuple[int, tuple[float, float]]:
+    """Return the best count and (y, x) corner over squares whose corner lies below the given limits."""
+    best_count, best = 0, (math.inf, math.inf)
+    for x in np.unique(xy[xy[:, 0] < corner_x_below, 0]):
+        ys = np.sort(xy[(xy[:, 0] >= x) & (xy[:, 0] <= x + side), 1])
+        counts = np.searchsorted(ys, ys + side, "right") - np.arange(len(ys))
+        counts[ys >= corner_y_below] = 0
+        top = int(counts.argmax())
+        if counts[top] > best_count:
+            best_count, best = int(counts[top]), (float(ys[top]), float(x))
+    return best_count, best

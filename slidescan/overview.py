@@ -1,0 +1,201 @@
+"""The overview picture: the slide, its heat map, numbered flagged regions and a legend with units.
+
+What a pathologist sees first, so it says what was *not* looked at as clearly as what was found. Drawn from level
+pixels only: label and macro images never come near it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+from slidescan.anomaly import Coverage
+
+if TYPE_CHECKING:
+    from slidescan.result import ScanResult
+
+__all__ = ["draw_overview"]
+
+# px of the picture. One panel fits a laptop screen; two side by side a printed page.
+_PANEL_PX = 1100
+_MARGIN_PX = 28
+_HEADER_PX = 92
+_LEGEND_PX = 150
+_MOST_NUMBERS = 20
+
+_INK, _GREY, _PAPER = (30, 30, 36), (110, 110, 118), (255, 255, 255)
+_MARK = (0, 114, 178)
+_HOTSPOT = (0, 158, 115)
+# Heat ramp from transparent yellow to dark red: no blue or purple, which nuclei have.
+_RAMP = np.array([[255, 237, 160], [254, 178, 76], [240, 59, 32], [160, 0, 20]], float)
+# Density at which the ramp ends, figures per mm²: 20 in 2 mm² is a high mitotic count in most grading schemes.
+_RAMP_END_PER_MM2 = 20.0
+_COVER_TINT = {
+    Coverage.BACKGROUND: (236, 236, 240),
+    Coverage.ANALYSED: (222, 235, 247),
+    Coverage.SATURATED: (255, 210, 80),
+    Coverage.READ_FAILED: (90, 90, 90),
+}
+
+
+def draw_overview(thumbnail: NDArray[np.uint8], result: ScanResult, title: str) -> Image.Image:
+    """Draw the overview of a result.
+
+    Parameters
+    ----------
+    thumbnail : ndarray of uint8, shape (H, W, 3)
+        The whole slide, any size.
+    result : ScanResult
+        What was found.
+    title : str
+        Heading, such as the slide's id.
+
+    Returns
+    -------
+    PIL.Image.Image
+        RGB: slide with numbered regions on the left, density of figures and coverage on the right, legend below.
+    """
+    height, width = thumbnail.shape[:2]
+    shrink = _PANEL_PX / max(height, width)
+    panel_wh = max(1, round(width * shrink)), max(1, round(height * shrink))
+    slide = Image.fromarray(thumbnail).resize(panel_wh, Image.Resampling.LANCZOS)
+    # A narrow slide still needs room for its heading and legend.
+    column_px = max(panel_wh[0], 620)
+    size = (2 * column_px + 3 * _MARGIN_PX, _HEADER_PX + panel_wh[1] + _LEGEND_PX)
+    page = Image.new("RGB", size, _PAPER)
+    draw = ImageDraw.Draw(page)
+    left, right, top = _MARGIN_PX, column_px + 2 * _MARGIN_PX, _HEADER_PX
+
+    page.paste(slide, (left, top))
+    page.paste(_heat(slide, result), (right, top))
+    px_per_l0 = panel_wh[0] / result.frame.size_wh[0]
+    for x in (left, right):
+        draw.rectangle((x - 1, top - 1, x + panel_wh[0], top + panel_wh[1]), outline=(200, 200, 205))
+    _hotspot(draw, result, (left, top), px_per_l0)
+    _numbers(draw, result, (left, top), px_per_l0)
+    _heading(draw, result, title, left, right)
+    below = top + panel_wh[1] + 18
+    _scale_bar(draw, result, left, below, px_per_l0)
+    _legend(draw, left, below + 48)
+    _ramp(draw, result, right, below)
+    return page
+
+
+def _font(px: int) -> Any:
+    """Return the font that comes with Pillow, so that the picture is the same everywhere."""
+    return ImageFont.load_default(size=px)
+
+
+def _heat(slide: Image.Image, result: ScanResult) -> Image.Image:
+    """Return the pale slide under the density ramp and coverage tints."""
+    density, coverage = result.anomaly.density, result.anomaly.coverage
+    pale = np.asarray(slide.convert("L").convert("RGB"), float) * 0.45 + 255 * 0.55
+    tint = np.full((*coverage.shape, 4), 255.0)
+    tint[..., 3] = 0
+    for state, rgb in _COVER_TINT.items():
+        tint[coverage == state, :3] = rgb
+    tint[coverage == Coverage.ANALYSED, 3] = 0.35
+    tint[(coverage == Coverage.SATURATED) | (coverage == Coverage.READ_FAILED), 3] = 0.85
+    strength = np.clip(np.nan_to_num(density) / _RAMP_END_PER_MM2, 0, 1)
+    stops = np.linspace(0, 1, len(_RAMP))
+    ramp = np.stack([np.interp(strength, stops, _RAMP[:, i]) for i in range(3)], -1)
+    # Below a twentieth of the ramp nothing is worth colour.
+    alpha = np.clip((strength - 0.05) * 4, 0, 0.85)[..., None]
+    tint[..., :3] = tint[..., :3] * (1 - alpha) + ramp * alpha
+    tint[..., 3:] = np.maximum(tint[..., 3:], alpha)
+    layer = Image.fromarray((tint * [1, 1, 1, 255]).round().astype(np.uint8), "RGBA")
+    # The map's last px may reach beyond the slide: cut exactly at the slide's edge instead of stretching.
+    extent = tuple(n * result.frame.mpp / result.anomaly.frame.mpp for n in result.frame.size_wh)
+    layer = layer.resize(slide.size, Image.Resampling.BILINEAR, box=(0, 0, *extent))
+    base = Image.fromarray(pale.round().astype(np.uint8)).convert("RGBA")
+    return Image.alpha_composite(base, layer).convert("RGB")
+
+
+def _numbers(draw: ImageDraw.ImageDraw, result: ScanResult, origin: tuple[int, int], px_per_l0: float) -> None:
+    """Draw the outlines of the flagged regions, and the numbers of the first of them."""
+    font = _font(18)
+    for region in reversed(result.regions):
+        box = region.box_l0.scale(px_per_l0).translate(*origin)
+        # A region of a few px would vanish: 7 px around its middle is the least that is seen.
+        grow = max(0.0, 7 - min(box.width, box.height) / 2)
+        box = box.grow(grow)
+        draw.rounded_rectangle((box.x0, box.y0, box.x1, box.y1), 4, outline=_MARK, width=2)
+        if region.rank > _MOST_NUMBERS:
+            continue
+        text = str(region.rank)
+        text_w = draw.textlength(text, font=font) + 10
+        x = box.x1 + 3 if box.x1 + 3 + text_w < origin[0] + result.frame.size_wh[0] * px_per_l0 else box.x0 - 3 - text_w
+        y = max(origin[1], box.y0 - 6)
+        draw.rounded_rectangle((x, y, x + text_w, y + 23), 5, fill=_MARK)
+        draw.text((x + 5, y + 1), text, font=font, fill=_PAPER)
+
+
+def _hotspot(draw: ImageDraw.ImageDraw, result: ScanResult, origin: tuple[int, int], px_per_l0: float) -> None:
+    """Draw the square with most figures."""
+    if result.hotspot is not None:
+        box = result.hotspot.box_l0.scale(px_per_l0).translate(*origin)
+        draw.rectangle((box.x0, box.y0, box.x1, box.y1), outline=_HOTSPOT, width=3)
+
+
+def _heading(draw: ImageDraw.ImageDraw, result: ScanResult, title: str, left: int, right: int) -> None:
+    """Write what was scanned and what was found."""
+    n, what = len(result.found), result.classes[0] if len(result.classes) == 1 else "object"
+    counted = f"{n:,} {what}{'' if n == 1 else 's'} at score ≥ {result.threshold:.2f}"
+    draw.text((left, 14), title, font=_font(30), fill=_INK)
+    draw.text((left, 54), f"{counted} · {len(result.regions):,} flagged regions", font=_font(20), fill=_INK)
+    fraction = result.anomaly.analysed_fraction
+    looked = (
+        "no tissue" if np.isnan(fraction) else f"{fraction:.1%} of {result.anomaly.tissue_mm2:.1f} mm² tissue analysed"
+    )
+    name, mpp = result.provenance["detector"]["name"], result.provenance["detector"]["plane_mpp"]
+    draw.text((right, 22), looked, font=_font(22), fill=_INK)
+    draw.text((right, 56), f"detector {name} at {mpp:.3g} µm/px · research use only", font=_font(18), fill=_GREY)
+
+
+def _scale_bar(draw: ImageDraw.ImageDraw, result: ScanResult, x: int, y: int, px_per_l0: float) -> None:
+    """Draw a bar of a round length, about a fifth of the panel."""
+    um_per_px = result.frame.mpp / px_per_l0
+    wanted = 0.2 * result.frame.size_wh[0] * px_per_l0 * um_per_px
+    power = 10 ** np.floor(np.log10(wanted))
+    length_um = float(max(m * power for m in (1, 2, 5) if m * power <= wanted))
+    bar_px = length_um / um_per_px
+    draw.rectangle((x, y + 4, x + bar_px, y + 9), fill=_INK)
+    text = f"{length_um / 1000:g} mm" if length_um >= 1000 else f"{length_um:g} µm"
+    draw.text((x + bar_px + 10, y - 5), text, font=_font(18), fill=_INK)
+
+
+def _legend(draw: ImageDraw.ImageDraw, x: int, y: int) -> None:
+    """Explain the marks on the left panel."""
+    draw.rounded_rectangle((x, y + 2, x + 26, y + 20), 4, outline=_MARK, width=2)
+    draw.text((x + 36, y), "flagged region, numbered by evidence", font=_font(17), fill=_INK)
+    draw.rectangle((x, y + 34, x + 26, y + 52), outline=_HOTSPOT, width=3)
+    draw.text((x + 36, y + 32), "hotspot: the square with most figures", font=_font(17), fill=_INK)
+
+
+def _ramp(draw: ImageDraw.ImageDraw, result: ScanResult, x: int, y: int) -> None:
+    """Explain the density ramp, the coverage tints and the hotspot's count."""
+    length, font = 260, _font(17)
+    for i in range(length):
+        rgb = [np.interp(i / (length - 1), np.linspace(0, 1, len(_RAMP)), _RAMP[:, c]) for c in range(3)]
+        draw.line((x + i, y, x + i, y + 16), fill=tuple(round(v) for v in rgb))
+    for value in (0, 10, 20):
+        at = x + length * value / _RAMP_END_PER_MM2
+        draw.text((at, y + 20), f"{value}{'+' if value == 20 else ''}", font=font, fill=_INK, anchor="ma")
+    draw.text((x + length + 24, y - 3), "figures per mm²", font=font, fill=_INK)
+    states = (
+        (Coverage.ANALYSED, "analysed"),
+        (Coverage.SATURATED, "detector saturated"),
+        (Coverage.READ_FAILED, "could not be read"),
+    )
+    at = x
+    for state, text in states:
+        draw.rectangle((at, y + 50, at + 22, y + 68), fill=_COVER_TINT[state], outline=(170, 170, 175))
+        draw.text((at + 30, y + 48), text, font=font, fill=_INK)
+        at += 30 + int(draw.textlength(text, font=font)) + 24
+    hotspot = result.hotspot
+    if hotspot is not None:
+        text = f"hotspot: {hotspot.count} figures in {hotspot.area_mm2:.2g} mm²"
+        draw.text((x, y + 82), text, font=font, fill=_HOTSPOT)

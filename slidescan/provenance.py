@@ -1,0 +1,62 @@
+"""What a result says about how it came to be; an allow-list, so that nothing which names a patient can slip in."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import platform
+import resource
+import sys
+from dataclasses import astuple
+from typing import Any
+
+import slidescan
+from slidescan.config import ScanConfig
+from slidescan.detections import Detector
+from slidescan.slides import Slide
+
+__all__ = ["describe_slide", "peak_rss_mb", "run_key", "versions"]
+
+
+def run_key(slide: Slide, detector: Detector, config: ScanConfig) -> str:
+    """Name the scan by everything its detections depend on."""
+    identity = [slidescan.__version__, slide.fingerprint, slide.frame.mpp, slide.color, detector.sha256]
+    text = json.dumps([*identity, config.model_dump(mode="json")], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def describe_slide(slide: Slide) -> dict[str, Any]:
+    """Return what may be told of a slide: structure and scale, nothing that names a patient."""
+    return {
+        "fingerprint": slide.fingerprint,
+        "size_wh": list(slide.size_wh),
+        "mpp": slide.frame.mpp,
+        "mpp_source": slide.mpp_source,
+        "backend": slide.backend,
+        "color": slide.color,
+        "levels": [list(level.size_wh) for level in slide.levels],
+        "bounds_l0": None if slide.bounds_l0 is None else list(astuple(slide.bounds_l0)),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Return the versions a result depends on."""
+    packages = (
+        "slidescan",
+        "torch",
+        "transformers",
+        "numpy",
+        "tifffile",
+        "imagecodecs",
+        "openslide-bin",
+        "zarr",
+        "dask",
+    )
+    return {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in packages}
+
+
+def peak_rss_mb() -> int:
+    """Return this process's highest memory so far, MB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak / (1e6 if sys.platform == "darwin" else 1e3))  # macOS counts bytes, Linux KB

@@ -1,0 +1,196 @@
+"""One region, from pixels to a committed part: what a single Dask task does.
+
+A task receives where to look, never pixels; it opens the slide itself, reads the region once, scores its tiles in
+batches, keeps what each tile owns, and commits one file atomically. So memory is bounded by regions in flight, and
+a killed run loses at most the regions in flight.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from zipfile import BadZipFile
+
+import numpy as np
+from numpy.typing import NDArray
+
+from slidescan.detections import Detections, Detector
+from slidescan.errors import ResultError
+from slidescan.geometry import Box, Frame
+from slidescan.plan import Region
+from slidescan.slides import Slide
+from slidescan.stitch import owned
+
+__all__ = ["RegionPart", "RegionTask", "commit", "disk_error"]
+
+# Share of a detector's queries in use from which a tile counts as full: RF-DETR users report cells lost from 0.8 on.
+_SATURATED_SHARE = 0.8
+# A full tile is quartered, and its quarters once more: 16 times the queries for the same tissue.
+_MOST_SPLITS = 2
+# Scoring uses every core by itself: two regions scored at once in one process would only fight for them, while the
+# reading of the next region runs beside it.
+_SCORING = threading.Lock()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RegionPart:
+    """What one region found, in px of the model's plane, before stitching."""
+
+    detections: Detections
+    tile: NDArray[np.intp]
+    """Row of `cores` each detection came from, (N,)."""
+    cores: NDArray[np.float64]
+    """Core of every tile that was scored, (T, 4)."""
+    failed: NDArray[np.float64]
+    """Boxes that could not be read, (H, 4)."""
+    saturated: NDArray[np.float64]
+    """Cores that stayed full after re-tiling, (U, 4)."""
+    n_retiled: int
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Wall time by stage: read, score."""
+
+    def save(self, path: Path) -> None:
+        """Commit to `path` atomically: a reader sees the whole part or none."""
+
+        def write(partial: Path) -> None:
+            with partial.open("wb") as file:
+                np.savez(
+                    file,
+                    xyxy=self.detections.xyxy,
+                    score=self.detections.score,
+                    label=self.detections.label,
+                    tile=self.tile,
+                    cores=self.cores,
+                    failed=self.failed,
+                    saturated=self.saturated,
+                    n_retiled=np.array(self.n_retiled),
+                    stages=np.array(list(self.seconds), dtype="U16"),
+                    seconds=np.array(list(self.seconds.values()), float),
+                )
+                file.flush()
+                os.fsync(file.fileno())
+
+        commit(path, write)
+
+    @classmethod
+    def load(cls, path: Path) -> RegionPart | None:
+        """Read a committed part; None if it is damaged (the region is then done again)."""
+        try:
+            with np.load(path, allow_pickle=False) as data:
+                return cls(
+                    Detections(data["xyxy"], data["score"], data["label"]),
+                    data["tile"],
+                    data["cores"],
+                    data["failed"],
+                    data["saturated"],
+                    int(data["n_retiled"]),
+                    dict(zip(data["stages"].tolist(), data["seconds"].tolist(), strict=True)),
+                )
+        except (OSError, ValueError, KeyError, EOFError, BadZipFile):
+            return None
+
+
+@dataclass(frozen=True, slots=True)
+class RegionTask:
+    """Everything a worker needs to do one region; pickles small (a path, boxes, a model's name)."""
+
+    slide: Slide
+    detector: Detector
+    region: Region
+    plane: Frame
+    halo_px: int
+    slack_px: float
+    batch_tiles: int
+    min_score: float
+    part: Path
+
+    def run(self) -> dict[str, float]:
+        """Score the region, commit its part, and return seconds by stage."""
+        part = self.score()
+        started = time.perf_counter()
+        part.save(self.part)
+        return {**part.seconds, "commit": time.perf_counter() - started}
+
+    def score(self) -> RegionPart:
+        """Read and score the region without committing anything."""
+        started = time.perf_counter()
+        x0, y0, x1, y1 = self.region.read.round_out()
+        pixels = self.slide.read(x0, y0, x1 - x0, y1 - y0, self.plane)
+        read_done = time.perf_counter()
+
+        cores: list[Box] = []
+        saturated: list[Box] = []
+        kept: list[Detections] = []
+        n_retiled = 0
+        todo = [(tile, 0) for tile in self.region.tiles]
+        with _SCORING:
+            waited_until = time.perf_counter()
+            while todo:
+                edge = todo[0][0].read.width
+                batch = [entry for entry in todo if entry[0].read.width == edge][: self.batch_tiles]
+                todo = [entry for entry in todo if entry not in batch]
+                windows = np.stack([_window(pixels.rgb, tile.read.translate(-x0, -y0)) for tile, _ in batch])
+                for (tile, splits), found in zip(batch, self.detector.detect(windows, self.min_score), strict=True):
+                    full = len(found) >= _SATURATED_SHARE * self.detector.max_per_tile
+                    quarters = tile.quarters(self.halo_px) if full and splits < _MOST_SPLITS else ()
+                    if quarters:
+                        n_retiled += 1
+                        todo += [(quarter, splits + 1) for quarter in quarters]
+                        continue
+                    if full:
+                        saturated.append(tile.core)
+                    placed = found.moved(1.0, tile.read.x0, tile.read.y0)
+                    bounds = self.plane.bounds
+                    kept.append(placed[owned(placed, tile.core, tile.read, bounds, slack=self.slack_px)])
+                    cores.append(tile.core)
+        scored = time.perf_counter()
+        return RegionPart(
+            Detections.concat(kept),
+            np.repeat(np.arange(len(kept)), [len(k) for k in kept]),
+            _rows(cores),
+            _rows([hole.clip(self.plane.bounds) for hole in pixels.holes]),
+            _rows(saturated),
+            n_retiled,
+            {"read": read_done - started, "score": scored - waited_until},
+        )
+
+
+def commit(path: Path, write: Callable[[Path], None]) -> None:
+    """Call `write(partial)` and move what it wrote to `path` in one step; leave nothing behind on failure.
+
+    Raises
+    ------
+    ResultError
+        If the disk is full or cannot be written.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.partial")
+    try:
+        write(partial)
+        partial.replace(path)
+    except OSError as exc:
+        raise disk_error(path, exc) from exc
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def disk_error(path: Path, exc: OSError) -> ResultError:
+    """Say in one line why `path` cannot be written and what to do."""
+    if exc.errno in (errno.ENOSPC, errno.EDQUOT):
+        return ResultError(f"{path.parent}: the disk is full; free some space and run the same command to continue")
+    return ResultError(f"{path}: cannot be written ({exc.strerror or exc}); choose another output directory with -o")
+
+
+def _window(rgb: NDArray[np.uint8], read: Box) -> NDArray[np.uint8]:
+    """Cut one tile's window out of the region's pixels."""
+    x0, y0, x1, y1 = read.round_out()
+    return rgb[y0:y1, x0:x1]
+
+
+def _rows(boxes: list[Box]) -> NDArray[np.float64]:
+    """Return boxes as rows (N, 4)."""
+    return np.array([(b.x0, b.y0, b.x1, b.y1) for b in boxes], np.float64).reshape(-1, 4)

@@ -1,0 +1,23 @@
+"""Where the real slides are, Hypothesis profiles, and one phantom slide a session."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+settings.register_profile("default", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("ci", parent=settings.get_profile("default"), derandomize=True, max_examples=60)
+settings.load_profile("ci" if os.environ.get("CI") else "default")
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Real slides and broken files: $SLIDESCAN_TEST_DATA, or `shared` beside the checkout."""
+    beside = Path(__file__).resolve().parents[2] / "shared"
+    root = Path(os.environ.get("SLIDESCAN_TEST_DATA", beside))
+    if not (root / "slides").is_dir():
+        pytest.skip(f"real slides not found at {root}; set SLIDESCAN_TEST_DATA")
+    return root

@@ -1,0 +1,102 @@
+"""The anomaly map."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from slidescan.anomaly import AnomalyMap, Coverage, anomaly_map, coverage_map
+from slidescan.detections import Detections
+from slidescan.geometry import Box, Frame
+from slidescan.plan import Grid
+
+SLIDE = Frame((3200, 2000), 0.25)
+MAP = SLIDE.at(16.0)
+
+
+def whole(frame: Frame) -> np.ndarray:
+    return np.full(frame.size_wh[::-1], Coverage.ANALYSED, np.uint8)
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(0, 30))
+def test_score_is_the_highest_box_over_each_pixel(seed: int, n: int) -> None:
+    """Each map px holds the highest score of the boxes that touch it, and 0 where none does."""
+    rng = np.random.default_rng(seed)
+    low = rng.uniform(0, [3150, 1950], (n, 2))
+    found = Detections.build(np.concatenate([low, low + rng.uniform(1, 200, (n, 2))], 1), rng.random(n))
+    anomaly = anomaly_map(found, SLIDE, whole(MAP), MAP, threshold=0.5, density_sigma_um=50)
+    expected = np.zeros(anomaly.score.shape, np.float32)
+    for (x0, y0, x1, y1), score in zip(found.xyxy / 64, found.score, strict=True):
+        rows = slice(int(y0), int(np.ceil(y1)))
+        columns = slice(int(x0), int(np.ceil(x1)))
+        expected[rows, columns] = np.maximum(expected[rows, columns], score)
+    np.testing.assert_array_equal(expected, anomaly.score)
+
+
+def test_density_has_its_unit() -> None:
+    """Figures on a regular lattice have their true number per mm², at the slide's border too."""
+    x, y = np.meshgrid(np.arange(50, 3200, 100), np.arange(50, 2000, 100))
+    centers = np.stack([x.ravel(), y.ravel()], 1)
+    found = Detections.build(np.concatenate([centers - 5, centers + 5], 1), np.ones(len(centers)))
+    anomaly = anomaly_map(found, SLIDE, whole(MAP), MAP, threshold=0.5, density_sigma_um=100)
+    per_mm2 = 1 / (0.025**2)
+    assert np.abs(anomaly.density / per_mm2 - 1).max() < 0.1
+
+
+def test_what_was_not_analysed_has_no_score() -> None:
+    """Background, failed and outside px are NaN even under a box; 'nothing found' is 0."""
+    coverage = whole(MAP)
+    coverage[:5], coverage[5:8] = Coverage.BACKGROUND, Coverage.READ_FAILED
+    found = Detections.build([[0, 0, 3200, 2000]], [0.9])
+    anomaly = anomaly_map(found, SLIDE, coverage, MAP, threshold=0.5, density_sigma_um=100)
+    assert np.isnan(anomaly.score[:8]).all()
+    assert np.isnan(anomaly.density[:8]).all()
+    assert (anomaly.score[8:] == np.float32(0.9)).all()
+    total = coverage.size - 5 * coverage.shape[1]
+    assert anomaly.analysed_fraction == pytest.approx((total - 3 * coverage.shape[1]) / total)
+
+
+def test_coverage_knows_tiles_holes_and_saturation() -> None:
+    """Scored cores are analysed, the rest background; holes and full tiles show where tissue was."""
+    grid = Grid(SLIDE, 1024, 12)
+    has_tissue = np.zeros(grid.shape, bool)
+    has_tissue[0, 1] = True
+    failed, full = [Box(990, 100, 1100, 200)], [Box(1500, 500, 1600, 600)]
+    coverage = coverage_map(MAP, grid, has_tissue, failed, full)
+    assert coverage[10, 10] == Coverage.BACKGROUND
+    assert coverage[2, 15] == Coverage.BACKGROUND
+    assert coverage[2, 16] == Coverage.READ_FAILED
+    assert coverage[8, 24] == Coverage.SATURATED
+    assert coverage[12, 20] == Coverage.ANALYSED
+    assert coverage[12, 31] == Coverage.BACKGROUND
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_encode_round_trip(seed: int) -> None:
+    """Stored values come back to within half a step, and 'not evaluated' stays apart from 0."""
+    rng = np.random.default_rng(seed)
+    coverage = rng.integers(0, 5, (20, 30)).astype(np.uint8)
+    score = np.where(coverage >= Coverage.ANALYSED, rng.random((20, 30)), np.nan).astype(np.float32)
+    score[coverage == Coverage.READ_FAILED] = np.nan
+    density = np.where(np.isnan(score), np.nan, rng.random((20, 30)) * 500).astype(np.float32)
+    frame = Frame((30, 20), 16.0)
+    back = AnomalyMap.decode(AnomalyMap(frame, score, density, coverage).encode(), frame)
+    np.testing.assert_allclose(back.score, score, atol=5.1e-5)
+    np.testing.assert_allclose(back.density, density, atol=0.0501)
+    np.testing.assert_array_equal(coverage, back.coverage)
+
+
+@given(st.integers(1, 700), st.integers(1, 700))
+def test_pyramid_loses_no_peak(height: int, width: int) -> None:
+    """One hot px is still there, at full value, on the smallest level, and each level has half the px rounded up."""
+    planes = np.ones((3, height, width), np.uint16)
+    planes[0, height // 2, width // 3] = 9999
+    levels = AnomalyMap.pyramid(planes, smallest_px=64)
+    for above, below in pairwise(levels):
+        assert below.shape[1:] == tuple(-(-n // 2) for n in above.shape[1:])
+    assert max(levels[-1].shape[1:]) <= 64
+    assert levels[-1][0].max() == 9999

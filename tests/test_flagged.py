@@ -1,0 +1,101 @@
+"""Flagged regions and the hotspot."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.spatial.distance import cdist
+
+from slidescan.detections import Detections
+from slidescan.flagged import FlaggedRegion, flag_regions, mitotic_hotspot
+from slidescan.geometry import Frame
+
+FRAME = Frame((40_000, 40_000), 0.25)
+SETTINGS = {"threshold": 0.5, "link_um": 100.0, "max_um": 1000.0, "margin_um": 15.0}
+
+
+def table(centers: np.ndarray, scores: np.ndarray) -> Detections:
+    return Detections.build(np.concatenate([centers - 25, centers + 25], 1), scores)
+
+
+def flag(found: Detections, **changed: float) -> tuple[FlaggedRegion, ...]:
+    return flag_regions(found, FRAME, ("mitotic figure",), **(SETTINGS | changed))
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(0, 60))
+def test_every_found_detection_is_in_one_region(seed: int, n: int) -> None:
+    """Counts add up, ranks run from 1 by falling evidence, and detections below the threshold do not count."""
+    rng = np.random.default_rng(seed)
+    found = table(rng.uniform(100, 8000, (n, 2)), rng.random(n))
+    regions = flag(found)
+    assert sum(r.n for r in regions) == int((found.score >= 0.5).sum())
+    assert [r.rank for r in regions] == list(range(1, len(regions) + 1))
+    assert all(a.evidence >= b.evidence for a, b in pairwise(regions))
+
+
+def test_linked_detections_share_a_region_and_distant_ones_do_not() -> None:
+    """400 px are 100 µm: 399 px apart is one region, 401 px apart are two."""
+    pair = np.array([[1000.0, 1000.0], [1399.0, 1000.0]])
+    assert [r.n for r in flag(table(pair, np.array([0.9, 0.9])))] == [2]
+    pair[1, 0] = 1401.0
+    assert [r.n for r in flag(table(pair, np.array([0.9, 0.9])))] == [1, 1]
+
+
+def test_two_sure_figures_outrank_three_doubtful_ones() -> None:
+    """The ranking follows evidence, not count."""
+    sure = np.array([[1000.0, 1000], [1100, 1000]])
+    doubtful = np.array([[9000.0, 1000], [9100, 1000], [9200, 1000]])
+    regions = flag(table(np.concatenate([sure, doubtful]), np.array([0.95, 0.95, 0.55, 0.55, 0.55])))
+    assert [r.n for r in regions] == [2, 3]
+
+
+def test_a_long_chain_is_cut() -> None:
+    """No region of a chain of detections is wider than max_um between its outer centres."""
+    chain = np.stack([np.arange(1000, 30_000, 300.0), np.full(97, 500.0)], 1)
+    regions = flag(table(chain, np.full(97, 0.9)))
+    assert sum(r.n for r in regions) == 97
+    margin_px = 2 * (15 / 0.25 + 25)
+    assert max(r.box_l0.width for r in regions) <= 4000 + margin_px
+
+
+def test_area_is_in_mm2_and_outline_stays_on_the_slide() -> None:
+    """A lone figure in the corner: 50 px box plus 60 px margin, clipped at the slide's corner."""
+    region = flag(table(np.array([[25.0, 25.0]]), np.array([0.8])))[0]
+    assert abs(region.area_mm2 - (110 * 0.25e-3) ** 2) < 1e-12
+    assert region.polygon_l0.min() == 0
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 25), st.sampled_from([0.001, 0.01, 0.05]))
+def test_hotspot_is_exact(seed: int, n: int, area_mm2: float) -> None:
+    """No square of the area holds more centres than the one given, and that one holds what it says."""
+    rng = np.random.default_rng(seed)
+    frame = Frame((1200, 1000), 0.25)
+    centers = rng.integers(0, 1000, (n, 2)).astype(float)
+    hotspot = mitotic_hotspot(table(centers, np.ones(n)), frame, threshold=0.5, area_mm2=area_mm2)
+    side = np.sqrt(area_mm2) * 1000 / 0.25
+    x, y = centers.T
+    most = max(int(((x >= a) & (x <= a + side) & (y >= b) & (y <= b + side)).sum()) for a in x for b in y)
+    box = hotspot.box_l0
+    held = (x >= box.x0 - 1e-6) & (x <= box.x1 + 1e-6) & (y >= box.y0 - 1e-6) & (y <= box.y1 + 1e-6)
+    assert (most, most) == (hotspot.count, int(held.sum()))
+    assert box.clip(frame.bounds) == box
+
+
+def test_hotspot_of_nothing_is_none() -> None:
+    """Without detections at the threshold there is no hotspot."""
+    weak = table(np.array([[50.0, 50.0]]), np.array([0.2]))
+    assert mitotic_hotspot(weak, FRAME, threshold=0.5, area_mm2=2.0) is None
+
+
+def test_links_are_transitive_whatever_the_order() -> None:
+    """Shuffled detections give the same regions."""
+    rng = np.random.default_rng(3)
+    centers = rng.uniform(0, 4000, (80, 2))
+    assert cdist(centers, centers).size
+    scores = rng.uniform(0.5, 1, 80)
+    order = rng.permutation(80)
+    a, b = flag(table(centers, scores)), flag(table(centers[order], scores[order]))
+    assert [(r.n, r.evidence, r.box_l0) for r in a] == [(r.n, r.evidence, r.box_l0) for r in b]

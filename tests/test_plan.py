@@ -1,0 +1,87 @@
+"""Regions and tiles."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from slidescan.errors import ConfigError
+from slidescan.geometry import Box, Frame
+from slidescan.plan import Grid, plan
+
+layout = st.fixed_dictionaries(
+    {
+        "tile_px": st.integers(40, 90),
+        "halo_px": st.integers(0, 19),
+        "region_px": st.integers(1, 300),
+        "shift_px": st.tuples(st.integers(-500, 500), st.integers(-500, 500)),
+    }
+)
+
+
+@given(st.integers(1, 300), st.integers(1, 300), layout)
+def test_cores_partition_the_plane(width: int, height: int, settings: dict[str, int]) -> None:
+    """Every px of the plane lies in the core of exactly one tile, whatever the grid."""
+    owners = np.zeros((height, width), int)
+    for region in plan(Frame((width, height), 0.5), None, **settings).regions:
+        for tile in region.tiles:
+            x0, y0, x1, y1 = tile.core.clip(Box(0, 0, width, height)).round_out()
+            owners[y0:y1, x0:x1] += 1
+    assert (owners == 1).all()
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(30, 300), st.integers(30, 300), layout)
+def test_every_tissue_pixel_is_scored(seed: int, width: int, height: int, settings: dict[str, int]) -> None:
+    """A mask px with tissue is covered by scored cores, and a tile without any is not scored."""
+    rng = np.random.default_rng(seed)
+    mask = rng.random((11, 17)) < 0.05
+    planned = plan(Frame((width, height), 0.5), mask, **settings)
+    scored = np.zeros((height, width), bool)
+    for region in planned.regions:
+        for tile in region.tiles:
+            x0, y0, x1, y1 = tile.core.clip(Box(0, 0, width, height)).round_out()
+            scored[y0:y1, x0:x1] = True
+            rows = slice(int(y0 * 11 / height), int(np.ceil(y1 * 11 / height)))
+            columns = slice(int(x0 * 17 / width), int(np.ceil(x1 * 17 / width)))
+            assert mask[rows, columns].any()
+    y, x = np.mgrid[:height, :width]
+    tissue_here = mask[(y * 11 // height), (x * 17 // width)]
+    assert (scored | ~tissue_here).all()
+
+
+@given(layout)
+def test_region_read_covers_its_tiles(settings: dict[str, int]) -> None:
+    """One read of a region holds the window of each of its tiles, all of one size."""
+    for region in plan(Frame((400, 300), 0.5), None, **settings).regions:
+        for tile in region.tiles:
+            assert tile.read.clip(region.read) == tile.read
+            assert (tile.read.width, tile.read.height) == (settings["tile_px"], settings["tile_px"])
+
+
+@given(st.integers(64, 300), st.integers(0, 60))
+def test_quarters_share_the_core_and_keep_the_halo(tile_px: int, halo_px: int) -> None:
+    """A split tile's quarters partition its core, stay in its window, and see the full halo."""
+    if tile_px <= 2 * halo_px:
+        return
+    tile = Grid(Frame((1000, 1000), 0.25), tile_px, halo_px).tile(1, 1)
+    quarters = tile.quarters(halo_px)
+    if quarters:
+        assert sum(q.core.area for q in quarters) == tile.core.area
+        for quarter in quarters:
+            assert quarter.read.clip(tile.read) == quarter.read
+            assert quarter.core.grow(halo_px).clip(quarter.read) == quarter.core.grow(halo_px)
+            assert quarter.read.width % 32 == 0
+
+
+def test_no_tissue_means_no_regions() -> None:
+    """An empty mask plans nothing."""
+    planned = plan(Frame((999, 999), 0.5), np.zeros((9, 9), bool), tile_px=64, halo_px=8, region_px=256)
+    assert (planned.n_tiles, planned.regions) == (0, ())
+
+
+def test_halo_that_leaves_no_core_is_refused() -> None:
+    """A halo of half the tile or more is a setting error that says so."""
+    with pytest.raises(ConfigError, match="must exceed twice the halo"):
+        plan(Frame((999, 999), 0.5), None, tile_px=64, halo_px=32, region_px=256)
