@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from slidescan.phantom import Phantom as Phantom
     from slidescan.result import ScanResult as ScanResult
     from slidescan.result import load_result as load_result
-    from slidescan.scan import scan as scan
+    from slidescan.scan_slide import scan as scan
     from slidescan.slides import Slide as Slide
     from slidescan.slides import open_slide as open_slide
 
@@ -56,7 +56,7 @@ _HOME = {
     "load_detector": "detect",
     "load_result": "result",
     "open_slide": "slides",
-    "scan": "scan",
+    "scan": "scan_slide",
 }
 
 __all__ = [

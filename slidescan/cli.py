@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from slidescan.config import ScanConfig
     from slidescan.detections import Detector
     from slidescan.result import ScanResult
-    from slidescan.scan import Prepared, Progress
+    from slidescan.scan_slide import Prepared, Progress
     from slidescan.slides import Slide
 
 __all__ = ["app", "main"]
@@ -107,7 +107,7 @@ def info(
     extent = f"{width * frame.mpp / 1000:.2f} × {height * frame.mpp / 1000:.2f} mm"
     typer.echo(f"resolution  {frame.mpp:.4g} µm/px (from {opened.mpp_source}); {extent}")
 
-    from slidescan.scan import prepare
+    from slidescan.scan_slide import prepare
 
     prepared = prepare(opened, _detector(model), settings, allow_coarse=allow_coarse)
     typer.echo(f"detector    {_chosen(prepared)}")
@@ -263,7 +263,7 @@ def _scan(
     from rich.progress import Progress as Bar
 
     from slidescan.cluster import connect
-    from slidescan.scan import scan as scan_slide
+    from slidescan.scan_slide import scan as scan_slide
 
     client = connect(scheduler) if scheduler else None
     columns = (

@@ -18,6 +18,8 @@ __all__ = ["cluster", "connect", "in_flight"]
 
 # Seconds to wait for a scheduler to answer before saying that it does not.
 _SCHEDULER_TIMEOUT_S = 10
+# Dask starts its status servers even when told to have none: they must not be seen from outside this machine.
+_LOOPBACK = "127.0.0.1"
 
 
 def connect(address: str) -> Client:
@@ -58,7 +60,8 @@ def cluster(client: Client | None, workers: int | None) -> Iterator[tuple[Client
             n_workers=1,
             threads_per_worker=threads,
             processes=False,
-            dashboard_address=None,
+            dashboard_address=f"{_LOOPBACK}:0",
+            worker_dashboard_address=f"{_LOOPBACK}:0",
             memory_limit=0,
             silence_logs=logging.CRITICAL,
         ) as cluster,

@@ -6,7 +6,10 @@ pixels only: label and macro images never come near it.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import importlib.util
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -84,9 +87,13 @@ def draw_overview(thumbnail: NDArray[np.uint8], result: ScanResult, title: str) 
     return page
 
 
-def _font(px: int) -> Any:
-    """Return the font that comes with Pillow, so that the picture is the same everywhere."""
-    return ImageFont.load_default(size=px)
+@lru_cache
+def _font(px: int) -> ImageFont.FreeTypeFont:
+    """Return matplotlib's own font: on every machine the same, and it has µ, ² and ≥, which Pillow's lacks."""
+    package = importlib.util.find_spec("matplotlib")
+    assert package is not None
+    assert package.origin is not None
+    return ImageFont.truetype(Path(package.origin).parent / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf", px)
 
 
 def _heat(slide: Image.Image, result: ScanResult) -> Image.Image:
@@ -108,8 +115,9 @@ def _heat(slide: Image.Image, result: ScanResult) -> Image.Image:
     tint[..., 3:] = np.maximum(tint[..., 3:], alpha)
     layer = Image.fromarray((tint * [1, 1, 1, 255]).round().astype(np.uint8), "RGBA")
     # The map's last px may reach beyond the slide: cut exactly at the slide's edge instead of stretching.
-    extent = tuple(n * result.frame.mpp / result.anomaly.frame.mpp for n in result.frame.size_wh)
-    layer = layer.resize(slide.size, Image.Resampling.BILINEAR, box=(0, 0, *extent))
+    factor = result.frame.factor_to(result.anomaly.frame)
+    extent_wh = result.frame.size_wh[0] * factor, result.frame.size_wh[1] * factor
+    layer = layer.resize(slide.size, Image.Resampling.BILINEAR, box=(0, 0, *extent_wh))
     base = Image.fromarray(pale.round().astype(np.uint8)).convert("RGBA")
     return Image.alpha_composite(base, layer).convert("RGB")
 

@@ -81,7 +81,8 @@ class RegionPart:
     def load(cls, path: Path) -> RegionPart | None:
         """Read a committed part; None if it is damaged (the region is then done again)."""
         try:
-            with np.load(path, allow_pickle=False) as data:
+            # np.load leaves a damaged file open when given its path.
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as data:
                 return cls(
                     Detections(data["xyxy"], data["score"], data["label"]),
                     data["tile"],

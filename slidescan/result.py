@@ -20,13 +20,16 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv as csv
 import pyarrow.parquet as pq
 
 from slidescan.anomaly import AnomalyMap
 from slidescan.config import ScanConfig
 from slidescan.detections import Detections
 from slidescan.errors import ConfigError, ResultError
-from slidescan.export import detection_features, detection_ids, read_ngff, region_features, write_geojson, write_ngff
+from slidescan.export import detection_features, detection_ids, region_features, write_geojson
+from slidescan.export.ngff import Channel, read_ngff, write_ngff
 from slidescan.flagged import FlaggedRegion, Hotspot, flag_regions, mitotic_hotspot
 from slidescan.geometry import Frame
 from slidescan.region import commit, disk_error
@@ -40,6 +43,12 @@ MANIFEST = "manifest.json"
 _SCHEMA = 1
 _FILES = ("detections.parquet", "anomaly.ome.zarr", "flagged.geojson", "overview.png")
 _COLUMNS = ("x0", "y0", "x1", "y1")
+# Windows in stored steps: score 0 to 1, density 0 to 20 per mm² (a high mitotic count), coverage by state.
+_CHANNELS = (
+    Channel("score", "FF4000", 1, 10_001, 0, 10_001),
+    Channel("density per mm²", "FFB000", 1, 201, 0, 65_535, active=False),
+    Channel("coverage", "00A0FF", 0, 4, 0, 4, active=False),
+)
 
 
 @dataclass(frozen=True)
@@ -160,8 +169,8 @@ class ScanResult:
     def to_csv(self, path: str | Path, *, min_score: float | None = None, top_k: int | None = None) -> int:
         """Write detections as CSV (level-0 px), best first; return the number of rows."""
         lowest = self.threshold if min_score is None else min_score
-        rows = self._table().filter(pa.compute.greater_equal(pa.compute.field("score"), lowest)).slice(0, top_k)
-        commit(Path(path), lambda partial: pa.csv.write_csv(rows, partial))
+        rows = self._table().filter(pc.greater_equal(pc.field("score"), lowest)).slice(0, top_k)
+        commit(Path(path), lambda partial: csv.write_csv(rows, partial))
         return int(rows.num_rows)
 
     def summary(self) -> dict[str, Any]:
@@ -194,8 +203,10 @@ class ScanResult:
                 out / "anomaly.ome.zarr",
                 AnomalyMap.pyramid(self.anomaly.encode()),
                 um_per_px=self.anomaly.frame.mpp,
+                slide_mpp=self.frame.mpp,
                 name="anomaly",
-                channels=("score", "density", "coverage"),
+                channels=_CHANNELS,
+                downsampling="maximum of score and coverage, mean of density",
                 attributes={
                     "score": "(value - 1) / 10000; 0 not evaluated",
                     "density_per_mm2": "(value - 1) / 10; 0 not evaluated",

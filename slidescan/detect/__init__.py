@@ -1,0 +1,10 @@
+"""Detectors: find one by name, load its weights when the first tile comes, score tiles.
+
+`load_detector` is the door; `slidescan.detect.dfine` (torch, transformers) is imported with the first tile only.
+"""
+
+from __future__ import annotations
+
+from slidescan.detect.load import Card, Family, Model, load_detector, write_model
+
+__all__ = ["Card", "Family", "Model", "load_detector", "write_model"]

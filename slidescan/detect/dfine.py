@@ -1,0 +1,270 @@
+"""A transformers detector in memory: tiles in, boxes in tile px out.
+
+Hides preprocessing, precision, anchors and DETR post-processing. Invariants:
+
+- Batches have one fixed size a device, padded, so a tile's result does not depend on its neighbours.
+- Whatever turns into a coordinate is float32. In bfloat16 a box on a 1024 px tile moves by several px, so only the
+  convolutions (backbone and encoder) may run in it; the decoder never does.
+- With `anchor_px` set, anchors are that many px whatever the tile's size. transformers makes them a share of the tile,
+  which would make the same figure look different to the decoder on a 512 px and a 1024 px tile, and drops those within
+  1 % of the border.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from slidescan.detections import Detections
+from slidescan.errors import ModelError
+from slidescan.ops import accelerate
+
+__all__ = [
+    "Network",
+    "Precision",
+    "channels_last",
+    "load_network",
+    "lower_precision",
+    "resolve",
+    "save_network",
+    "set_anchors",
+]
+
+Precision = Literal["fp32", "bf16"]
+
+# Coarsest stride of the models here, px; tiles must be a multiple, or levels would not line up.
+STRIDE_PX = 32
+# Tiles at once on a GPU. On a CPU one at a time is as fast (measured) and needs no padding.
+_GPU_BATCH = 8
+
+
+class Network:
+    """A transformers object-detection model made ready for tiles.
+
+    Parameters
+    ----------
+    model : nn.Module
+        As transformers loads it; it is changed in place (evaluation mode, fused, moved).
+    name : str
+        For errors.
+    device, precision : str
+        Where, and in what the convolutions run.
+    anchor_px : float, optional
+        Edge of the anchors; None keeps those of transformers.
+    temperature : float
+        Logits are divided by it before the sigmoid.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        name: str,
+        device: str,
+        precision: Precision,
+        anchor_px: float | None = None,
+        temperature: float = 1.0,
+    ) -> None:
+        self._name, self._device, self._temperature = name, torch.device(device), temperature
+        model = model.eval()
+        accelerate(model)
+        _fuse(model)
+        if anchor_px is not None:
+            set_anchors(model, anchor_px)
+        if precision == "bf16":
+            lower_precision(model, self._device.type)
+        self._model: Any = channels_last(model.to(self._device))
+        self._batch = 1 if self._device.type == "cpu" else _GPU_BATCH
+
+    def detect(self, tiles: NDArray[np.uint8], min_score: float) -> list[Detections]:
+        """Score tiles (B, H, W, 3); return one table a tile in tile px, best first, scores >= `min_score`.
+
+        Raises
+        ------
+        ModelError
+            If H or W is no multiple of 32 px, or the network's output is not finite.
+        """
+        if tiles.ndim != 4 or tiles.shape[3] != 3 or tiles.dtype != np.uint8:
+            raise ModelError(
+                f"{self._name}: expected tiles of uint8 with shape (B, H, W, 3), got {tiles.dtype} {tiles.shape}"
+            )
+        height, width = tiles.shape[1:3]
+        if height % STRIDE_PX or width % STRIDE_PX or not height or not width:
+            raise ModelError(
+                f"{self._name}: expected tiles whose sides are a multiple of {STRIDE_PX} px, got {width} x {height}; "
+                "pad the tiles or choose another tile size"
+            )
+        found: list[Detections] = []
+        for start in range(0, len(tiles), self._batch):
+            chunk = tiles[start : start + self._batch]
+            # A copy: torch takes neither read-only nor mirrored arrays.
+            pixels = torch.from_numpy(np.array(chunk)).to(self._device)
+            if len(chunk) < self._batch:
+                pixels = torch.cat((pixels, pixels.new_zeros((self._batch - len(chunk), *pixels.shape[1:]))))
+            score, label, xyxy = self._forward(pixels)
+            for i in range(len(chunk)):
+                keep = score[i] >= min_score
+                found.append(Detections.build(xyxy[i][keep], score[i][keep], label[i][keep]))
+        return found
+
+    def _forward(self, tiles: Tensor) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+        """Return score (B, Q), label (B, Q) and box (B, Q, 4) in px, best first."""
+        height, width = tiles.shape[1:3]
+        with torch.inference_mode():
+            # (B, H, W, 3) permuted is channels_last already: no copy but the conversion to float.
+            out = self._model(pixel_values=tiles.permute(0, 3, 1, 2).float().div_(255.0))
+            logits, cxcywh = out.logits.float(), out.pred_boxes.float()
+            n, queries, classes = logits.shape
+            # A query may speak for several classes; the best Q pairs of query and class are the answer.
+            score, pair = (logits / self._temperature).sigmoid().flatten(1).sort(descending=True, stable=True)
+            score, pair = score[:, :queries], pair[:, :queries]
+            box = cxcywh.gather(1, (pair // classes)[..., None].expand(n, queries, 4))
+            half = box[..., 2:] / 2
+            size = box.new_tensor([width, height])
+            xyxy = torch.cat(((box[..., :2] - half) * size, (box[..., :2] + half) * size), -1)
+            xyxy = xyxy.clamp(min=0).minimum(size.repeat(2))
+            if not (torch.isfinite(score).all() and torch.isfinite(xyxy).all()):
+                raise ModelError(
+                    f"{self._name}: the network returned NaN; its weights are damaged or too large for fp16"
+                )
+        return score.cpu().numpy(), (pair % classes).cpu().numpy(), xyxy.cpu().numpy()
+
+
+def channels_last(model: nn.Module) -> nn.Module:
+    """Return the model with its kernels laid out as the convolutions want them."""
+    # torch's annotations of Module.to leave this argument out.
+    untyped: Any = model
+    return untyped.to(memory_format=torch.channels_last)  # type: ignore[no-any-return]
+
+
+def set_anchors(model: nn.Module, anchor_px: float) -> None:
+    """Give every anchor of a D-FINE type model an edge of `anchor_px` px, whatever the tile's size."""
+    inner: Any = model.model
+    stride = tuple(inner.config.feat_strides)
+
+    @lru_cache(maxsize=32)  # tile sizes in use: one or two
+    def anchors(shapes: tuple[tuple[int, int], ...], device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        with torch.inference_mode(mode=False):  # cached tensors must serve training too
+            levels = []
+            for (height, width), step in zip(shapes, stride, strict=True):
+                y, x = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
+                # A tile smaller than an anchor: 0.95 of its edge keeps the logit finite.
+                w, h = min(anchor_px / (width * step), 0.95), min(anchor_px / (height * step), 0.95)
+                edges = torch.full_like(x, w), torch.full_like(x, h)
+                levels.append(torch.stack((x / width, y / height, *edges), -1).flatten(0, 1))
+            boxes = torch.cat(levels)[None].to(device=device, dtype=dtype)
+            return torch.logit(boxes), torch.ones_like(boxes[..., :1], dtype=torch.bool)
+
+    def generate_anchors(
+        spatial_shapes: tuple[tuple[int, int], ...],
+        grid_size: float = 0.0,  # the share of the tile that `anchor_px` replaces
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> tuple[Tensor, Tensor]:
+        return anchors(tuple(spatial_shapes), torch.device(device), dtype)
+
+    inner.generate_anchors = generate_anchors
+
+
+def lower_precision(model: nn.Module, device_type: str) -> None:
+    """Run backbone and encoder of a D-FINE type model in bfloat16 and hand float32 to the decoder."""
+    inner: Any = model.model
+    autocast = torch.autocast(device_type, dtype=torch.bfloat16)
+    for part in (inner.backbone, *inner.encoder_input_proj, inner.encoder):
+        part.forward = autocast(part.forward)
+    for projection in inner.decoder_input_proj:
+        projection.register_forward_pre_hook(lambda _, inputs: tuple(t.float() for t in inputs))
+
+
+def resolve(name: str, device: str | None, precision: str) -> tuple[str, Precision]:
+    """Return the device and precision that None and "auto" stand for on this machine.
+
+    Raises
+    ------
+    ModelError
+        If the device is not there.
+    """
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(device).type
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as exc:  # AssertionError: torch built without CUDA
+        raise ModelError(f"{name}: expected a device of this machine, got {device}; use cpu") from exc
+    if precision == "auto":
+        return device, "bf16" if kind == "cuda" else "fp32"
+    return device, "bf16" if precision == "bf16" else "fp32"
+
+
+def load_network(path: Path) -> nn.Module:
+    """Load the transformers model of a model directory, in float32.
+
+    Raises
+    ------
+    ModelError
+        If the weights are damaged or of another network.
+    """
+    from transformers import DFineForObjectDetection
+
+    try:
+        with _quiet():
+            model, notes = DFineForObjectDetection.from_pretrained(
+                path, dtype=torch.float32, use_safetensors=True, local_files_only=True, output_loading_info=True
+            )
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as exc:
+        raise ModelError(f"{path.name}: cannot load the weights: {exc}") from exc
+    wrong = [str(key) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in notes.get(kind, ())]
+    if wrong:
+        raise ModelError(
+            f"{path.name}: expected model.safetensors to fit config.json; {len(wrong)} entries do not, such as "
+            f"{wrong[0]}"
+        )
+    return model  # type: ignore[no-any-return]
+
+
+def save_network(model: nn.Module, path: Path) -> None:
+    """Write config.json and model.safetensors, matrices and kernels in float16."""
+    network: Any = model
+    with _quiet():
+        network.save_pretrained(path)
+    file = path / "model.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    small = {key: t.half() if t.ndim > 1 and t.is_floating_point() else t for key, t in tensors.items()}
+    safetensors.torch.save_file(small, file, {"format": "pt"})
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers from writing progress bars and load reports to the terminal: what is wrong is raised."""
+    from transformers.utils import logging
+
+    bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _fuse(model: nn.Module) -> None:
+    """Fold every batch normalisation into the convolution before it: same result, fewer passes over memory."""
+    pairs = (("convolution", "normalization"), ("conv", "norm"), ("0", "1"))
+    for module in model.modules():
+        for first, second in pairs:
+            conv, norm = getattr(module, first, None), getattr(module, second, None)
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                setattr(module, first, nn.utils.fuse_conv_bn_eval(conv, norm))
+                setattr(module, second, nn.Identity())

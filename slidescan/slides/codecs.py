@@ -1,0 +1,180 @@
+"""One TIFF tile's bytes to RGB.
+
+Hides compression, JPEG tables, colour models and predictors. Invariants: the size a stream claims is read from its
+header and compared with the tile before a decoder runs, so a stream cannot unpack to more than its tile; a JPEG without
+its end marker is bad even though decoders would fill the missing part with grey; the decoders release the GIL.
+Limit: a flipped bit inside JPEG entropy data usually still decodes, to wrong colours, and nothing here can tell.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import imagecodecs
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from slidescan.slides.ifd import Directory
+from slidescan.slides.source import Declined, composite
+
+__all__ = ["DECODER_ERRORS", "Codec", "jpeg_size"]
+
+# What imagecodecs raises for bad data: its own errors are RuntimeErrors, argument checks are the others.
+DECODER_ERRORS = (RuntimeError, ValueError, TypeError, IndexError)
+
+_JPEG = 7
+_JPEG2000 = (33003, 33004, 33005, 34712)
+_APERIO_YCBCR = 33003  # in Aperio files: components are YCbCr although the codestream does not say so
+_RAW = {
+    1: None,
+    5: imagecodecs.lzw_decode,
+    8: imagecodecs.zlib_decode,
+    32946: imagecodecs.zlib_decode,
+    32773: imagecodecs.packbits_decode,
+    50000: imagecodecs.zstd_decode,
+}
+_RGB, _YCBCR = 2, 6  # PhotometricInterpretation
+_ALPHA = (1, 2)  # ExtraSamples: associated, unassociated
+
+# JPEG markers that open a frame (ITU T.81 table B.1): C0 to CF without DHT, JPG and DAC.
+_SOF = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+
+
+@dataclass(frozen=True, slots=True)
+class Codec:
+    """Decodes the tiles of one directory; make it with `Codec.of`."""
+
+    compression: int
+    photometric: int
+    samples: int
+    predictor: int
+    tables: bytes | None
+    aperio: bool
+    tile_wh: tuple[int, int]
+    alpha: int
+
+    @classmethod
+    def of(cls, directory: Directory, aperio: bool = False) -> Codec:
+        """Return the codec of a directory.
+
+        Raises
+        ------
+        Declined
+            If the pixels are compressed in a way not known here.
+        SlideFormatError
+            If they are not interleaved 8-bit RGB.
+        """
+        samples, photometric = directory.first(277, 1), directory.first(262, -1)
+        bits = set(directory.values(258).tolist()) or {1}
+        compression, extra = directory.first(259, 1), directory.first(338, 0)
+        name = directory.file.name
+        if bits != {8} or directory.first(339, 1) != 1:
+            directory.refuse(f"expected 8-bit colour, found {'/'.join(map(str, sorted(bits)))} bits a sample")
+        if samples not in (3, 4) or (samples == 4 and extra not in _ALPHA):
+            directory.refuse(f"expected RGB, found {samples} channels")
+        if directory.first(284, 1) != 1:
+            directory.refuse("expected interleaved RGB, found separate colour planes")
+        if photometric not in (_RGB, _YCBCR):
+            raise Declined(f"{name}: unknown colour model {photometric}")
+        if compression not in _RAW and compression != _JPEG and compression not in _JPEG2000:
+            raise Declined(f"{name}: unknown compression {compression}")
+        predictor = directory.first(317, 1)
+        if compression in _RAW and (photometric != _RGB or predictor not in (1, 2)):
+            raise Declined(f"{name}: colour model {photometric} with predictor {predictor} is not known here")
+        if compression not in _RAW and samples != 3:
+            raise Declined(f"{name}: {samples} channels in a JPEG stream are not known here")
+        tables = directory.blob(347) or None
+        return cls(compression, photometric, samples, predictor, tables, aperio, directory.tile_wh, extra)
+
+    @property
+    def max_bytes(self) -> int:
+        """Most bytes a tile can honestly have: a bad length must not be read into memory."""
+        return 2 * self.tile_wh[0] * self.tile_wh[1] * self.samples + 65536
+
+    def decode(self, data: bytes, need_wh: tuple[int, int]) -> NDArray[np.uint8]:
+        """Return RGB (H, W, 3) of at least `need_wh` px.
+
+        Raises one of `DECODER_ERRORS` for bad data.
+        """
+        if self.compression == _JPEG:
+            rgb = self._jpeg(data, need_wh)
+        elif self.compression in _JPEG2000:
+            rgb = self._jpeg2000(data, need_wh)
+        else:
+            rgb = self._raw(data, need_wh)
+        if rgb.ndim != 3 or rgb.dtype != np.uint8 or rgb.shape[2] != 3:
+            raise ValueError("not 8-bit RGB")
+        return rgb
+
+    def _fits(self, width: int, height: int, need_wh: tuple[int, int]) -> None:
+        if not (need_wh[0] <= width <= self.tile_wh[0] and need_wh[1] <= height <= self.tile_wh[1]):
+            raise ValueError("the stream's size is not the tile's")
+
+    def _jpeg(self, data: bytes, need_wh: tuple[int, int]) -> NDArray[np.uint8]:
+        self._fits(*jpeg_size(data), need_wh)
+        if data.rfind(b"\xff\xd9") < 0:
+            raise ValueError("the stream has no end")
+        if self.photometric == _YCBCR:
+            coded: str | None = "YCBCR"
+        else:
+            # Aperio stores RGB as RGB; a JFIF header means YCbCr whatever the tag says (Bio-Formats writes that).
+            coded = None if b"JFIF\0" in data[:32] and not self.aperio else "RGB"
+        decoded = imagecodecs.jpeg8_decode(data, tables=self.tables, colorspace=coded, outcolorspace="RGB")
+        return np.asarray(decoded, np.uint8)
+
+    def _jpeg2000(self, data: bytes, need_wh: tuple[int, int]) -> NDArray[np.uint8]:
+        self._fits(*_jpeg2000_size(data), need_wh)
+        rgb = np.asarray(imagecodecs.jpeg2k_decode(data))
+        if rgb.dtype != np.uint8 or rgb.shape[2:] != (3,):
+            raise ValueError("16 bits, or more channels than the directory says")
+        ycbcr = self.photometric == _YCBCR or (self.aperio and self.compression == _APERIO_YCBCR)
+        return _ycbcr_to_rgb(rgb) if ycbcr else rgb
+
+    def _raw(self, data: bytes, need_wh: tuple[int, int]) -> NDArray[np.uint8]:
+        width = self.tile_wh[0]
+        row = width * self.samples
+        unpack = _RAW[self.compression]
+        # Room for one whole tile: a stream that holds more stops there.
+        flat = np.frombuffer(data if unpack is None else unpack(data, out=self.tile_wh[1] * row), np.uint8)
+        rows = min(flat.size // row, self.tile_wh[1])
+        self._fits(width, rows, need_wh)
+        pixels = flat[: rows * row].reshape(rows, width, self.samples)
+        if self.predictor == 2:
+            pixels = np.cumsum(pixels, axis=1, dtype=np.uint8)
+        if self.samples == 4 and self.alpha == 1:
+            # Colours are already multiplied by alpha: only the white behind is missing.
+            behind = 255 - pixels[..., 3:].astype(np.uint16)
+            over: NDArray[np.uint8] = np.minimum(pixels[..., :3] + behind, 255).astype(np.uint8)
+            return over
+        return pixels if self.samples == 3 else composite(pixels)
+
+
+def _ycbcr_to_rgb(ycbcr: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Full-range BT.601, as JPEG and TIFF define it."""
+    return np.asarray(Image.frombuffer("YCbCr", ycbcr.shape[1::-1], ycbcr).convert("RGB"))
+
+
+def jpeg_size(data: bytes) -> tuple[int, int]:
+    """Width and height in the frame header of a JPEG stream."""
+    at = 2
+    if data[:2] != b"\xff\xd8":
+        raise ValueError("not a JPEG stream")
+    while data[at] == 0xFF:
+        marker = data[at + 1]
+        if marker == 0xFF:
+            at += 1
+        elif marker in _SOF:
+            return int.from_bytes(data[at + 7 : at + 9], "big"), int.from_bytes(data[at + 5 : at + 7], "big")
+        else:
+            at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    raise ValueError("no frame in the JPEG stream")
+
+
+def _jpeg2000_size(data: bytes) -> tuple[int, int]:
+    """Width and height in the SIZ segment; boxes of a JP2 file may come before it."""
+    at = data.find(b"\xff\x4f\xff\x51", 0, 4096)
+    if at < 0:
+        raise ValueError("not a JPEG 2000 stream")
+    x1, y1, x0, y0 = (int.from_bytes(data[at + 8 + 4 * i : at + 12 + 4 * i], "big") for i in range(4))
+    return x1 - x0, y1 - y0

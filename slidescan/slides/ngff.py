@@ -1,0 +1,212 @@
+"""Metadata of an RGB pyramid in a Zarr directory, judged before a Zarr library touches the files.
+
+Hides where OME-NGFF 0.4 (Zarr v2) and 0.5 (Zarr v3) keep things, how axes are ordered, and how chunk files are named.
+Invariants: only known codecs pass, because Zarr v2 lets a file name a codec that unpickles; a chunk is bounded before
+it is decoded; the image is one uint8 RGB plane, other axes have size 1. Groups without NGFF metadata are accepted where
+their arrays can only be an RGB image (y, x, 3).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+
+from slidescan.errors import SlideFormatError, SlideReadError
+from slidescan.slides.resolution import NOTHING, Resolution, judge
+from slidescan.slides.source import MAX_BLOB_BYTES, MAX_TILE_PX
+
+__all__ = ["Dataset", "ZarrImage", "is_zarr", "read_zarr_image"]
+
+_META = ("zarr.json", ".zattrs", ".zgroup", ".zarray")
+# Codecs that only ever yield bytes or pixels (`pickle` does not).
+_CODECS = frozenset(
+    ("blosc", "bytes", "bz2", "crc32c", "delta", "gzip", "lz4", "lzma", "sharding_indexed", "transpose", "zlib", "zstd")
+) | {"imagecodecs_jpeg", "imagecodecs_jpeg8", "imagecodecs_jpeg2k", "imagecodecs_deflate"}
+_UM = {"micrometer": 1.0, "millimeter": 1e3, "centimeter": 1e4, "meter": 1e6, "nanometer": 1e-3}  # µm, NGFF units
+_MALFORMED = (KeyError, TypeError, ValueError, IndexError, AttributeError, StopIteration)
+
+
+@dataclass(frozen=True, slots=True)
+class Dataset:
+    """One level: an array below `path`, stored in `files` sized pieces of `chunks` sized decoding units."""
+
+    path: Path
+    shape: tuple[int, ...]
+    chunks: tuple[int, ...]
+    files: tuple[int, ...]
+    key_prefix: str
+    key_separator: str
+    fill: int
+
+    def file(self, index: tuple[int, ...]) -> Path:
+        """Return the file of one piece."""
+        return self.path / (self.key_prefix + self.key_separator.join(map(str, index)))
+
+
+@dataclass(frozen=True, slots=True)
+class ZarrImage:
+    """Levels, largest first, with one order of `axes` (subset of t, c, z, y, x)."""
+
+    datasets: tuple[Dataset, ...]
+    axes: tuple[str, ...]
+    resolution: Resolution
+    is_ngff: bool
+
+    def wh(self, sizes: tuple[int, ...]) -> tuple[int, int]:
+        """Return the x and y entries of a shape."""
+        return sizes[self.axes.index("x")], sizes[self.axes.index("y")]
+
+
+def is_zarr(path: Path) -> bool:
+    """Return whether a directory is a Zarr group or array."""
+    return any((path / name).is_file() for name in _META)
+
+
+def read_zarr_image(path: Path) -> ZarrImage:
+    """Read and judge the metadata of a Zarr directory.
+
+    Raises
+    ------
+    SlideFormatError
+        If it is not one uint8 RGB image, a chunk is unsafe to decode, a codec is unknown, or the metadata is damaged.
+    """
+    return _Reader(path).image()
+
+
+class _Reader:
+    def __init__(self, path: Path) -> None:
+        self._root, self._name = path, path.name
+
+    def image(self) -> ZarrImage:
+        if not is_zarr(self._root):
+            self._fail("a directory without Zarr metadata; give a slide file or an .ome.zarr")
+        told = self._multiscale(self._root)
+        if told is None and (nested := self._multiscale(self._root / "0")) is not None:
+            # bioformats2raw puts each image into a numbered group; the first is the slide.
+            self._root, told = self._root / "0", nested
+        paths, axes, resolution = self._plain() if told is None else self._ngff(told)
+        datasets = [self._dataset(p, axes) for p in paths]
+        datasets.sort(key=lambda d: -d.shape[axes.index("x")])
+        return ZarrImage(tuple(datasets), axes, resolution, told is not None)
+
+    def _multiscale(self, group: Path) -> dict[str, Any] | None:
+        told = self._json(group / ".zattrs") or _mapping(self._json(group / "zarr.json").get("attributes"))
+        found = _mapping(told.get("ome")).get("multiscales", told.get("multiscales"))
+        return found[0] if isinstance(found, list) and found and isinstance(found[0], dict) else None
+
+    def _ngff(self, told: dict[str, Any]) -> tuple[list[str], tuple[str, ...], Resolution]:
+        try:
+            axes = tuple(str(axis["name"]) for axis in told["axes"])
+            units = {str(axis["name"]): axis.get("unit") for axis in told["axes"]}
+            paths = [str(dataset["path"]) for dataset in told["datasets"]]
+            scale = _scale(told["datasets"][0]["coordinateTransformations"])
+            if any(step["type"] == "scale" for step in told.get("coordinateTransformations", [])):
+                outer = _scale(told["coordinateTransformations"])
+                scale = [a * b for a, b in zip(scale, outer, strict=True)]
+            size = dict(zip(axes, scale, strict=True))
+        except _MALFORMED as exc:
+            raise SlideFormatError(
+                f"{self._name}: its OME-NGFF metadata is incomplete; write it as version 0.4 or 0.5"
+            ) from exc
+        if not {"x", "y", "c"} <= set(axes) or len(set(axes)) != len(axes):
+            self._fail("expected the axes c, y and x; export one RGB image")
+        if units["x"] is None and units["y"] is None:
+            return paths, axes, NOTHING
+        x_mpp, y_mpp = (size[axis] * _UM.get(str(units[axis]), math.nan) for axis in "xy")
+        return paths, axes, judge(x_mpp, y_mpp, "ngff")
+
+    def _plain(self) -> tuple[list[str], tuple[str, ...], Resolution]:
+        axes = ("y", "x", "c")
+        if "shape" in self._json(self._root / ".zarray") or "shape" in self._json(self._root / "zarr.json"):
+            return ["."], axes, NOTHING
+        below = sorted(p.name for p in self._root.iterdir() if p.is_dir() and is_zarr(p))
+        if not below:
+            self._fail("a Zarr group without images; give the directory of one image")
+        return below, axes, NOTHING
+
+    def _dataset(self, path: str, axes: tuple[str, ...]) -> Dataset:
+        if Path(path).is_absolute() or ".." in Path(path).parts:
+            self._fail("its metadata points outside the directory; unsafe to open")
+        where = self._root / path
+        told = self._json(where / ".zarray")
+        try:
+            if told:
+                dtype, codecs, dataset = _version_2(where, told)
+            else:
+                dtype, codecs, dataset = _version_3(where, self._json(where / "zarr.json"))
+            known = all(_is_known(codec) for codec in codecs if codec is not None)
+        except _MALFORMED as exc:
+            raise SlideFormatError(f"{self._name}: an array's metadata is missing or damaged") from exc
+        if not known:
+            self._fail("an unknown codec; rewrite it with blosc, gzip, zstd or JPEG")
+        sizes = dict(zip(axes, dataset.shape, strict=False))
+        whole = {len(axes)} == {len(dataset.shape), len(dataset.chunks), len(dataset.files)}
+        others = [n for axis, n in sizes.items() if axis not in "cyx"]
+        if not whole or dtype != "uint8" or sizes["c"] != 3 or set(others) - {1}:
+            self._fail(
+                f"expected one uint8 RGB image with axes {', '.join(axes)}, found {dtype} of shape {dataset.shape}; "
+                "export the brightfield image alone"
+            )
+        if min(*dataset.chunks, *dataset.files) <= 0 or math.prod(dataset.chunks) > 3 * MAX_TILE_PX:
+            self._fail(f"one chunk unpacks to {dataset.chunks}, more than the safe {3 * MAX_TILE_PX} values")
+        return dataset
+
+    def _json(self, where: Path) -> dict[str, Any]:
+        try:
+            if not where.is_file():
+                return {}
+            if where.stat().st_size > MAX_BLOB_BYTES:
+                self._fail(f"{where.name} has more than {MAX_BLOB_BYTES} bytes; unsafe to open")
+            return _mapping(json.loads(where.read_bytes()))
+        except OSError as exc:
+            raise SlideReadError(f"{self._name}: {where.name} cannot be read ({exc.strerror})") from exc
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as exc:
+            raise SlideFormatError(f"{self._name}: {where.name} is not valid JSON; the slide is damaged") from exc
+
+    def _fail(self, reason: str) -> NoReturn:
+        raise SlideFormatError(f"{self._name}: {reason}")
+
+
+def _version_2(where: Path, told: dict[str, Any]) -> tuple[str, list[Any], Dataset]:
+    shape, chunks = _ints(told["shape"]), _ints(told["chunks"])
+    separator, fill = str(told.get("dimension_separator") or "."), int(told.get("fill_value") or 0)
+    codecs = [told.get("compressor"), *(told.get("filters") or [])]
+    return np.dtype(told["dtype"]).name, codecs, Dataset(where, shape, chunks, chunks, "", separator, fill)
+
+
+def _version_3(where: Path, told: dict[str, Any]) -> tuple[str, list[Any], Dataset]:
+    files = chunks = _ints(told["chunk_grid"]["configuration"]["chunk_shape"])
+    codecs = list(told["codecs"])
+    for codec in codecs:
+        if codec["name"] == "sharding_indexed":
+            chunks = _ints(codec["configuration"]["chunk_shape"])
+    encoding = _mapping(told.get("chunk_key_encoding"))
+    plain = encoding.get("name") == "v2"
+    separator = str(_mapping(encoding.get("configuration")).get("separator") or ("." if plain else "/"))
+    prefix, fill = "" if plain else "c" + separator, int(told.get("fill_value") or 0)
+    return str(told["data_type"]), codecs, Dataset(where, _ints(told["shape"]), chunks, files, prefix, separator, fill)
+
+
+def _is_known(codec: dict[str, Any]) -> bool:
+    """Return whether a codec, and those inside it, are on the list."""
+    inner = _mapping(codec.get("configuration"))
+    below = [*inner.get("codecs", []), *inner.get("index_codecs", [])]
+    name = str(codec.get("id") or codec.get("name")).removeprefix("numcodecs.")
+    return name in _CODECS and all(_is_known(item) for item in below)
+
+
+def _scale(steps: list[dict[str, Any]]) -> list[float]:
+    return [float(factor) for factor in next(step["scale"] for step in steps if step["type"] == "scale")]
+
+
+def _ints(values: list[Any]) -> tuple[int, ...]:
+    return tuple(int(n) for n in values)
+
+
+def _mapping(value: object) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}

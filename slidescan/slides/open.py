@@ -1,0 +1,196 @@
+"""Choosing the reader for a path, and keeping a few slides open in each process.
+
+Hides detection by content (never by suffix) and the pool. Invariants: "auto" reads a TIFF itself where it is sure of
+the layout and asks OpenSlide otherwise; what is damaged or unsafe for one reader is not tried on another; the pool
+never closes a slide under a reader: an evicted slide lives until its last user lets go.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from os import PathLike
+from pathlib import Path
+from typing import Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from slidescan.errors import ConfigError, SlideFormatError, SlideNotFoundError, SlideReadError
+from slidescan.geometry import Box
+from slidescan.slides.ifd import is_tiff
+from slidescan.slides.memory import MemorySource, image_source, is_image
+from slidescan.slides.resolution import NOTHING, override
+from slidescan.slides.slide import Color, Slide
+from slidescan.slides.source import Declined, Source
+
+__all__ = ["Backend", "memory_slide", "open_slide", "pooled", "revive"]
+
+Backend = Literal["auto", "tiff", "openslide", "zarr"]
+
+_POOL_SLIDES = (
+    8  # open slides a process; a worker has one or two in flight, and each OpenSlide handle costs descriptors
+)
+_pool: OrderedDict[tuple[object, ...], Slide] = OrderedDict()
+_pool_lock = threading.Lock()
+
+
+def open_slide(
+    path: str | PathLike[str], *, mpp: float | None = None, backend: Backend = "auto", color: Color = "raw"
+) -> Slide:
+    """Open a whole-slide image.
+
+    Parameters
+    ----------
+    path : path
+        A slide file (SVS, TIFF, OME-TIFF, NDPI, MRXS, DICOM, …), an OME-Zarr directory, or a small PNG or JPEG.
+    mpp : float, optional
+        µm per level-0 px; wins over what the file says.
+    backend : {"auto", "tiff", "openslide", "zarr"}
+        The reader. "auto" takes the fastest that reads the file faithfully; pixels are the same.
+    color : {"raw", "srgb"}
+        "srgb" converts with the slide's ICC profile, where it has one.
+
+    Raises
+    ------
+    SlideNotFoundError
+        If nothing is there.
+    SlideFormatError
+        If it is not a slide, damaged, or unsafe to open. A missing µm/px is no error here: `Slide.frame` raises.
+    SlideReadError
+        If it cannot be read at all.
+    ConfigError
+        If an option is out of range.
+    """
+    if backend not in get_args(Backend):
+        raise ConfigError(f"backend: expected one of {', '.join(get_args(Backend))}, got {backend!r}")
+    where = Path(path).expanduser()
+    return Slide(where, _FileOpener(where, backend), mpp=mpp, color=color).opened()
+
+
+def memory_slide(
+    pixels: NDArray[np.uint8] | Sequence[NDArray[np.uint8]],
+    mpp: float | None,
+    *,
+    name: str = "memory",
+    bounds_l0: Box | None = None,
+    holes: Sequence[Box] = (),
+) -> Slide:
+    """Make a slide of arrays: uint8 (H, W, 3), or (H, W, 4) with straight alpha; a list is a pyramid.
+
+    `holes` are boxes in level-0 px that read as undecodable. The slide pickles with its pixels.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> slide = memory_slide(np.zeros((64, 64, 3), np.uint8), 0.25, holes=[Box(0, 0, 8, 8)])
+    >>> slide.read(4, 4, 10, 10, slide.frame).holes
+    (Box(x0=4, y0=4, x1=8, y1=8),)
+    """
+    levels = [pixels] if isinstance(pixels, np.ndarray) else list(pixels)
+    resolution = NOTHING if mpp is None else replace(override(mpp), source="memory")
+    source = MemorySource(levels, resolution, name=name, bounds_l0=bounds_l0, holes_l0=holes)
+    return Slide(Path(name), _Held(source))
+
+
+def pooled(
+    path: str | PathLike[str], *, mpp: float | None = None, backend: Backend = "auto", color: Color = "raw"
+) -> Slide:
+    """Return this process's slide for a path and options, opened once and shared; a file replaced on disk opens anew.
+
+    Meant for workers that get a path with every task. Do not close it; the pool keeps the 8 used last.
+    """
+    where = Path(path).expanduser()
+    return revive(where, _FileOpener(where, backend), mpp, color).opened()
+
+
+def revive(path: Path, opener: Callable[[], Source], mpp: float | None, color: Color) -> Slide:
+    """Rebuild a pickled slide: from the pool, unopened where it is not there yet."""
+    if not isinstance(opener, _FileOpener):
+        return Slide(path, opener, mpp=mpp, color=color)
+    try:
+        stat = path.stat()
+        stamp = (stat.st_size, stat.st_mtime_ns, stat.st_ino)
+    except OSError:
+        stamp = None  # gone: opening will say so
+    key = (opener, mpp, color, stamp)
+    with _pool_lock:
+        slide = _pool.pop(key, None) or Slide(path, opener, mpp=mpp, color=color)
+        _pool[key] = slide
+        while len(_pool) > _POOL_SLIDES:
+            _pool.popitem(last=False)
+    return slide
+
+
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """Gives back a source that lives in memory."""
+
+    source: Source
+
+    def __call__(self) -> Source:
+        return self.source
+
+
+@dataclass(frozen=True, slots=True)
+class _FileOpener:
+    """Opens a path with a backend; what travels in place of handles."""
+
+    path: Path
+    backend: Backend
+
+    def __call__(self) -> Source:
+        path, name = self.path, self.path.name
+        try:
+            if path.is_dir():
+                return self._directory()
+            with path.open("rb") as file:
+                head = file.read(16)
+        except FileNotFoundError as exc:
+            raise SlideNotFoundError(f"{path}: no such slide; check the path") from exc
+        except OSError as exc:
+            raise SlideReadError(f"{name}: cannot be opened ({exc.strerror})") from exc
+        if not head:
+            raise SlideFormatError(f"{name}: expected a slide, the file is empty; copy it again")
+        if self.backend == "zarr":
+            raise SlideFormatError(f'{name}: expected an OME-Zarr directory, this is a file; use backend="auto"')
+        if self.backend == "tiff":
+            return self._tiff()
+        if self.backend == "openslide":
+            return self._openslide()
+        if is_image(head):
+            return image_source(path)
+        if not is_tiff(head):
+            return self._openslide()
+        try:
+            return self._tiff()
+        except Declined as declined:
+            try:
+                return self._openslide()
+            except SlideFormatError as refused:
+                # Each says "name: reason": the name once is enough.
+                reasons = [str(error).removeprefix(f"{name}: ") for error in (declined, refused)]
+                raise SlideFormatError(f"{name}: no reader can open it: {'; '.join(reasons)}") from refused
+
+    def _directory(self) -> Source:
+        from slidescan.slides.ngff import is_zarr
+        from slidescan.slides.zarr import ZarrSource
+
+        name = self.path.name
+        if is_zarr(self.path) and self.backend in ("auto", "zarr"):
+            return ZarrSource(self.path)
+        if any(self.path.glob("*.dcm")):
+            raise SlideFormatError(f"{name}: a directory of DICOM files; name one .dcm file of the slide in it")
+        raise SlideFormatError(f"{name}: expected a slide, this is a directory; name a slide file in it")
+
+    def _tiff(self) -> Source:
+        from slidescan.slides.tiff import TiffSource
+
+        return TiffSource(self.path)
+
+    def _openslide(self) -> Source:
+        from slidescan.slides.openslide import OpenSlideSource
+
+        return OpenSlideSource(self.path)

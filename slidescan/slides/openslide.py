@@ -1,0 +1,186 @@
+"""Slides through OpenSlide: everything it opens, without its traps.
+
+Hides three of them. Its handle is dead after the first read error, so an error swaps the handle and bisects the block
+down to storage tiles: only those become holes. Its pixels are RGBA with transparent for "not scanned", which must
+become background, never black. It decodes without a size guard, so tile sizes (of a TIFF: its directories) come first.
+Limit: a level block is addressed in whole level-0 px, so on a level with an odd downsample OpenSlide shifts it by up
+to half a level-0 px and smooths; the TIFF reader does not.
+"""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import numpy as np
+import openslide
+from numpy.typing import NDArray
+
+from slidescan.errors import SlideFormatError, SlideReadError
+from slidescan.geometry import Box
+from slidescan.slides.resolution import NOTHING, judge, number
+from slidescan.slides.source import MAX_BLOB_BYTES, WHITE, Facts, check_levels, composite, pyramid
+from slidescan.slides.tiff import guard_tiff
+
+__all__ = ["OpenSlideSource"]
+
+_LEAF_PX = 256  # px; where the format has no tiles, the side of the smallest block given up
+_PROBES = 4  # places read at opening
+_CACHE_BYTES = 64 << 20  # bytes a process for all handles; region reads rarely meet a tile twice
+# Where OpenSlide took its mpp from; both readers must name one source for one file.
+_SAID_BY = {"aperio": "aperio", "dicom": "dicom", "generic-tiff": "tiff-resolution"}
+
+_cache_lock = threading.Lock()
+_cache: openslide.OpenSlideCache | None = None
+
+
+class OpenSlideSource:
+    """Reads any slide OpenSlide knows.
+
+    Raises
+    ------
+    SlideFormatError
+        If OpenSlide refuses the file, its sizes are unsafe, or nothing sampled can be read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        guard_tiff(path)
+        self._path = path
+        self._lock = threading.Lock()
+        try:
+            self._handle = _open(path)
+            said = dict(self._handle.properties)
+            sizes = list(self._handle.level_dimensions)
+            # OpenSlide's own factors address its levels; geometry uses `downsample_of` like every other reader.
+            self._factors = tuple(self._handle.level_downsamples)
+            icc = self._icc(said)
+        except openslide.OpenSlideError as exc:
+            raise SlideFormatError(
+                f"{path.name}: OpenSlide cannot open it ({_short(exc, path)}); expected a complete whole-slide image"
+            ) from exc
+        vendor = said.get("openslide.vendor")
+        tiles = [_tile_wh(said, i, size) for i, size in enumerate(sizes)]
+        x_mpp, y_mpp = said.get("openslide.mpp-x"), said.get("openslide.mpp-y")
+        source = _SAID_BY.get(vendor or "", "openslide")
+        self.facts = Facts(
+            backend="openslide",
+            vendor=vendor,
+            levels=pyramid(sizes, tiles),
+            resolution=NOTHING if x_mpp is None and y_mpp is None else judge(x_mpp, y_mpp, source),
+            bounds_l0=_bounds(said),
+            icc=icc,
+        )
+        check_levels(path.name, self.facts.levels)
+        colour = said.get("openslide.background-color", "")
+        known = len(colour) == 6 and all(c in "0123456789abcdefABCDEF" for c in colour)
+        r, g, b = bytes.fromhex(colour) if known else (WHITE,) * 3
+        self._background = (r, g, b)
+        self._probe()
+
+    def read_level(self, level: int, x: int, y: int, out: NDArray[np.uint8]) -> list[Box]:
+        """Fill `out` from (x, y) level px; return the tiles that failed, in level px."""
+        handle = self._handle
+        try:
+            self._read(handle, level, x, y, out)
+        except openslide.OpenSlideError:
+            with self._lock:
+                if self._handle is handle:
+                    self._handle = self._reopen()
+        else:
+            return []
+        # On a handle of its own: an error of another thread cannot be taken for one of ours.
+        holes: list[Box] = []
+        self._salvage(self._reopen(), level, x, y, out, holes)
+        return holes
+
+    def _salvage(
+        self, handle: openslide.OpenSlide, level: int, x: int, y: int, out: NDArray[np.uint8], holes: list[Box]
+    ) -> openslide.OpenSlide:
+        """Read a block that may hold bad tiles; return a live handle."""
+        try:
+            self._read(handle, level, x, y, out)
+        except openslide.OpenSlideError:
+            handle = self._reopen()
+        else:
+            return handle
+        height, width = out.shape[:2]
+        tile_w, tile_h = self.facts.levels[level].tile_wh
+        columns, rows = -(-(x + width) // tile_w) - x // tile_w, -(-(y + height) // tile_h) - y // tile_h
+        if columns == rows == 1:
+            out[...] = WHITE
+            holes.append(Box(x, y, x + width, y + height))
+        elif columns * tile_w >= rows * tile_h and columns > 1:
+            cut = (x // tile_w + columns // 2) * tile_w - x
+            handle = self._salvage(handle, level, x, y, out[:, :cut], holes)
+            handle = self._salvage(handle, level, x + cut, y, out[:, cut:], holes)
+        else:
+            cut = (y // tile_h + rows // 2) * tile_h - y
+            handle = self._salvage(handle, level, x, y, out[:cut], holes)
+            handle = self._salvage(handle, level, x, y + cut, out[cut:], holes)
+        return handle
+
+    def _read(self, handle: openslide.OpenSlide, level: int, x: int, y: int, out: NDArray[np.uint8]) -> None:
+        factor = self._factors[level]
+        height, width = out.shape[:2]
+        image = handle.read_region((round(x * factor), round(y * factor)), level, (width, height))
+        if image.getextrema()[3][0] == 255:
+            out[...] = np.asarray(image.convert("RGB"))
+        else:
+            out[...] = composite(np.asarray(image), self._background)
+
+    def _reopen(self) -> openslide.OpenSlide:
+        try:
+            return _open(self._path)
+        except openslide.OpenSlideError as exc:
+            raise SlideReadError(f"{self._path.name}: can no longer be opened: {_short(exc, self._path)}") from exc
+
+    def _probe(self) -> None:
+        width, height = self.facts.levels[0].size_wh
+        for i in range(_PROBES):
+            place = width * (2 * i + 1) // (2 * _PROBES), height * (2 * i + 1) // (2 * _PROBES)
+            try:
+                self._handle.read_region(place, 0, (1, 1))
+            except openslide.OpenSlideError as exc:
+                reason = _short(exc, self._path)
+                self._handle = self._reopen()
+            else:
+                return
+        raise SlideFormatError(
+            f"{self._path.name}: OpenSlide opens it but reads none of {_PROBES} places ({reason}); copy the file again"
+        )
+
+    def _icc(self, said: dict[str, str]) -> bytes | None:
+        size = number(said.get("openslide.icc-size", "0")) or 0
+        if size > MAX_BLOB_BYTES:
+            raise SlideFormatError(f"{self._path.name}: its ICC profile has {size:.0f} bytes; unsafe to open")
+        profile = self._handle.color_profile if size > 0 else None
+        return bytes(profile.tobytes()) if profile is not None else None
+
+
+def _open(path: Path) -> openslide.OpenSlide:
+    global _cache
+    handle = openslide.OpenSlide(str(path))
+    with _cache_lock:
+        if _cache is None:
+            _cache = openslide.OpenSlideCache(_CACHE_BYTES)
+        handle.set_cache(_cache)
+    return handle
+
+
+def _tile_wh(said: dict[str, str], level: int, size_wh: tuple[int, int]) -> tuple[int, int]:
+    width, height = (said.get(f"openslide.level[{level}].tile-{side}", "") for side in ("width", "height"))
+    if width.isdecimal() and height.isdecimal():
+        return int(width), int(height)
+    return min(_LEAF_PX, size_wh[0]), min(_LEAF_PX, size_wh[1])
+
+
+def _bounds(said: dict[str, str]) -> Box | None:
+    x, y, width, height = (number(said.get(f"openslide.bounds-{side}")) for side in ("x", "y", "width", "height"))
+    if x is None or y is None or width is None or height is None:
+        return None
+    return Box(x, y, x + width, y + height)
+
+
+def _short(exc: openslide.OpenSlideError, path: Path) -> str:
+    """Return OpenSlide's reason without the path, and not at length."""
+    return str(exc).replace(f"Reading {path}: ", "").replace(str(path), path.name)[:160]

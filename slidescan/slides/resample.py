@@ -1,0 +1,92 @@
+"""Plane px from level px: which level, how much to average, and the margin that makes blocks agree.
+
+Hides Pillow's filter. Invariants: corners are pixel edges, so plane px [a, b) is level px [a·ratio, b·ratio), nothing
+is shifted by half a px; a block is read with the filter's reach around it, so a px has one value whatever block it is
+read in, up to a rounding of one grey level; at the slide's edge the filter sees only the slide, never the white around;
+memory is bounded by the block asked for, however much finer the level is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from slidescan.geometry import Box
+from slidescan.slides.source import Level
+
+__all__ = ["Block", "Reader", "resample"]
+
+# Pixels (H, W, 3) and the boxes that failed, in px of what was read.
+Block = tuple[NDArray[np.uint8], list[Box]]
+# Reads level px: level, x0, y0, x1, y1.
+Reader = Callable[[int, int, int, int, int], Block]
+
+_FILTER = Image.Resampling.BICUBIC  # keeps nuclei sharp, and weighs the whole footprint when shrinking
+_SUPPORT_PX = 2.0  # source px, times the ratio when shrinking: the reach of Pillow's bicubic kernel
+_AVERAGE_FROM = 4.0  # ratio from which whole px are averaged first: a wide kernel costs its width, an average does not
+_BLOCK_PX = 1 << 24  # px decoded at a time; 50 MB, and four times that inside OpenSlide
+_SAME = 1e-9  # relative; a level this close to the wanted scale is not too coarse
+
+
+def resample(read: Reader, levels: Sequence[Level], scale: float, x0: int, y0: int, x1: int, y1: int) -> Block:
+    """Return plane px [x0, x1) × [y0, y1), where a plane px spans `scale` level-0 px.
+
+    The level is the coarsest that is not coarser than the plane, or level 0. Failed boxes are in plane px, grown by the
+    filter's reach.
+    """
+    level = max(i for i, item in enumerate(levels) if i == 0 or item.downsample <= scale * (1 + _SAME))
+    ratio = scale / levels[level].downsample
+    average = int(ratio / 2) if ratio >= _AVERAGE_FROM else 1
+    ratio /= average
+    if (x1 - x0) * (y1 - y0) * ratio * ratio > _BLOCK_PX and max(x1 - x0, y1 - y0) > 1:
+        return _halves(read, levels, scale, x0, y0, x1, y1)
+    width, height = (-(-n // average) for n in levels[level].size_wh)
+    margin = _SUPPORT_PX * max(ratio, 1.0) + 1
+    # The last plane px may begin past a level whose writer dropped the odd px: keep at least one source px.
+    left, top = (max(0, min(math.floor(a * ratio - margin), n - 1)) for a, n in ((x0, width), (y0, height)))
+    right, bottom = (min(n, math.ceil(b * ratio + margin)) for b, n in ((x1, width), (y1, height)))
+    rgb, failed = _averaged(read, levels[level].size_wh, level, average, left, top, right, bottom)
+    missing = [max(0, math.ceil(b * ratio) - have) for b, have in ((y1, bottom), (x1, right))]
+    if any(missing):
+        rgb = np.pad(rgb, ((0, missing[0]), (0, missing[1]), (0, 0)), mode="edge")
+    where = (x0 * ratio - left, y0 * ratio - top, x1 * ratio - left, y1 * ratio - top)
+    image = Image.fromarray(rgb).resize((x1 - x0, y1 - y0), _FILTER, box=where)
+    reach = _SUPPORT_PX * max(1.0, 1 / ratio)
+    return np.asarray(image), [hole.scale(1 / ratio).grow(reach) for hole in failed]
+
+
+def _halves(read: Reader, levels: Sequence[Level], scale: float, x0: int, y0: int, x1: int, y1: int) -> Block:
+    """Resample the block in two parts: what it is made of must never be in memory at once."""
+    wide = x1 - x0 > y1 - y0
+    if wide:
+        middle = (x0 + x1) // 2
+        parts = [resample(read, levels, scale, *box) for box in ((x0, y0, middle, y1), (middle, y0, x1, y1))]
+    else:
+        middle = (y0 + y1) // 2
+        parts = [resample(read, levels, scale, *box) for box in ((x0, y0, x1, middle), (x0, middle, x1, y1))]
+    return np.concatenate([rgb for rgb, _ in parts], axis=1 if wide else 0), parts[0][1] + parts[1][1]
+
+
+def _averaged(
+    read: Reader, size_wh: tuple[int, int], level: int, factor: int, x0: int, y0: int, x1: int, y1: int
+) -> Block:
+    """Read a level averaged `factor` × `factor`, streamed; x0 … y1 in averaged px."""
+    if factor == 1:
+        return read(level, x0, y0, x1, y1)
+    width, height = size_wh
+    out = np.empty((y1 - y0, x1 - x0, 3), np.uint8)
+    failed: list[Box] = []
+    step = max(1, math.isqrt(_BLOCK_PX) // factor)
+    for top in range(y0, y1, step):
+        for left in range(x0, x1, step):
+            right, bottom = min(left + step, x1), min(top + step, y1)
+            rgb, holes = read(
+                level, left * factor, top * factor, min(right * factor, width), min(bottom * factor, height)
+            )
+            out[top - y0 : bottom - y0, left - x0 : right - x0] = np.asarray(Image.fromarray(rgb).reduce(factor))
+            failed.extend(hole.scale(1 / factor) for hole in holes)
+    return out, failed

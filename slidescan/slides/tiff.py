@@ -1,0 +1,224 @@
+"""TIFF slides, fast: each tile is fetched and decoded once a read, straight from the file.
+
+Hides which directories are levels. Aperio: tiled directories of the first one's shape (label, macro and thumbnail are
+never read). OME-TIFF: the first image and its SubIFDs. Anything else: the first directory and those marked as reduced
+copies. What OpenSlide knows under another vendor's name (overlapping tiles, several regions) is left to it.
+Invariants: sizes are checked before decoding; a tile of zero length is white (Aperio and Philips leave glass out); any
+other tile that cannot be decoded is a hole and costs nothing else.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from xml.etree import ElementTree as ET
+
+import numpy as np
+import openslide
+from numpy.typing import NDArray
+
+from slidescan.errors import SlideFormatError
+from slidescan.geometry import Box
+from slidescan.slides.codecs import DECODER_ERRORS, Codec
+from slidescan.slides.ifd import Directory, File, read_directories
+from slidescan.slides.resolution import NOTHING, Resolution, judge
+from slidescan.slides.source import MAX_UNTILED_PX, Declined, Facts, check_levels, pyramid
+
+__all__ = ["TiffSource", "guard_tiff"]
+
+_ROUNDING_PX = 1.5  # a level's side may differ by this from the exact ratio: floor, ceil and round are all in use
+_PROBES = 4  # tiles decoded at opening, to decline a codec variant before a scan relies on it
+# OME PhysicalSize units in µm (OME-XML 2016-06); the default is µm.
+_UM = {"m": 1e6, "cm": 1e4, "mm": 1e3, "µm": 1.0, "um": 1.0, "nm": 1e-3, "in": 25400.0}
+
+
+def guard_tiff(path: Path) -> None:
+    """Refuse a TIFF file that is damaged or unsafe, for readers that do not check by themselves.
+
+    Raises
+    ------
+    SlideFormatError
+        With the reason. A Hamamatsu file passes: its layout is OpenSlide's own.
+    """
+    try:
+        directories = read_directories(File(path))
+    except Declined:
+        return
+    for index, directory in enumerate(directories):
+        if index == 0 or directory.is_tiled:
+            directory.check()
+
+
+@dataclass(frozen=True, slots=True)
+class _Grid:
+    """The tiles of one level."""
+
+    size_wh: tuple[int, int]
+    codec: Codec
+    columns: int
+    offsets: NDArray[np.int64]
+    counts: NDArray[np.int64]
+
+
+class TiffSource:
+    """Reads Aperio, OME and plain pyramidal TIFF of 8-bit RGB.
+
+    Raises
+    ------
+    SlideFormatError
+        If the file is damaged, unsafe, or not 8-bit RGB.
+    Declined
+        If another reader may know it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = File(path)
+        directories = read_directories(self._file)
+        directories[0].check()
+        text = directories[0].blob(270)
+        aperio = text.startswith(b"Aperio")
+        if aperio:
+            first, below, vendor = directories[0], [d for d in directories[1:] if d.is_tiled], "aperio"
+            resolution = _aperio_resolution(text)
+        elif b"<OME" in text[:4096]:
+            first, resolution = _ome(directories, text)
+            below, vendor = first.subs, "ome"
+        else:
+            self._leave_to_openslide(path)
+            first, vendor = directories[0], "generic-tiff"
+            below = [d for d in directories[1:] if d.is_tiled and d.first(254, 0) & 1] + first.subs
+            told = first.resolution
+            resolution = NOTHING if told is None else judge(*told, "tiff-resolution")
+        levels = [first, *_copies(first, below, aperio)]
+        self._grids = [self._grid(d, aperio) for d in levels]
+        icc = first.blob(34675) or None
+        sizes = [d.size_wh for d in levels]
+        self.facts = Facts("tiff", vendor, pyramid(sizes, [d.tile_wh for d in levels]), resolution, icc=icc)
+        check_levels(path.name, self.facts.levels)
+        self._probe()
+
+    def read_level(self, level: int, x: int, y: int, out: NDArray[np.uint8]) -> list[Box]:
+        """Fill `out` from (x, y) level px; return the tiles that failed, in level px."""
+        grid = self._grids[level]
+        tile_w, tile_h = grid.codec.tile_wh
+        height, width = out.shape[:2]
+        holes: list[Box] = []
+        for row in range(y // tile_h, -(-(y + height) // tile_h)):
+            for column in range(x // tile_w, -(-(x + width) // tile_w)):
+                x0, y0 = column * tile_w, row * tile_h
+                # The part of the tile inside the image: the rest is padding that an encoder may have left out.
+                x1, y1 = min(x0 + tile_w, grid.size_wh[0]), min(y0 + tile_h, grid.size_wh[1])
+                index = row * grid.columns + column
+                if grid.counts[index] == 0:
+                    continue
+                try:
+                    tile = self._tile(grid, index, (x1 - x0, y1 - y0))
+                except DECODER_ERRORS:
+                    holes.append(Box(x0, y0, x1, y1))
+                    continue
+                left, top, right, bottom = max(x, x0), max(y, y0), min(x + width, x1), min(y + height, y1)
+                out[top - y : bottom - y, left - x : right - x] = tile[top - y0 : bottom - y0, left - x0 : right - x0]
+        return holes
+
+    def _tile(self, grid: _Grid, index: int, need_wh: tuple[int, int]) -> NDArray[np.uint8]:
+        count = int(grid.counts[index])
+        if not 0 < count <= grid.codec.max_bytes:
+            raise ValueError("impossible length")
+        data = self._file.read(int(grid.offsets[index]), count)
+        if len(data) < count:
+            raise ValueError("cut off by the end of the file")
+        return grid.codec.decode(data, need_wh)
+
+    def _grid(self, directory: Directory, aperio: bool) -> _Grid:
+        directory.check()
+        width, height = directory.size_wh
+        if not directory.is_tiled and width * height > MAX_UNTILED_PX:
+            directory.fail(f"{width} × {height} px without tiles are more than the safe {MAX_UNTILED_PX} px")
+        offsets, counts = directory.segments()
+        return _Grid((width, height), Codec.of(directory, aperio), directory.grid_wh[0], offsets, counts)
+
+    def _probe(self) -> None:
+        grid = self._grids[0]
+        used = np.flatnonzero(grid.counts[: grid.columns * -(-grid.size_wh[1] // grid.codec.tile_wh[1])])
+        if not used.size:
+            return
+        chosen = used[np.unique(np.linspace(0, used.size - 1, 2 * _PROBES + 1).astype(int)[1::2])]
+        reason = ""
+        for index in chosen.tolist():
+            try:
+                self._tile(grid, index, (1, 1))
+            except DECODER_ERRORS as exc:
+                reason = type(exc).__name__
+            else:
+                return
+        raise Declined(f"{self._file.name}: none of {len(chosen)} sampled tiles decodes ({reason})")
+
+    def _leave_to_openslide(self, path: Path) -> None:
+        vendor = openslide.OpenSlide.detect_format(str(path))
+        if vendor not in (None, "generic-tiff", "aperio"):
+            raise Declined(f"{path.name}: a {vendor} file needs OpenSlide")
+
+
+def _copies(first: Directory, below: list[Directory], aperio: bool) -> Iterator[Directory]:
+    """Yield the directories that are smaller copies of `first`, largest first; others are not levels."""
+    width0, height0 = last_wh = first.size_wh
+    for directory in sorted(below, key=lambda d: -d.size_wh[0]):
+        width, height = directory.size_wh
+        if not (0 < width < last_wh[0] and 0 < height <= last_wh[1]):
+            continue
+        shape_agrees = abs(width - width0 * height / height0) <= _ROUNDING_PX * max(1.0, width0 / height0)
+        try:
+            directory.check()
+            Codec.of(directory, aperio)
+        except SlideFormatError:
+            continue
+        if shape_agrees:
+            last_wh = (width, height)
+            yield directory
+
+
+def _aperio_resolution(text: bytes) -> Resolution:
+    """Judge the MPP entry of an Aperio description; nothing else of that text, which can name the patient, is used."""
+    found = re.search(rb"\|\s*MPP\s*=\s*([^|\x00]{0,40})", text)
+    if found is None:
+        return NOTHING
+    value = found[1].decode("latin-1")
+    return judge(value, value, "aperio")
+
+
+def _ome(directories: list[Directory], text: bytes) -> tuple[Directory, Resolution]:
+    """Return the directory and scale of the first image in OME-XML."""
+    name = directories[0].file.name
+    if b"<!DOCTYPE" in text:
+        # Only a document type can declare entities, which unpack without bound; OME-XML has no use for one.
+        raise SlideFormatError(f"{name}: its OME-XML declares a document type; unsafe to open")
+    try:
+        root = ET.fromstring(text.rstrip(b"\0 \r\n"))  # noqa: S314  # size-capped, no entities: see above
+    except ET.ParseError as exc:
+        raise SlideFormatError(f"{name}: its OME-XML cannot be parsed; the file is damaged") from exc
+    pixels = root.find("{*}Image/{*}Pixels")
+    if pixels is None:
+        raise SlideFormatError(f"{name}: its OME-XML describes no image; the file is damaged")
+    if len({u.text for u in pixels.iterfind("{*}TiffData/{*}UUID")}) > 1:
+        raise SlideFormatError(f"{name}: an OME-TIFF spread over several files is not supported; merge it into one")
+    shape = {axis: pixels.get(f"Size{axis}", "1") for axis in "ZCT"}
+    if (shape["Z"], shape["T"]) != ("1", "1") or shape["C"] not in ("3", "4") or pixels.get("Type") != "uint8":
+        told = ", ".join(f"{axis} {n if n.isdecimal() else '?'}" for axis, n in shape.items())
+        raise SlideFormatError(
+            f"{name}: expected one 8-bit RGB image, found sizes {told}; export the brightfield alone"
+        )
+    entry = pixels.find("{*}TiffData")
+    ifd = (entry.get("IFD") if entry is not None else None) or "0"
+    if not ifd.isdecimal() or int(ifd) >= len(directories):
+        raise SlideFormatError(f"{name}: its OME-XML names a TIFF directory that is not there; the file is damaged")
+    sizes = [pixels.get(f"PhysicalSize{axis}") for axis in "XY"]
+    if None in sizes:
+        return directories[int(ifd)], NOTHING
+    units = [_UM.get(pixels.get(f"PhysicalSize{axis}Unit", "µm"), float("nan")) for axis in "XY"]
+    try:
+        x_mpp, y_mpp = (float(str(size)) * unit for size, unit in zip(sizes, units, strict=True))
+    except ValueError:
+        return directories[int(ifd)], judge("?", "?", "ome-xml")
+    return directories[int(ifd)], judge(x_mpp, y_mpp, "ome-xml")

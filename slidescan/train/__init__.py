@@ -1,0 +1,3 @@
+"""Training of the bundled detector: images from annotated crops, loop, metrics."""
+
+from __future__ import annotations

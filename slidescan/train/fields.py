@@ -1,0 +1,238 @@
+"""Training and test images made of crops: realistic fields, mosaics and empty glass.
+
+Hides how a picture with a figure in a random place and no tell-tale seam is put together. Every crop has its figure in
+the middle, so a network shown crops learns the middle; every border between crops must therefore be as likely around
+nothing as around a figure: fields paste figures and figure-free discs with the same masks, and the tissue below is laid
+from crops whose own figures are covered.
+
+All lengths are px at the maker's `mpp` unless the name says otherwise. The same state of the `numpy.random.Generator`
+gives the same image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from scipy import ndimage
+from scipy.spatial import cKDTree
+
+from slidescan.train.augment import Rgb
+from slidescan.train.crops import FIGURE_RADIUS_UM, Crop, blend, cover, disc
+
+__all__ = ["FieldMaker", "Sample"]
+
+F32 = NDArray[np.float32]
+Sample = tuple[Rgb, NDArray[np.float64]]  # image and the centres (n, 2) of the figures in it
+
+_NEIGHBOURS = 24  # crops of similar stain a field is laid from: about one field of 512 px at 0.25 µm/px
+
+
+class FieldMaker:
+    """Makes images from one split's crops.
+
+    Parameters
+    ----------
+    crops : sequence of Crop
+        All at one mpp; at least a few with a figure.
+    seed : int
+        For the covered versions, which are made once.
+    """
+
+    def __init__(self, crops: Sequence[Crop], seed: int = 0) -> None:
+        rng = np.random.default_rng(seed)
+        self.mpp = crops[0].mpp
+        self.crops = list(crops)
+        self._edge = crops[0].image.shape[0]
+        covered = [cover(rng, crop) for crop in crops]
+        self._tissue = [image for image in covered if image is not None]
+        self._with_figure = [i for i, crop in enumerate(crops) if len(crop.figures)]
+        # Crops of like stain, by mean and spread of colour; each figure's neighbours are found through the same tree.
+        tissue_stain = _stain(self._tissue)
+        k = min(_NEIGHBOURS, len(self._tissue))
+        tree = cKDTree(tissue_stain)
+        self._near_tissue = tree.query(tissue_stain, k)[1].reshape(-1, k)
+        figure_stain = _stain([crops[i].image for i in self._with_figure])
+        k = min(_NEIGHBOURS, len(self._with_figure))
+        self._near_figures = cKDTree(figure_stain).query(tissue_stain, k)[1].reshape(-1, k)
+
+    def field(self, rng: np.random.Generator, size: int, n_figures: int, n_decoys: int | None = None) -> Sample:
+        """Return tissue of one stain with `n_figures` figures in it and as many discs (or `n_decoys`) without.
+
+        Fewer come where there is no room for so many.
+        """
+        start = int(rng.integers(len(self._tissue)))
+        canvas = self._lay_tissue(rng, size, self._near_tissue[start])
+        figure_px = FIGURE_RADIUS_UM / self.mpp
+        spots: list[NDArray[np.float64]] = []
+        figures: list[NDArray[np.float64]] = []
+        decoys = n_figures if n_decoys is None else n_decoys
+        for i in rng.permutation(n_figures + decoys):
+            spot = rng.uniform(0, size, 2)
+            # A disc must not reach over a figure that is already there.
+            room = min((float(np.hypot(*(spot - other))) - figure_px for other in spots), default=np.inf)
+            if i < n_figures:
+                near = self._near_figures[start]
+                crop = self.crops[self._with_figure[int(near[rng.integers(len(near))])]]
+                if not self._paste(rng, canvas, crop.image, crop.figures, spot, room):
+                    continue
+                figures.append(spot)
+            else:
+                near = self._near_tissue[start]
+                nothing = np.empty((0, 2))
+                image = self._tissue[int(near[rng.integers(len(near))])]
+                if not self._paste(rng, canvas, image, nothing, spot, room):
+                    continue
+            spots.append(spot)
+        return (canvas + 0.5).astype(np.uint8), np.array(figures, np.float64).reshape(-1, 2)
+
+    def mosaic(self, rng: np.random.Generator, size: int, empty: float = 0.4, *, roll: bool = False) -> Sample:
+        """Return crops side by side, a share `empty` of them figure-free, shifted by a random offset.
+
+        With `roll` the mosaic has just the size wanted (a multiple of the crop's edge) and wraps around; a figure on
+        the seam is then cut in two. Without, a window is cut from a larger one.
+        """
+        edge = self._edge
+        cells = size // edge if roll else -(-size // edge) + 1
+        canvas = np.empty((cells * edge, cells * edge, 3), np.uint8)
+        figures = []
+        for y in range(cells):
+            for x in range(cells):
+                if rng.random() < empty:
+                    image, inside = self._tissue[int(rng.integers(len(self._tissue)))], np.empty((0, 2))
+                else:
+                    crop = self.crops[self._with_figure[int(rng.integers(len(self._with_figure)))]]
+                    image, inside = crop.image, crop.figures
+                image, inside = _turn(rng, image, inside)
+                canvas[y * edge : (y + 1) * edge, x * edge : (x + 1) * edge] = image
+                figures.append(inside + np.array([x * edge, y * edge]))
+        centres = np.concatenate(figures)
+        dx, dy = (int(v) for v in rng.integers(0, edge, 2))
+        if roll:
+            canvas = np.roll(canvas, (-dy, -dx), (0, 1))
+            centres = (centres - (dx, dy)) % (cells * edge)
+        else:
+            canvas = canvas[dy : dy + size, dx : dx + size]
+            centres = centres - (dx, dy)
+            centres = centres[((centres >= 0) & (centres < size)).all(1)]
+        return np.ascontiguousarray(canvas), centres
+
+    def bare(self, rng: np.random.Generator, size: int) -> Sample:
+        """Return what is on a slide besides tissue: glass, dirt, pen, plain colours."""
+        return (_bare(rng, size) + 0.5).astype(np.uint8), np.empty((0, 2))
+
+    def edge_of_tissue(self, rng: np.random.Generator, sample: Sample) -> Sample:
+        """Return the sample with a part of it replaced by glass along a smooth random border."""
+        image, figures = sample
+        size = image.shape[0]
+        coarse = rng.normal(size=(4, 4)).astype(np.float32)
+        wave = np.asarray(Image.fromarray(coarse).resize((size, size), Image.Resampling.BICUBIC))
+        soft = rng.uniform(0.01, 0.2)
+        keep = np.clip((wave - rng.uniform(-0.8, 0.3)) / soft, 0, 1)
+        glass = _bare(rng, size, light=True)
+        mixed = glass + keep[..., None] * (image.astype(np.float32) - glass)
+        at = np.clip(figures.astype(int), 0, size - 1)
+        visible = ndimage.minimum_filter(keep, max(1, int(2.5 / self.mpp)))[at[:, 1], at[:, 0]] > 0.7
+        hidden = keep[at[:, 1], at[:, 0]] < 0.05
+        if (~visible & ~hidden).any():  # a figure half faded is neither: keep the tissue whole
+            return sample
+        return (mixed + 0.5).astype(np.uint8), figures[visible]
+
+    def _lay_tissue(self, rng: np.random.Generator, size: int, near: NDArray[np.intp]) -> F32:
+        edge = self._edge
+        pitch = edge * rng.uniform(0.7, 0.9)
+        canvas = np.empty((size, size, 3), np.float32)
+        canvas[:] = self._tissue[int(near[0])].mean((0, 1))
+        alpha = _soft_square(edge, rng.uniform(0.03, 0.12) * edge)
+        steps = np.arange(-rng.uniform(0, pitch), size + edge / 2, pitch)
+        for y in steps:
+            for x in steps:
+                image, _ = _turn(rng, self._tissue[int(near[rng.integers(len(near))])], np.empty((0, 2)))
+                spot = np.array([x, y]) + rng.uniform(-0.08, 0.08, 2) * edge
+                blend(canvas, image, alpha, spot)
+        return canvas
+
+    def _paste(
+        self,
+        rng: np.random.Generator,
+        canvas: F32,
+        image: Rgb,
+        figures: NDArray[np.float64],
+        spot: NDArray[np.float64],
+        room: float,
+    ) -> bool:
+        """Paste a turned disc of `image`, at most `room` in radius, with its figure (or anything) in the middle.
+
+        Return False, having done nothing, where a whole figure does not fit or a second one is in the way.
+        """
+        edge, figure = self._edge, FIGURE_RADIUS_UM / self.mpp
+        soft = rng.uniform(1.0, 3.0) / self.mpp
+        low = figure + soft
+        middle = rng.uniform(low, edge - low, 2)
+        if len(figures):
+            middle = figures[np.argmin(np.abs(figures - edge / 2).sum(1))]
+        high = min(middle.min(), edge - middle.max(), 15.0 / self.mpp, room)
+        others = np.linalg.norm(figures - middle, axis=1)
+        others = others[others > 1e-6]
+        if len(others):
+            high = min(high, others.min() - figure * 0.6)
+        if high < low:
+            return False
+        radius = int(rng.uniform(low, high))
+        turned = Image.fromarray(image).rotate(
+            rng.uniform(0, 360), Image.Resampling.BICUBIC, center=(float(middle[0]), float(middle[1]))
+        )
+        x, y = (round(float(v)) for v in middle)
+        patch = np.asarray(turned)[max(0, y - radius) : y + radius, max(0, x - radius) : x + radius]
+        if rng.random() < 0.5:
+            patch = patch[:, ::-1]
+        alpha = disc(radius, soft)
+        if patch.shape[:2] != alpha.shape:
+            return False
+        blend(canvas, patch, alpha, spot)
+        return True
+
+
+def _stain(images: Sequence[Rgb]) -> NDArray[np.float64]:
+    """Return mean and spread of each channel, (N, 6)."""
+    return np.array([np.concatenate((image.mean((0, 1)), image.std((0, 1)))) for image in images])
+
+
+def _turn(rng: np.random.Generator, image: Rgb, points: NDArray[np.float64]) -> Sample:
+    """Return one of the eight rotations and reflections of a square, points with it."""
+    edge = image.shape[0]
+    if rng.random() < 0.5:
+        image, points = image[:, ::-1], np.stack((edge - points[:, 0], points[:, 1]), 1)
+    for _ in range(int(rng.integers(4))):  # 90° counter-clockwise: (x, y) goes to (y, edge - x)
+        image, points = np.rot90(image), np.stack((points[:, 1], edge - points[:, 0]), 1)
+    return image, points
+
+
+def _soft_square(edge: int, soft: float) -> F32:
+    axis = np.minimum(np.arange(edge) + 0.5, np.arange(edge)[::-1] + 0.5)
+    ramp = np.clip(axis / soft, 0, 1)
+    square: F32 = np.minimum(ramp[:, None], ramp).astype(np.float32)
+    return square
+
+
+def _bare(rng: np.random.Generator, size: int, *, light: bool = False) -> F32:
+    """Return glass (`light`) or any plain colour, with shading, specks and strokes, float32 in [0, 255]."""
+    base = rng.uniform(215, 255) + rng.normal(0, 3, 3) if light or rng.random() < 0.6 else rng.uniform(0, 255, 3)
+    slope = rng.normal(0, 6, (2, 2, 1)).astype(np.float32)
+    shade = np.asarray(Image.fromarray(slope[..., 0]).resize((size, size), Image.Resampling.BILINEAR))
+    canvas = np.clip(base + shade[..., None], 0, 255).astype(np.float32)
+    if not light and rng.random() < 0.5:
+        for _ in range(int(rng.integers(1, 12))):  # dirt, bubbles, pen: soft dark or coloured ellipses and strokes
+            radius = int(rng.uniform(2, 40))
+            alpha = disc(radius, rng.uniform(1, radius)) * rng.uniform(0.2, 0.9)
+            alpha = alpha * (np.hypot(*np.mgrid[-1 : 1 : 2j * radius, -1 : 1 : 2j * radius]) > rng.choice([0.0, 0.8]))
+            patch = np.broadcast_to(rng.uniform(0, 255, 3), (2 * radius, 2 * radius, 3))
+            spot, step = rng.uniform(0, size, 2), rng.normal(0, radius, 2)
+            for k in range(int(rng.choice([1, 1, 30]))):
+                blend(canvas, patch.astype(np.float32), alpha.astype(np.float32), spot + k * step)
+    if rng.random() < 0.7:
+        canvas = canvas + rng.normal(0, rng.uniform(0.5, 4), (size, size, 1)).astype(np.float32)
+    bare: F32 = np.clip(canvas, 0, 254.5).astype(np.float32)
+    return bare

@@ -1,0 +1,294 @@
+"""Finding, choosing, loading and running detectors."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from slidescan.detect import Card, Family, Model, load_detector, write_model
+from slidescan.detect.dfine import load_network, set_anchors
+from slidescan.detections import Detector
+from slidescan.errors import ModelError, ResolutionError
+from slidescan.train.crops import load_crops
+from slidescan.train.network import build_network
+
+BUNDLED = Path(sys.modules[load_detector.__module__].__file__ or "").parent / "models" / "mitosis"
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model directory with a small random network."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    card = Card("tiny", ("cell", "other"), 0.5, input_px=128, object_um=10.0, threshold=0.3, anchor_px=24.0)
+    write_model(build_network(["cell", "other"], width=0.25, queries=12), card, path)
+    return path
+
+
+@pytest.fixture
+def copied(tiny: Path, tmp_path: Path) -> Path:
+    """A copy of the small model that a test may break."""
+    return Path(shutil.copytree(tiny, tmp_path / "broken"))
+
+
+def noise(n: int, height: int, width: int) -> NDArray[np.uint8]:
+    """Random tiles."""
+    return np.random.default_rng(0).integers(0, 256, (n, height, width, 3), dtype=np.uint8)
+
+
+def test_a_model_directory_is_a_detector(tiny: Path) -> None:
+    """The card's facts are there before any weight is read, and the object satisfies the protocol."""
+    detector = load_detector(tiny)
+    assert isinstance(detector, Detector)
+    assert (detector.name, detector.mpp, detector.input_px, detector.object_um) == ("tiny", 0.5, 128, 10.0)
+    assert (detector.threshold, detector.max_per_tile, list(detector.classes)) == (0.3, 12, ["cell", "other"])
+    assert len(detector.sha256) == 64
+
+
+@pytest.mark.parametrize(("height", "width"), [(96, 96), (64, 160)])
+def test_detections_are_sorted_inside_and_above_the_threshold(tiny: Path, height: int, width: int) -> None:
+    """Tiles of any multiple of 32 give boxes within the tile, best first, none below the least score asked for."""
+    everything = load_detector(tiny).detect(noise(2, height, width), 0.0)
+    assert [len(d) for d in everything] == [12, 12]
+    for found in everything:
+        assert (np.diff(found.score) <= 0).all()
+        assert (found.xyxy >= 0).all()
+        assert (found.xyxy[:, 2:] <= [width, height]).all()
+        assert (found.xyxy[:, 2:] >= found.xyxy[:, :2]).all()
+        assert set(found.label) <= {0, 1}
+    cut = float(np.median(everything[0].score))
+    fewer = load_detector(tiny).detect(noise(2, height, width), cut)[0]
+    assert len(fewer) == int((everything[0].score >= cut).sum())
+
+
+def test_a_tile_does_not_depend_on_its_neighbours(tiny: Path) -> None:
+    """Alone, in a batch and in another order, a tile gives bit-identical results."""
+    tiles = noise(3, 64, 64)
+    detector = load_detector(tiny, device="cpu")
+    together = detector.detect(tiles, 0.0)
+    turned = detector.detect(tiles[::-1], 0.0)[::-1]
+    for i in range(3):
+        alone = detector.detect(tiles[i : i + 1], 0.0)[0]
+        for other in (together[i], turned[i]):
+            np.testing.assert_array_equal(alone.xyxy, other.xyxy)
+            np.testing.assert_array_equal(alone.score, other.score)
+    assert detector.detect(tiles[:0], 0.0) == []
+
+
+def test_making_it_ready_keeps_the_outputs(tiny: Path) -> None:
+    """Folded normalisation, the other attention and fixed-size batches give what plain transformers gives."""
+    plain = load_network(tiny).eval()
+    set_anchors(plain, 24.0)
+    tile = noise(1, 96, 160)
+    with torch.no_grad():
+        out = plain(torch.from_numpy(tile).permute(0, 3, 1, 2) / 255)
+    score, query = out.logits[0].sigmoid().flatten().sort(descending=True)
+    found = load_detector(tiny, device="cpu").detect(tile, 0.0)[0]
+    np.testing.assert_allclose(found.score, score[:12].numpy(), atol=1e-5)
+    centre = out.pred_boxes[0, query[:12] // 2, :2].numpy() * [160, 96]
+    inside = ((found.xyxy > 0) & (found.xyxy < [160, 96, 160, 96])).all(1)
+    np.testing.assert_allclose(found.centers[inside], centre[inside], atol=0.01)
+
+
+@pytest.mark.parametrize("size", [64, 96, 160])
+def test_anchors_have_one_size_whatever_the_tile(tiny: Path, size: int) -> None:
+    """With `anchor_px` every cell of every level has a valid anchor of that many px."""
+    network: Any = load_network(tiny)
+    set_anchors(network, 24.0)
+    shapes = ((size // 8, size // 8), (size // 16, size // 16))
+    anchors, valid = network.model.generate_anchors(shapes)
+    assert anchors.shape == (1, sum(h * w for h, w in shapes), 4)
+    assert valid.all()
+    torch.testing.assert_close(anchors.sigmoid()[..., 2:] * size, torch.full((1, anchors.shape[1], 2), 24.0))
+
+
+def test_bf16_convolutions_keep_float32_boxes(tiny: Path) -> None:
+    """The lower precision is available on a CPU and gives as many, finite, detections."""
+    found = load_detector(tiny, device="cpu", precision="bf16").detect(noise(1, 64, 64), 0.0)[0]
+    assert len(found) == 12
+    assert np.isfinite(found.xyxy).all()
+
+
+def test_a_detector_pickles_without_weights(tiny: Path) -> None:
+    """Sent to another process it is a path and two words, and finds the same there."""
+    detector = load_detector(tiny)
+    tiles = noise(1, 64, 64)
+    before = detector.detect(tiles, 0.0)[0]
+    packed = pickle.dumps(detector)
+    assert len(packed) < 1000
+    again = pickle.loads(packed)
+    assert again == detector
+    assert again.sha256 == detector.sha256
+    np.testing.assert_array_equal(again.detect(tiles, 0.0)[0].xyxy, before.xyxy)
+
+
+def test_the_digest_covers_weights_configuration_and_card(tiny: Path, copied: Path) -> None:
+    """A change in any of the three files is another detector."""
+    card = copied / "slidescan.json"
+    card.write_text(card.read_text().replace("0.3", "0.4"))
+    assert load_detector(copied).sha256 != load_detector(tiny).sha256
+
+
+def test_listing_a_detector_loads_no_torch() -> None:
+    """Name, classes and variants can be had without torch or transformers."""
+    code = (
+        "import sys; from slidescan.detect import load_detector; d = load_detector('mitosis'); d.at(0.5).sha256;"
+        "assert not {'torch', 'transformers'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_slide_chooses_the_variant() -> None:
+    """The finest variant that is at most 1.25 times finer than the slide is taken; the family itself is its finest."""
+    family = load_detector("mitosis")
+    assert isinstance(family, Family)
+    assert isinstance(family, Detector)
+    assert [family.at(mpp).mpp for mpp in (0.1, 0.262, 0.3125, 0.35, 0.499, 0.625)] == [0.25, 0.25, 0.25, 0.5, 0.5, 0.5]
+    assert family.at(0.25).at(0.25) == family.at(0.25)
+    finest = family.at(0.25)
+    for fact in ("name", "sha256", "classes", "mpp", "input_px", "object_um", "max_per_tile", "threshold"):
+        assert getattr(family, fact) == getattr(finest, fact)
+    assert pickle.loads(pickle.dumps(family)) == family
+
+
+def test_too_coarse_a_slide_is_refused_unless_asked_for() -> None:
+    """Beyond 1.25 times the coarsest variant the error names both numbers and the option, which then serves."""
+    family = load_detector("mitosis")
+    with pytest.raises(ResolutionError, match=r"0\.625 µm/px.*got 0\.63.*--allow-coarse"):
+        family.at(0.63)
+    assert family.at(1.0, allow_coarse=True).mpp == 0.5
+    with pytest.raises(ResolutionError):
+        family.at(0.25).at(0.4)
+    with pytest.raises(ResolutionError):
+        family.at(float("nan"))
+
+
+def test_a_plain_transformers_directory_needs_its_resolution(copied: Path) -> None:
+    """Without a card the µm/px must be given; classes come from the configuration."""
+    (copied / "slidescan.json").unlink()
+    with pytest.raises(ModelError, match="mpp="):
+        load_detector(copied)
+    detector = load_detector(copied, mpp=0.4)
+    assert (detector.mpp, detector.threshold, list(detector.classes)) == (0.4, 0.5, ["cell", "other"])
+    assert len(detector.detect(noise(1, 96, 96), 0.0)[0]) == 12
+    assert pickle.loads(pickle.dumps(detector)).mpp == 0.4
+
+
+@pytest.mark.parametrize(
+    ("tiles", "message"),
+    [
+        (np.zeros((1, 100, 64, 3), np.uint8), "multiple of 32"),
+        (np.zeros((1, 64, 64, 3), np.float32), "uint8"),
+        (np.zeros((64, 64, 3), np.uint8), r"\(B, H, W, 3\)"),
+        (np.zeros((1, 64, 64, 4), np.uint8), r"\(B, H, W, 3\)"),
+    ],
+)
+def test_tiles_of_another_shape_are_refused(tiny: Path, tiles: NDArray[np.uint8], message: str) -> None:
+    """The error says which shape was expected."""
+    with pytest.raises(ModelError, match=message):
+        load_detector(tiny).detect(tiles, 0.0)
+
+
+def test_damage_is_one_clear_error(copied: Path) -> None:
+    """Missing, truncated, foreign and pickled weights, a damaged card and another model type each raise ModelError."""
+    weights, config = copied / "model.safetensors", copied / "config.json"
+    content, text = weights.read_bytes(), config.read_text()
+
+    weights.write_bytes(content[: len(content) // 2])
+    with pytest.raises(ModelError, match="cannot load the weights"):
+        load_detector(copied).detect(noise(1, 64, 64), 0.0)
+
+    weights.write_bytes(content)
+    config.write_text(
+        text.replace('"num_labels": 2', '"num_labels": 2').replace('"decoder_layers": 3', '"decoder_layers": 4')
+    )
+    with pytest.raises(ModelError, match="fit config"):
+        load_detector(copied).detect(noise(1, 64, 64), 0.0)
+
+    config.write_text(text)
+    weights.rename(copied / "pytorch_model.bin")
+    with pytest.raises(ModelError, match="pickled weights are not read"):
+        load_detector(copied)
+
+    config.write_text(json.dumps({"model_type": "yolos"}))
+    with pytest.raises(ModelError, match=r"d_fine.*yolos"):
+        load_detector(copied)
+
+    config.write_text("{")
+    with pytest.raises(ModelError, match=r"config\.json: expected a JSON file"):
+        load_detector(copied)
+
+
+@pytest.mark.parametrize("change", [{"mpp": 0}, {"mpp": "x"}, {"input_px": 100}, {"threshold": 2}, {"classes": 3}])
+def test_a_wrong_card_is_refused(copied: Path, change: dict[str, object]) -> None:
+    """A number out of range in slidescan.json is found before a scan starts."""
+    card = copied / "slidescan.json"
+    card.write_text(json.dumps({**json.loads(card.read_text()), **change}))
+    with pytest.raises(ModelError, match=r"slidescan\.json"):
+        load_detector(copied)
+
+
+@pytest.mark.parametrize("name", ["no-such-model", "/no/such/directory", "../mitosis", "a/b/c", ""])
+def test_an_unknown_name_is_refused_without_the_network(name: str) -> None:
+    """What is neither a directory, nor bundled, nor of the form owner/name raises at once."""
+    with pytest.raises(ModelError):
+        load_detector(name)
+
+
+def test_an_empty_directory_and_a_missing_device_are_refused(tmp_path: Path, tiny: Path) -> None:
+    """Both errors say what was expected."""
+    with pytest.raises(ModelError, match="found neither"):
+        load_detector(tmp_path)
+    with pytest.raises(ModelError, match="device"):
+        load_detector(tiny, device="cuda:99").detect(noise(1, 64, 64), 0.0)
+    with pytest.raises(ModelError, match="precision"):
+        load_detector(tiny, precision="fp8")  # type: ignore[arg-type]
+
+
+def test_bundled_models_are_small_and_complete() -> None:
+    """Each variant's weights stay below 12 MB, and a model card lies beside them."""
+    family = load_detector("mitosis")
+    assert isinstance(family, Family)
+    for model in family.variants:
+        assert isinstance(model, Model)
+        assert (model.path / "model.safetensors").stat().st_size < 12e6
+        assert list(model.classes) == ["mitotic figure"]
+    assert (BUNDLED / "README.md").is_file()
+
+
+@pytest.mark.parametrize("mpp", [0.25, 0.5])
+def test_blank_tiles_give_nothing(mpp: float) -> None:
+    """White, grey, black and pink tiles hold no figure."""
+    tiles = np.empty((4, 256, 256, 3), np.uint8)
+    tiles[:] = np.array([[255, 255, 255], [128, 128, 128], [0, 0, 0], [230, 180, 210]], np.uint8)[:, None, None]
+    detector = load_detector("mitosis").at(mpp)
+    assert [len(d) for d in detector.detect(tiles, detector.threshold)] == [0, 0, 0, 0]
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("mpp", [0.25, 0.5])
+def test_figures_of_test_patients_are_found(shared: Path, mpp: float) -> None:
+    """Most of a handful of crops, shifted off the middle, give a detection on the figure."""
+    detector = load_detector("mitosis").at(mpp)
+    crops = load_crops(shared / "data", "test", mpp=mpp, limit=24)
+    edge = crops[0].image.shape[0]
+    canvas = np.concatenate([np.concatenate([c.image for c in crops[i : i + 6]], 1) for i in range(0, 24, 6)], 0)
+    canvas = np.roll(canvas, (edge // 4, edge // 4), (0, 1))
+    found = detector.detect(canvas[None], detector.threshold)[0]
+    hit = 0
+    for i, crop in enumerate(crops):
+        shift = np.array([i % 6, i // 6]) * edge + edge // 4
+        centres = (crop.figures + shift) % [6 * edge, 4 * edge]
+        distance = np.linalg.norm(found.centers[:, None] - centres, axis=-1)
+        hit += bool((distance.min(0) <= 7.5 / mpp).any()) if len(found) else 0
+    assert hit >= 16
