@@ -11,6 +11,7 @@ The one path::
 `scan`                    Scan one slide at full resolution
 `load_result`             Read a result directory back
 `ScanConfig`              Every setting, with its default and unit
+`SlidescanError`          What every foreseen failure is an instance of
 `ScanResult`              Detections, anomaly map, coverage, flagged regions, exports
 `Slide`, `Detector`       What a scan reads from and what it scores with
 `Box`, `Frame`            Geometry: rectangles and physical scale

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import openslide
 from numpy.typing import NDArray
+from PIL import ImageCms
 
 from slidescan.errors import SlideFormatError, SlideReadError
 from slidescan.geometry import Box
@@ -24,6 +25,10 @@ from slidescan.slides.tiff import guard_tiff
 
 __all__ = ["OpenSlideSource"]
 
+_UNUSABLE = b"damaged"  # stands for a profile that cannot be read: no error unless sRGB is asked for
+_BOUNDS = ("x", "y", "width", "height")
+# All that is read of a slide's properties.
+_WANTED = ("vendor", "mpp-x", "mpp-y", "background-color", "icc-size", *(f"bounds-{k}" for k in _BOUNDS))
 _LEAF_PX = 256  # px; where the format has no tiles, the side of the smallest block given up
 _PROBES = 4  # places read at opening
 _CACHE_BYTES = 64 << 20  # bytes a process for all handles; region reads rarely meet a tile twice
@@ -49,8 +54,11 @@ class OpenSlideSource:
         self._lock = threading.Lock()
         try:
             self._handle = _open(path)
-            said = dict(self._handle.properties)
             sizes = list(self._handle.level_dimensions)
+            # By name, never all: the others hold names and dates, and a damaged one cannot even be listed.
+            wanted = [*_WANTED, *(f"level[{i}].tile-{side}" for i in range(len(sizes)) for side in ("width", "height"))]
+            found = {key: self._handle.properties.get(f"openslide.{key}") for key in wanted}
+            said = {key: value for key, value in found.items() if value is not None}
             # OpenSlide's own factors address its levels; geometry uses `downsample_of` like every other reader.
             self._factors = tuple(self._handle.level_downsamples)
             icc = self._icc(said)
@@ -58,9 +66,9 @@ class OpenSlideSource:
             raise SlideFormatError(
                 f"{path.name}: OpenSlide cannot open it ({_short(exc, path)}); expected a complete whole-slide image"
             ) from exc
-        vendor = said.get("openslide.vendor")
+        vendor = said.get("vendor")
         tiles = [_tile_wh(said, i, size) for i, size in enumerate(sizes)]
-        x_mpp, y_mpp = said.get("openslide.mpp-x"), said.get("openslide.mpp-y")
+        x_mpp, y_mpp = said.get("mpp-x"), said.get("mpp-y")
         source = _SAID_BY.get(vendor or "", "openslide")
         self.facts = Facts(
             backend="openslide",
@@ -71,7 +79,7 @@ class OpenSlideSource:
             icc=icc,
         )
         check_levels(path.name, self.facts.levels)
-        colour = said.get("openslide.background-color", "")
+        colour = said.get("background-color", "")
         known = len(colour) == 6 and all(c in "0123456789abcdefABCDEF" for c in colour)
         r, g, b = bytes.fromhex(colour) if known else (WHITE,) * 3
         self._background = (r, g, b)
@@ -150,10 +158,13 @@ class OpenSlideSource:
         )
 
     def _icc(self, said: dict[str, str]) -> bytes | None:
-        size = number(said.get("openslide.icc-size", "0")) or 0
+        size = number(said.get("icc-size", "0")) or 0
         if size > MAX_BLOB_BYTES:
             raise SlideFormatError(f"{self._path.name}: its ICC profile has {size:.0f} bytes; unsafe to open")
-        profile = self._handle.color_profile if size > 0 else None
+        try:
+            profile = self._handle.color_profile if size > 0 else None
+        except (ImageCms.PyCMSError, OSError):
+            return _UNUSABLE
         return bytes(profile.tobytes()) if profile is not None else None
 
 
@@ -168,14 +179,14 @@ def _open(path: Path) -> openslide.OpenSlide:
 
 
 def _tile_wh(said: dict[str, str], level: int, size_wh: tuple[int, int]) -> tuple[int, int]:
-    width, height = (said.get(f"openslide.level[{level}].tile-{side}", "") for side in ("width", "height"))
+    width, height = (said.get(f"level[{level}].tile-{side}", "") for side in ("width", "height"))
     if width.isdecimal() and height.isdecimal():
         return int(width), int(height)
     return min(_LEAF_PX, size_wh[0]), min(_LEAF_PX, size_wh[1])
 
 
 def _bounds(said: dict[str, str]) -> Box | None:
-    x, y, width, height = (number(said.get(f"openslide.bounds-{side}")) for side in ("x", "y", "width", "height"))
+    x, y, width, height = (number(said.get(f"bounds-{side}")) for side in _BOUNDS)
     if x is None or y is None or width is None or height is None:
         return None
     return Box(x, y, x + width, y + height)

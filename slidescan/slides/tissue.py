@@ -101,7 +101,7 @@ def tissue_mask(
     >>> slide[30:70, 30:70] = (225, 160, 200)
     >>> found = tissue_mask(slide, mpp=16.0, margin_um=0)
     >>> found.method, round(found.fraction, 2)
-    ('tissue', 0.16)
+    ('tissue', 0.18)
     """
     if rgb.ndim != 3 or rgb.shape[2] != 3 or rgb.dtype != np.uint8 or not rgb.size:
         raise ConfigError(f"tissue_mask rgb: expected uint8 (H, W, 3), got {rgb.dtype} {rgb.shape}")

@@ -28,6 +28,7 @@ from slidescan.train.augment import augment
 from slidescan.train.crops import CROP_MPP, OBJECT_UM, load_crops
 from slidescan.train.fields import FieldMaker, Sample
 from slidescan.train.loop import Batch, pack, train
+from slidescan.train.negatives import load_negatives, show
 from slidescan.train.network import build_network
 from slidescan.train.settings import TrainSettings, VariantSettings
 
@@ -136,6 +137,7 @@ class _Batches:
 
     def __init__(self, maker: FieldMaker, settings: TrainSettings, variant: VariantSettings) -> None:
         self._maker, self._settings, self._tile_px = maker, settings, variant.tile_px
+        self._negatives = load_negatives(settings.data)
         edge = round(512 / maker.mpp)  # 0.26 mm² of phantom a seed
         seeds = _PHANTOM_SEEDS if settings.share_phantom else []
         if settings.crops:
@@ -159,11 +161,16 @@ class _Batches:
         s, kind = self._settings, rng.random()
         # At 0.5 µm/px the same tissue is a quarter of the pixels: figures per px must not vanish in the batch.
         expected = s.figures_per_mpx * size**2 * 1e-6 * self._maker.mpp / CROP_MPP
-        if kind < s.share_mosaic:
+        limits = np.cumsum([s.share_mosaic, s.share_bare, s.share_negative, s.share_phantom])
+        if kind < limits[0]:
             return self._maker.mosaic(rng, size, empty=rng.uniform(0.2, 0.8))
-        if kind < s.share_mosaic + s.share_bare:
+        if kind < limits[1]:
             return self._maker.bare(rng, size)
-        if kind < s.share_mosaic + s.share_bare + s.share_phantom and self._phantoms:
+        if kind < limits[2] and self._negatives:
+            like = self._maker.crops[int(rng.integers(len(self._maker.crops)))].image
+            negative = self._negatives[int(rng.integers(len(self._negatives)))]
+            return show(rng, negative, like, self._maker.mpp, size), np.empty((0, 2))
+        if limits[2] <= kind < limits[3] and self._phantoms:
             return _window(rng, *self._phantoms[int(rng.integers(len(self._phantoms)))], size)
         figures = int(rng.poisson(expected)) if rng.random() < 0.85 else 0
         sample = self._maker.field(rng, size, figures, int(rng.poisson(expected)))

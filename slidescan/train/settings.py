@@ -54,6 +54,7 @@ class TrainSettings(_Strict):
     share_mosaic: _Share = 0.25
     share_bare: _Share = 0.04
     share_phantom: _Share = 0.06
+    share_negative: _Share = 0.12  # tissue from elsewhere, where there is some
     figures_per_mpx: Annotated[float, Field(gt=0)] = 40.0
     stain_jitter: Annotated[float, Field(ge=0)] = 0.2
     warmup_steps: Annotated[int, Field(ge=0)] = 100

@@ -249,8 +249,8 @@ class TestScale:
         assert open_slide(files["ngff-0.5"]).mpp_source == "ngff"
 
 
-class _Checkers:
-    """A procedural source, larger than memory: a px is white or black by its place."""
+class _Grey:
+    """A procedural slide of one level; remembers the largest block it was asked for."""
 
     def __init__(self, side_px: int) -> None:
         levels = pyramid([(side_px, side_px)], [(512, 512)])
@@ -264,8 +264,8 @@ class _Checkers:
 
 
 def test_a_giant_without_pyramid_is_streamed() -> None:
-    """A thumbnail of a one-level 12000 px slide (a bigger one would only be slower) never asks for more than 50 MB of pixels at once."""
-    source = _Checkers(12_000)
+    """A thumbnail of a one-level slide of 432 MB never asks for more than 50 MB of pixels at once."""
+    source = _Grey(12_000)
     slide = Slide(Path("giant"), lambda: source)
     pixels, plane = slide.thumbnail(200)
     assert plane.size_wh == (200, 200)

@@ -312,8 +312,7 @@ class TestOme:
             ("", "", "describes no image"),
             ("<Pixels/>", '<!DOCTYPE a [<!ENTITY b "c">]>', "document type"),
             (
-                '<Pixels SizeC="3" Type="uint8"><TiffData><UUID>a</UUID></TiffData><TiffData><UUID>b</UUID></TiffData>'
-                "</Pixels>",
+                "<Pixels><TiffData><UUID>a</UUID></TiffData><TiffData><UUID>b</UUID></TiffData></Pixels>",
                 "",
                 "several files",
             ),

@@ -1,0 +1,128 @@
+"""Measure what the README claims, on this machine, and print the table.
+
+python pipelines/benchmark.py stitch      1,000,000 boxes on one core
+python pipelines/benchmark.py memory      peak memory on a 20,000² and a 60,000² slide
+python pipelines/benchmark.py grid        the same slide under shifted tile grids, bundled detector
+python pipelines/benchmark.py             all of them; --smoke for tiny sizes
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from scipy.spatial import cKDTree
+
+import slidescan as ss
+from slidescan.phantom import write_phantom
+from slidescan.stitch import stitch
+
+
+def bench_stitch(smoke: bool) -> str:
+    """Stitch boxes of which a fifth has a twin across a seam; median of five."""
+    n, tile_px = (20_000 if smoke else 1_000_000), 900
+    rng = np.random.default_rng(0)
+    side = tile_px * int(np.ceil(np.sqrt(n / 150)))
+    per_row = side // tile_px
+    centers = rng.uniform(0, side, (n, 2))
+    row, column = np.divmod(np.arange(per_row**2), per_row)
+    cores = np.stack([column, row, column + 1, row + 1], 1).astype(float) * tile_px
+    place = np.minimum(centers // tile_px, per_row - 1).astype(int)
+    tile = place[:, 1] * per_row + place[:, 0]
+    boxes = ss.Detections.build(np.concatenate([centers - 25, centers + 25], 1), rng.random(n))
+    seconds = []
+    for _ in range(5):
+        started = time.perf_counter()
+        kept = stitch(boxes, tile, cores, slack=12.0, iou=0.3)
+        seconds.append(time.perf_counter() - started)
+    median = statistics.median(seconds)
+    return f"stitch: {n:,} boxes in {median:.2f} s ({median / n * 1e6:.2f} µs a box), {len(kept):,} kept"
+
+
+# One detection a tile, at its darkest pixel: what is measured is our memory, not a network's.
+_MEMORY_PROGRAM = """
+import json, sys
+import numpy as np
+import slidescan as ss
+from slidescan.provenance import peak_rss_mb
+
+class Darkest:
+    name, sha256, classes, mpp, input_px = "darkest", "0", ("dark",), 0.25, 1024
+    object_um, max_per_tile, threshold = 12.5, 100, 0.5
+    def at(self, slide_mpp, *, allow_coarse=False): return self
+    def detect(self, tiles, min_score):
+        found = []
+        for tile in tiles:
+            y, x = np.unravel_index(tile[..., 1].argmin(), tile.shape[:2])
+            found.append(ss.Detections.build([[x - 25, y - 25, x + 25, y + 25]], [0.9]))
+        return found
+
+out, path = sys.argv[1:]
+result = ss.scan(path, Darkest(), out=out)
+print(json.dumps({"mb": peak_rss_mb(), "n": len(result.detections), "seconds": result.provenance["seconds"]["total"]}))
+"""
+
+
+def bench_memory(smoke: bool) -> str:
+    """Scan two phantoms in processes of their own and compare their highest memory."""
+    peaks = []
+    lines = []
+    for size_px in (2048, 4096) if smoke else (20_000, 60_000):
+        with tempfile.TemporaryDirectory() as scratch:
+            path = Path(scratch) / "slide.tiff"
+            block_px = 1024 if smoke else 5000
+            write_phantom(path, ss.Phantom((size_px, size_px), 0.25, block_px=block_px, n_figures=10))
+            command = [sys.executable, "-c", _MEMORY_PROGRAM, str(Path(scratch) / "run"), str(path)]
+            told = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        peaks.append(told["mb"])
+        lines.append(f"{size_px:,}²: {told['mb']} MB, {told['n']:,} detections, {told['seconds']:.0f} s")
+    return f"memory: {'; '.join(lines)}; ratio {peaks[1] / peaks[0]:.2f}"
+
+
+def bench_grid(smoke: bool) -> str:
+    """Shift the tile grid and count the detections above threshold that reappear within 2 px and 0.05 score."""
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "slide.tiff"
+        size_px = 2048 if smoke else 6144
+        write_phantom(path, ss.Phantom((size_px, size_px), 0.25, n_figures=6 if smoke else 60))
+        detector = ss.load_detector("mitosis")
+        shifts = [(0, 0), (137, 401)] if smoke else [(0, 0), (137, 401), (450, 33), (611, 777)]
+        results = [
+            ss.scan(path, detector, config=ss.ScanConfig.load({}, {"tiling.shift_px": list(shift)})) for shift in shifts
+        ]
+    first = results[0]
+    shares = []
+    for other in results[1:]:
+        if not len(first.found) or not len(other.detections):
+            return "grid: nothing found"
+        distance, nearest = cKDTree(other.detections.centers).query(first.found.centers)
+        near = (distance <= 2) & (np.abs(other.detections.score[nearest] - first.found.score) <= 0.05)
+        shares.append(float(near.mean()))
+    return f"grid: {len(first.found)} found, reappear under shifted grids: {', '.join(f'{s:.1%}' for s in shares)}"
+
+
+BENCHES: dict[str, Callable[[bool], str]] = {"stitch": bench_stitch, "memory": bench_memory, "grid": bench_grid}
+
+
+def main() -> None:
+    """Run the chosen benchmarks."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("which", nargs="*", choices=[*BENCHES, []], default=[])
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes, for tests")
+    arguments = parser.parse_args()
+    print(f"slidescan {ss.__version__}, Python {platform.python_version()}, {platform.machine()}")
+    for name in arguments.which or BENCHES:
+        print(BENCHES[name](arguments.smoke), flush=True)
+
+
+if __name__ == "__main__":
+    main()

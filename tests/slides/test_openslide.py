@@ -1,0 +1,164 @@
+"""Through OpenSlide: its dead handles, its transparency and its missing guards stay inside the reader."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import numpy as np
+import openslide
+import pytest
+from PIL import Image
+
+from slidescan.errors import SlideFormatError, SlideReadError
+from slidescan.geometry import Box
+from slidescan.slides import Slide, open_slide
+from slidescan.slides.openslide import OpenSlideSource
+
+
+class _Fake:
+    """An OpenSlide handle of a 1000 × 800 px slide with a dead place, transparency and odd properties."""
+
+    bad_l0 = Box(500, 300, 510, 310)
+    opened = 0
+
+    def __init__(self, path: str, said: dict[str, str]) -> None:
+        type(self).opened += 1
+        self.properties = {"openslide.vendor": "mirax", **said}
+        self.level_dimensions = ((1000, 800),)
+        self.level_downsamples = (1.0,)
+        self.color_profile = None
+        self._dead = False
+
+    def set_cache(self, cache: object) -> None:
+        pass
+
+    def read_region(self, where: tuple[int, int], level: int, size: tuple[int, int]) -> Image.Image:
+        (x, y), (width, height) = where, size
+        if self._dead or Box(x, y, x + width, y + height).intersects(self.bad_l0):
+            self._dead = True
+            raise openslide.OpenSlideError("JPEG is bad")
+        rgba = np.full((height, width, 4), (10, 20, 30, 255), np.uint8)
+        rgba[:, : max(0, 100 - x)] = 0  # left of column 100 nothing was scanned
+        return Image.fromarray(rgba)
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Slide:
+    """A slide over `_Fake`, with a background colour, bounds and storage tiles of 128 px."""
+    said = {
+        "openslide.background-color": "0A0B0C",
+        "openslide.mpp-x": "0.25",
+        "openslide.mpp-y": "0.26",
+        "openslide.level[0].tile-width": "128",
+        "openslide.level[0].tile-height": "128",
+        **{f"openslide.bounds-{side}": value for side, value in zip("xy", ("100", "0"), strict=True)},
+        "openslide.bounds-width": "900",
+        "openslide.bounds-height": "800",
+    }
+    monkeypatch.setattr(openslide, "OpenSlide", lambda path: _Fake(path, said))
+    path = tmp_path / "case.mrxs"
+    path.write_bytes(b"any")
+    return open_slide(path)
+
+
+def test_facts_are_taken_over(fake: Slide) -> None:
+    """Scale, bounds and vendor come through; two scales close together become their geometric mean."""
+    assert (fake.backend, fake.vendor, fake.mpp_source) == ("openslide", "mirax", "openslide")
+    assert fake.mpp == pytest.approx((0.25 * 0.26) ** 0.5)
+    assert fake.bounds_l0 == Box(100, 0, 1000, 800)
+    assert fake.levels[0].tile_wh == (128, 128)
+
+
+def test_not_scanned_is_background_and_outside_is_white(fake: Slide) -> None:
+    """Transparent px take the slide's background colour, never black."""
+    row = fake.read_level(0, -5, 0, 200, 1).rgb[0]
+    assert (row[:5] == 255).all()
+    assert (row[5:105] == (10, 11, 12)).all()
+    assert (row[105:] == (10, 20, 30)).all()
+
+
+def test_a_read_error_costs_its_tiles(fake: Slide) -> None:
+    """The block is bisected along the storage grid: the tiles that hold the dead place are holes, the rest is read."""
+    pixels = fake.read_level(0, 130, 10, 800, 700)
+    assert pixels.holes == (Box(384, 256, 512, 384),)
+    assert (pixels.rgb[246:374, 254:382] == 255).all()
+    pixels.rgb[246:374, 254:382] = (10, 20, 30)
+    assert (pixels.rgb == (10, 20, 30)).all()
+
+
+def test_threads_are_not_hurt_by_each_others_errors(fake: Slide) -> None:
+    """A thread in a good place reads it all, although another keeps killing the handle."""
+    holes: list[int] = []
+
+    def read(x: int, expected: int) -> None:
+        for _ in range(20):
+            found = len(fake.read_level(0, x, 200, 150, 200).holes)
+            if found != expected:
+                holes.append(found)
+
+    threads = [threading.Thread(target=read, args=job) for job in ((450, 1), (700, 0), (450, 1), (800, 0))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert holes == []
+
+
+def test_a_file_that_vanishes_is_an_error(fake: Slide, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When the file cannot be opened again the slide is unreadable, which is no hole."""
+
+    def gone(path: str) -> _Fake:
+        raise openslide.OpenSlideError("Unsupported or missing image file")
+
+    monkeypatch.setattr(openslide, "OpenSlide", gone)
+    with pytest.raises(SlideReadError, match="can no longer be opened"):
+        fake.read_level(0, 400, 200, 300, 300)
+
+
+def test_unsafe_tiles_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """OpenSlide has no guard of its own: a giant tile is refused before the first read."""
+    said = {"openslide.level[0].tile-width": "20000", "openslide.level[0].tile-height": "20000"}
+    monkeypatch.setattr(openslide, "OpenSlide", lambda path: _Fake(path, said))
+    path = tmp_path / "a.mrxs"
+    path.write_bytes(b"any")
+    with pytest.raises(SlideFormatError, match="found 20000 × 20000 px"):
+        OpenSlideSource(path)
+
+
+@pytest.mark.parametrize(("mpp", "known"), [("0", False), ("-0.499", False), ("inf", False), ("499000", False)])
+def test_implausible_scale_is_not_passed_on(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, mpp: str, known: bool
+) -> None:
+    """OpenSlide hands nonsense through; here it becomes a problem in words."""
+    said = {"openslide.mpp-x": mpp, "openslide.mpp-y": mpp}
+    monkeypatch.setattr(openslide, "OpenSlide", lambda path: _Fake(path, said))
+    path = tmp_path / "a.mrxs"
+    path.write_bytes(b"any")
+    slide = open_slide(path)
+    assert (slide.mpp is not None) is known
+    assert "not plausible" in str(slide.mpp_problem)
+
+
+def test_real_dicom(shared: Path) -> None:
+    """A DICOM slide opens by any of its files, at the scale of the SVS it was made from."""
+    paths = sorted((shared / "slides/dicom_cmu_napari").glob("*.dcm"))
+    slides = [open_slide(path) for path in paths]
+    assert {(s.vendor, s.mpp, s.mpp_source, s.size_wh) for s in slides} == {("dicom", 0.499, "dicom", (2220, 2967))}
+    svs = open_slide(shared / "slides/CMU-1-Small-Region.svs").read_level(0, 300, 400, 900, 800).rgb
+    again = slides[0].read_level(0, 300, 400, 900, 800)
+    assert again.holes == ()
+    assert np.abs(again.rgb.astype(int) - svs).mean() < 5
+    with pytest.raises(SlideFormatError, match=r"name one \.dcm file"):
+        open_slide(paths[0].parent)
+
+
+def test_real_ndpi(shared: Path) -> None:
+    """A fluorescence NDPI is read at every level, in and beyond its edges."""
+    slide = open_slide(shared / "slides/test3-DAPI-2-387.ndpi")
+    plane = slide.plane(0.5)
+    assert plane.mpp == 0.5
+    pixels = slide.read(-10, -10, 300, 300, plane)
+    assert (pixels.rgb[:10] == 255).all()
+    assert pixels.rgb[10:, 10:].max() < 255
+    assert slide.plane(0.4564) == type(plane)((1984, 2432), slide.frame.mpp * 2)

@@ -1,0 +1,195 @@
+"""Zarr slides: both NGFF versions, what is unsafe, and what is missing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zarr
+from numpy.typing import NDArray
+
+from slidescan.errors import ResolutionError, SlideFormatError, SlideReadError
+from slidescan.geometry import Box
+from slidescan.slides import open_slide
+
+
+@pytest.fixture(params=["0.4", "0.5"])
+def path(
+    request: pytest.FixtureRequest, tmp_path: Path, levels: list[NDArray[np.uint8]], write_ngff: Callable[..., Path]
+) -> Path:
+    """A fresh NGFF slide in each version, to be damaged."""
+    return write_ngff(tmp_path / "case.ome.zarr", levels, request.param)
+
+
+def chunk(path: Path, level: int, c: int, row: int, column: int) -> Path:
+    """Return a chunk's file in either version."""
+    array = path / str(level)
+    return array / ("c" if (array / "zarr.json").exists() else "") / f"{c}/{row}/{column}"
+
+
+def edit(path: Path, change: Callable[[dict[str, object]], None]) -> None:
+    """Rewrite a JSON file."""
+    told = json.loads(path.read_text())
+    change(told)
+    path.write_text(json.dumps(told))
+
+
+def test_name_scale_and_vendor(path: Path) -> None:
+    """The name drops both suffixes and the scale is the first dataset's."""
+    slide = open_slide(path)
+    assert (slide.name, slide.vendor, slide.backend) == ("case", "ngff", "zarr")
+    assert (slide.mpp, slide.mpp_source) == (0.25, "ngff")
+    assert slide.levels[0].tile_wh == (128, 128)
+
+
+def test_shards_are_read_by_inner_chunks(
+    tmp_path: Path, levels: list[NDArray[np.uint8]], write_ngff: Callable[..., Path]
+) -> None:
+    """A sharded array reads the same; its tile is the inner chunk; a lost shard is one hole."""
+    path = write_ngff(tmp_path / "a.zarr", levels, "0.5", sharded=True)
+    slide = open_slide(path)
+    assert slide.levels[0].tile_wh == (128, 128)
+    assert np.array_equal(slide.read_level(0, 0, 0, 701, 501).rgb, levels[0])
+    (path / "0/c/0/1/1").unlink()
+    assert slide.read_level(0, 0, 0, 701, 501).holes == (Box(256, 256, 512, 501),)
+
+
+@pytest.mark.parametrize("damage", [b"", b"\0\1\2 not compressed data", None], ids=["empty", "garbage", "missing"])
+def test_a_bad_chunk_is_a_hole(path: Path, levels: list[NDArray[np.uint8]], damage: bytes | None) -> None:
+    """A chunk that is lost or cannot be decoded costs its place only, whichever channel it belongs to."""
+    victim = chunk(path, 0, 1, 1, 2)
+    if damage is None:
+        victim.unlink()
+    else:
+        victim.write_bytes(damage)
+    pixels = open_slide(path).read_level(0, 200, 100, 300, 200)
+    assert pixels.holes == (Box(256, 128, 384, 256),)
+    assert (pixels.rgb[28:156, 56:184] == 255).all()
+    pixels.rgb[28:156, 56:184] = levels[0][128:256, 256:384]
+    assert np.array_equal(pixels.rgb, levels[0][100:300, 200:500])
+
+
+def test_a_vanished_slide_is_an_error(path: Path, tmp_path: Path) -> None:
+    """A directory that is gone is unreadable, not black and not full of holes."""
+    slide = open_slide(path)
+    slide.read_level(0, 0, 0, 10, 10)
+    path.rename(tmp_path / "moved.ome.zarr")
+    with pytest.raises(SlideReadError, match="the slide is gone"):
+        slide.read_level(0, 0, 0, 10, 10)
+
+
+def test_white_fill_is_glass(tmp_path: Path) -> None:
+    """Where the writer leaves out white chunks they are white, and no holes."""
+    array = zarr.create_array(
+        tmp_path / "a.zarr", shape=(300, 300, 3), chunks=(100, 100, 3), dtype="uint8", fill_value=255, zarr_format=2
+    )
+    array[:100, :100] = 7
+    pixels = open_slide(tmp_path / "a.zarr").read_level(0, 0, 0, 300, 300)
+    assert pixels.holes == ()
+    assert (pixels.rgb[:100, :100] == 7).all()
+    assert (pixels.rgb[100:] == 255).all()
+
+
+def test_bioformats2raw_layout(
+    tmp_path: Path, levels: list[NDArray[np.uint8]], write_ngff: Callable[..., Path]
+) -> None:
+    """An image in the numbered group below the root is found."""
+    root = tmp_path / "a.zarr"
+    zarr.open_group(root, mode="w", zarr_format=2).attrs["bioformats2raw.layout"] = 3
+    write_ngff(root / "0", levels, "0.4")
+    assert open_slide(root).size_wh == (701, 501)
+
+
+def test_jpeg_chunks_of_a_bare_group(shared: Path) -> None:
+    """A group of RGB arrays without NGFF metadata is read, JPEG chunks included, but has no scale."""
+    slide = open_slide(shared / "slides/CMU-1-Small-Region-JPEG.zarr")
+    assert (slide.size_wh, slide.vendor, slide.mpp) == ((2220, 2967), None, None)
+    with pytest.raises(ResolutionError, match="the file does not say"):
+        _ = slide.frame
+
+
+def test_a_codec_that_unpickles_is_refused(path: Path) -> None:
+    """Only codecs that yield bytes pass: Zarr v2 can name one that runs code."""
+
+    def change(told: dict[str, object]) -> None:
+        if "codecs" in told:
+            told["codecs"] = [{"name": "numcodecs.pickle"}]
+        else:
+            told["filters"] = [{"id": "pickle"}]
+
+    array = path / "0"
+    edit(next(p for p in (array / ".zarray", array / "zarr.json") if p.exists()), change)
+    with pytest.raises(SlideFormatError, match="unknown codec"):
+        open_slide(path)
+
+
+def test_giant_chunks_are_refused(path: Path) -> None:
+    """One chunk that unpacks to gigabytes is refused before it is read."""
+
+    def change(told: dict[str, object]) -> None:
+        told["shape"] = [3, 60000, 60000]
+        if "chunk_grid" in told:
+            told["chunk_grid"] = {"name": "regular", "configuration": {"chunk_shape": [3, 60000, 60000]}}
+        else:
+            told["chunks"] = [3, 60000, 60000]
+
+    array = path / "0"
+    edit(next(p for p in (array / ".zarray", array / "zarr.json") if p.exists()), change)
+    with pytest.raises(SlideFormatError, match="one chunk unpacks to"):
+        open_slide(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda m: m.pop("axes"), "metadata is incomplete"),
+        (lambda m: m["datasets"][0].pop("coordinateTransformations"), "metadata is incomplete"),
+        (lambda m: m["datasets"][0].update(coordinateTransformations=[]), "metadata is incomplete"),
+        (lambda m: m["datasets"][0].update(path="../../etc"), "outside the directory"),
+        (lambda m: m["datasets"][0].update(path="nothing"), "missing or damaged"),
+        (lambda m: m["axes"][0].update(name="q"), "expected the axes c, y and x"),
+        (lambda m: m.update(datasets=[]), "metadata is incomplete"),
+    ],
+)
+def test_damaged_metadata_is_one_line(path: Path, change: Callable[[dict[str, object]], object], told: str) -> None:
+    """Each way to break the metadata is said, with the slide's name."""
+
+    def apply(document: dict[str, object]) -> None:
+        attributes = document.get("attributes", document)
+        assert isinstance(attributes, dict)
+        change(attributes.get("ome", attributes)["multiscales"][0])
+
+    edit(next(p for p in (path / ".zattrs", path / "zarr.json") if p.exists()), apply)
+    with pytest.raises(SlideFormatError, match=told) as caught:
+        open_slide(path)
+    assert str(caught.value).startswith("case.ome.zarr: ")
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[" * 100_000, "\ufeff{}", '{"a": 1}'], ids=["empty", "open", "deep", "bom", "other"]
+)
+def test_json_that_is_none(path: Path, text: str) -> None:
+    """Broken JSON is a damaged slide, however deep it nests."""
+    next(p for p in (path / "0/.zarray", path / "0/zarr.json") if p.exists()).write_text(text)
+    with pytest.raises(SlideFormatError, match=r"not valid JSON|missing or damaged"):
+        open_slide(path)
+
+
+def test_units_decide(path: Path) -> None:
+    """Without units there is no scale; in millimetres it is converted; an unknown one is no scale."""
+    file = next(p for p in (path / ".zattrs", path / "zarr.json") if p.exists())
+    for unit, mpp in ((None, None), ("millimeter", 250.0), ("parsec", None), ("nanometer", 0.00025)):
+
+        def change(document: dict[str, object], unit: str | None = unit) -> None:
+            attributes = document.get("attributes", document)
+            assert isinstance(attributes, dict)
+            for axis in attributes.get("ome", attributes)["multiscales"][0]["axes"][1:]:
+                axis["unit"] = unit
+
+        edit(file, change)
+        slide = open_slide(path)
+        assert slide.mpp is None
+        assert mpp is None or f"{mpp:.6g}" in str(slide.mpp_problem)

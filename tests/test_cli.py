@@ -1,0 +1,115 @@
+"""The command line, run as a person runs it: in a process of its own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from slidescan.phantom import Phantom, write_phantom
+
+
+def slidescan(*arguments: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "slidescan.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, cwd=cwd)
+
+
+def failed(done: subprocess.CompletedProcess[str], code: int) -> str:
+    """Return the one line of a clean failure."""
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("slidescan: ")
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def phantom(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("slides") / "case.tiff"
+    write_phantom(path, Phantom((2048, 1536), 0.25, seed=2, n_figures=12, n_look_alikes=8, tissue=0.6))
+    return path
+
+
+def test_info_scan_export_validate(phantom: Path, tmp_path: Path) -> None:
+    """The commands of the README work one after the other and say what they did."""
+    said = slidescan("info", phantom)
+    assert said.returncode == 0, said.stderr
+    assert "2,048 × 1,536 px" in said.stdout
+    assert "0.25 µm/px" in said.stdout
+    assert "tiles in" in said.stdout
+    done = slidescan("scan", phantom, "-o", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "mitosis-0.25" in done.stderr
+    assert "looked at   100.00%" in done.stdout
+    run = tmp_path / "case"
+    assert f"result      {run}" in done.stdout
+    assert {p.name for p in run.iterdir()} == {
+        "anomaly.ome.zarr", "detections.parquet", "flagged.geojson", "manifest.json", "overview.png"
+    }  # fmt: skip
+    out = tmp_path / "case.geojson.gz"
+    assert slidescan("export", run, "-o", out, "--min-score", "0.05").returncode == 0
+    checked = slidescan("validate", out)
+    assert (checked.returncode, checked.stdout.strip()) == (0, f"{out}: QuPath reads it")
+    assert slidescan("export", run, "-f", "csv", "-o", tmp_path / "case.csv").returncode == 0
+    assert (tmp_path / "case.csv").read_text().startswith('"id","x0"')
+    again = slidescan("scan", phantom, "-o", tmp_path)
+    assert (again.returncode, again.stdout) == (0, done.stdout)
+
+
+def test_validate_names_the_line_that_breaks(tmp_path: Path) -> None:
+    """A feature QuPath would misread is told with its line, and the exit code is 1."""
+    path = tmp_path / "bad.geojson"
+    path.write_text(
+        '{"type": "FeatureCollection", "features": [\n'
+        '{"type": "Feature", "geometry": {"type": "Polygon", "coordinates": [[[0,0],[0,9],[9,9],[0,0]]]},\n'
+        ' "properties": {"objectType": "DETECTION"}}\n'
+        "]}\n"
+    )
+    done = slidescan("validate", path)
+    assert done.returncode == 1
+    assert f"{path}:2:" in done.stdout
+    assert "DETECTION" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["scan", "nowhere.svs"], 1, "nowhere.svs"),
+        (["scan", "."], 1, ""),
+        (["scan", "empty.svs"], 1, "empty.svs"),
+        (["scan", "text.svs"], 1, "text.svs"),
+        (["info", "text.svs"], 1, "text.svs"),
+        (["scan", "{case}", "--mpp", "77"], 2, "0.05"),
+        (["scan", "{case}", "--mpp", "1.0"], 1, "--allow-coarse"),
+        (["scan", "{case}", "--model", "no/such/../dir"], 2, ""),
+        (["scan", "{case}", "--set", "tiling.tile_size=5"], 2, "tiling.tile_size"),
+        (["scan", "{case}", "--set", "tiling"], 2, "section.key=value"),
+        (["scan", "{case}", "--backend", "vips"], 2, "vips"),
+        (["scan", "{case}", "--scheduler", "tcp://127.0.0.1:9"], 2, "127.0.0.1:9"),
+        (["scan"], 2, "SLIDE"),
+        (["scann", "x"], 2, "scann"),
+        (["export", "nowhere", "-o", "x.geojson"], 3, "nowhere"),
+        (["validate", "nowhere.geojson"], 1, ""),
+        (["demo", "--size-px", "10"], 2, "2048"),
+    ],
+)  # fmt: skip
+def test_a_wrong_command_is_one_line(phantom: Path, tmp_path: Path, arguments: list[str], code: int, said: str) -> None:
+    """Bad input: one line that names it, the right exit code, no traceback, and nothing that looks like a result."""
+    (tmp_path / "empty.svs").touch()
+    (tmp_path / "text.svs").write_text("not a slide")
+    done = slidescan(*(a.replace("{case}", str(phantom)) for a in arguments), cwd=tmp_path)
+    if arguments[0] == "validate":
+        assert done.returncode in (1, 3)
+        assert "Traceback" not in done.stderr
+        assert "nowhere.geojson" in done.stdout + done.stderr
+    else:
+        assert said in failed(done, code)
+    assert not list(tmp_path.rglob("manifest.json"))
+
+
+def test_version() -> None:
+    """--version says the version."""
+    assert slidescan("--version").stdout.startswith("slidescan 0.")

@@ -1,0 +1,83 @@
+"""What the documents say is run: README commands and code, the notebook, the pipelines."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+import slidescan
+from slidescan.phantom import Phantom, write_phantom
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def beside_a_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Give a working directory that holds a slide named case.svs."""
+    write_phantom(tmp_path / "case.tiff", Phantom((1536, 1536), 0.25, n_figures=10, n_look_alikes=5, tissue=0.7))
+    shutil.move(tmp_path / "case.tiff", tmp_path / "case.svs")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def test_readme_python_runs(beside_a_case: Path) -> None:
+    """Each Python block of the README runs as it stands."""
+    for code in blocks("python"):
+        exec(compile(code, "README.md", "exec"), {})
+    assert (beside_a_case / "case.geojson.gz").is_file()
+
+
+def test_readme_commands_run(beside_a_case: Path) -> None:
+    """Each slidescan command of the README runs as it stands; make targets exist."""
+    commands = [line.split("#")[0].strip() for block in blocks("sh") for line in block.splitlines() if line.strip()]
+    assert len(commands) >= 6
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for command in commands:
+        program, *arguments = command.split()
+        if program == "make":
+            assert re.search(rf"^{arguments[0]}:", makefile, re.MULTILINE)
+            continue
+        run = [sys.executable, "-m", "slidescan.cli", *arguments]
+        done = subprocess.run(run, capture_output=True, text=True, check=False, timeout=300)
+        assert done.returncode == 0, f"{command}: {done.stderr}"
+
+
+def test_readme_links_lead_somewhere() -> None:
+    """Files the README links to are in the repository."""
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda p: p.stem)
+def test_notebook_runs(path: Path, tmp_path: Path) -> None:
+    """A notebook runs from top to bottom in an empty directory."""
+    notebook = nbformat.read(path, as_version=4)
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+
+
+def test_benchmark_smoke() -> None:
+    """The benchmark runs at its smallest size and prints every line."""
+    command = [sys.executable, ROOT / "pipelines" / "benchmark.py", "--smoke"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, env=dict(os.environ))
+    assert done.returncode == 0, done.stderr
+    assert [line.split(":")[0] for line in done.stdout.splitlines()[1:]] == ["stitch", "memory", "grid"]
+
+
+def test_every_public_name_is_documented() -> None:
+    """Each name of `slidescan` has a docstring and is in the package's table of contents."""
+    for name in slidescan.__all__:
+        assert getattr(slidescan, name).__doc__, name
+        assert f"`{name}`" in (slidescan.__doc__ or ""), name
