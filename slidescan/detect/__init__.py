@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
-from slidescan.detect.load import Card, Family, Model, load_detector, write_model
+from slidescan.detect.card import Card, write_model
+from slidescan.detect.load import Family, Model, load_detector
 
 __all__ = ["Card", "Family", "Model", "load_detector", "write_model"]

@@ -1,8 +1,7 @@
 """Finding a detector by name, directory or Hugging Face id, choosing its variant, and loading its weights when needed.
 
-Hides directories, digests and the cache of networks. A model directory is what transformers reads (``config.json`` and
-``model.safetensors``; pickles are never opened) plus ``slidescan.json``, the card: what a scan must know and
-transformers does not. A directory of model directories is a family: one detector at several resolutions.
+Hides names, directories and the cache of networks. A directory of model directories (see `slidescan.detect.card`) is a
+family: one detector at several resolutions.
 
 Invariants: a detector is light (card and digest) until its first tile; it pickles as path, device and precision; a
 process holds each network once, whatever the number of detectors and threads.
@@ -10,8 +9,6 @@ process holds each network once, whatever the number of detectors and threads.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import re
 import threading
@@ -24,20 +21,18 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from slidescan.detect.card import MODEL_FILES, Card, digest, read_card, read_json
 from slidescan.detections import Detections
 from slidescan.errors import ModelError, ResolutionError
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from slidescan.detect.dfine import Network
 
-__all__ = ["Card", "Family", "Model", "Precision", "load_detector", "write_model"]
+__all__ = ["Family", "Model", "Precision", "load_detector"]
 
 Precision = Literal["auto", "fp32", "bf16"]
 
 _BUNDLED = Path(__file__).parent / "models"
-_FILES = ("config.json", "model.safetensors", "slidescan.json")
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 # transformers' model types whose output, normalisation and attention `slidescan.detect.dfine` knows; more go here.
 _KNOWN_TYPES = ("d_fine",)
@@ -46,39 +41,6 @@ _COARSER = 1.25
 
 _networks: dict[tuple[str, str, str], Network] = {}
 _loading = threading.Lock()
-
-
-@dataclass(frozen=True, slots=True)
-class Card:
-    """What ``slidescan.json`` says of a model; field names are its keys.
-
-    Parameters
-    ----------
-    name : str
-    classes : tuple of str
-        Indexed by label.
-    mpp : float
-        µm/px it was trained at.
-    input_px : int
-        Best tile edge, a multiple of 32.
-    object_um : float
-        Edge of the largest object, µm.
-    threshold : float
-        Operating score.
-    temperature : float
-        Divides the logits, so that a score is the share of such detections that are right.
-    anchor_px : float, optional
-        Edge of its anchors; None where they are transformers' own.
-    """
-
-    name: str
-    classes: tuple[str, ...]
-    mpp: float
-    input_px: int = 640
-    object_um: float = 15.0
-    threshold: float = 0.5
-    temperature: float = 1.0
-    anchor_px: float | None = None
 
 
 @dataclass(frozen=True)
@@ -105,7 +67,7 @@ class Model:
     _card: Card = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        config = _read_json(self.path / "config.json")
+        config = read_json(self.path / "config.json")
         kind = config.get("model_type")
         if kind not in _KNOWN_TYPES:
             raise ModelError(
@@ -117,7 +79,7 @@ class Model:
                 "read, convert them with safetensors"
             )
         object.__setattr__(self, "_config", config)
-        object.__setattr__(self, "_card", _read_card(self.path, config, self.card_mpp))
+        object.__setattr__(self, "_card", read_card(self.path, config, self.card_mpp))
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle as what is needed to load it again, never weights."""
@@ -131,13 +93,7 @@ class Model:
     @cached_property
     def sha256(self) -> str:
         """Digest over configuration, weights and card."""
-        digest = hashlib.sha256()
-        for name in _FILES:
-            file = self.path / name
-            if file.is_file():
-                content = hashlib.sha256(file.read_bytes()).hexdigest()
-                digest.update(f"{name} {content}\n".encode())
-        return digest.hexdigest()
+        return digest(self.path)
 
     @property
     def classes(self) -> Sequence[str]:
@@ -351,22 +307,6 @@ def load_detector(
     return Family(path.name, tuple(sorted(models, key=lambda m: m.mpp)))
 
 
-def write_model(network: nn.Module, card: Card, directory: Path) -> None:
-    """Write a model directory: configuration, weights and card.
-
-    Matrices and kernels are stored as float16, which halves the file and hardly moves a score (the bundled model's
-    README says how much); statistics and biases stay float32.
-    """
-    from dataclasses import asdict
-
-    from slidescan.detect.dfine import save_network
-
-    directory.mkdir(parents=True, exist_ok=True)
-    save_network(network, directory)
-    text = json.dumps(asdict(card), indent=1)
-    (directory / "slidescan.json").write_text(text + "\n", encoding="utf-8")
-
-
 def _choose(variants: Sequence[Model], title: str, slide_mpp: float, allow_coarse: bool) -> Model:
     for variant in variants:
         if slide_mpp <= variant.mpp * _COARSER:
@@ -380,47 +320,12 @@ def _choose(variants: Sequence[Model], title: str, slide_mpp: float, allow_coars
     )
 
 
-def _read_card(path: Path, config: dict[str, Any], mpp: float | None) -> Card:
-    if (path / "slidescan.json").is_file():
-        table = _read_json(path / "slidescan.json")
-        known = set(Card.__dataclass_fields__)
-        try:
-            table = {**table, "classes": tuple(table["classes"])}
-            card = Card(**{key: value for key, value in table.items() if key in known})
-            numbers = card.mpp, card.input_px, card.object_um, card.temperature
-            if not (min(float(n) for n in numbers) > 0 and 0 <= card.threshold <= 1 and card.input_px % 32 == 0):
-                raise ValueError("a number is out of range")
-        except (KeyError, TypeError, ValueError) as exc:
-            raise ModelError(
-                f"{path.name}/slidescan.json: expected name, classes, mpp and numbers above 0, input_px a multiple of "
-                f"32 and threshold from 0 to 1: {exc}"
-            ) from exc
-        return card
-    if mpp is None:
-        raise ModelError(
-            f"{path.name}: expected slidescan.json or the model's resolution, found neither; pass mpp=… (µm/px it was "
-            "trained at)"
-        )
-    labels = config.get("id2label") or {"0": "object"}
-    return Card(path.name, tuple(labels[key] for key in sorted(labels, key=int)), mpp)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        table = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as exc:
-        raise ModelError(f"{path.parent.name}/{path.name}: expected a JSON file, cannot read it ({exc})") from exc
-    if not isinstance(table, dict):
-        raise ModelError(f"{path.parent.name}/{path.name}: expected a JSON object, got {type(table).__name__}")
-    return table
-
-
 def _from_hub(repository: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
         return Path(
-            snapshot_download(repository, allow_patterns=[name for file in _FILES for name in (file, f"*/{file}")])
+            snapshot_download(repository, allow_patterns=[name for file in MODEL_FILES for name in (file, f"*/{file}")])
         )
     except (OSError, ValueError) as exc:  # its own errors, and those of the network, derive from these
         raise ModelError(

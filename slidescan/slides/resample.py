@@ -2,7 +2,7 @@
 
 Hides Pillow's filter. Invariants: corners are pixel edges, so plane px [a, b) is level px [a·ratio, b·ratio), nothing
 is shifted by half a px; a block is read with the filter's reach around it, so a px has one value whatever block it is
-read in, up to a rounding of one grey level; at the slide's edge the filter sees only the slide, never the white around;
+read in, up to two grey levels of rounding; at the slide's edge the filter sees only the slide, never the white around;
 memory is bounded by the block asked for, however much finer the level is.
 """
 

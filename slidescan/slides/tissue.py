@@ -9,11 +9,15 @@ stays, and where the result is not plausible everything that is not blank is kep
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import ceil
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
+from skimage.measure import label
+from skimage.morphology import isotropic_dilation, remove_small_objects
+from skimage.segmentation import clear_border
 
 from slidescan.errors import ConfigError
 
@@ -236,28 +240,15 @@ def _strong(mask: Mask, colour: F32, level: float, sure_px: float) -> Mask:
 
 def _without_small(mask: Mask, min_px: float) -> Mask:
     """Keep the connected parts of at least `min_px`."""
-    labels, _ = ndimage.label(mask)
-    keep = np.bincount(labels.ravel()) >= min_px
-    keep[0] = False
-    return np.asarray(keep[labels], np.bool_)
+    return np.asarray(remove_small_objects(mask, max_size=max(0, ceil(min_px) - 1)), np.bool_)
 
 
 def _filled(mask: Mask, hole_px: float) -> Mask:
     """Fill holes up to `hole_px`; what reaches the edge of the image is no hole."""
-    labels, _ = ndimage.label(~mask)
-    keep = np.bincount(labels.ravel()) > hole_px
-    keep[np.concatenate([labels[0], labels[-1], labels[:, 0], labels[:, -1]])] = True
-    keep[0] = False
-    return np.asarray(~keep[labels], np.bool_)
+    holes = clear_border(label(~mask, connectivity=1)) > 0
+    return np.asarray(mask | (holes & ~remove_small_objects(holes, max_size=int(hole_px))), np.bool_)
 
 
 def _grown(mask: Mask, radius_px: float) -> Mask:
-    """Grow by `radius_px` in every direction, as an octagon: within 8 % of a disc and quick at any radius."""
-    radius = round(radius_px)
-    if radius < 1:
-        return mask
-    # An octagon is a square of 0.586 r and a diamond of 0.414 r one after the other.
-    diamond = round(0.414 * radius)
-    out = ndimage.maximum_filter(mask, size=2 * (radius - diamond) + 1, mode="constant")
-    cross = ndimage.generate_binary_structure(2, 1)
-    return np.asarray(ndimage.binary_dilation(out, cross, iterations=diamond) if diamond else out, np.bool_)
+    """Grow by `radius_px` in every direction."""
+    return np.asarray(isotropic_dilation(mask, round(radius_px)), np.bool_) if round(radius_px) else mask

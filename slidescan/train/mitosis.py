@@ -17,8 +17,9 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image as Picture
 
+from slidescan.detect.card import Card, write_model
 from slidescan.detect.dfine import channels_last, lower_precision, set_anchors
-from slidescan.detect.load import Card, load_detector, write_model
+from slidescan.detect.load import load_detector
 from slidescan.detections import Detector
 from slidescan.errors import ModelError
 from slidescan.ops import accelerate

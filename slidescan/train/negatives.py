@@ -1,8 +1,8 @@
 """Tissue without figures from elsewhere: dark, dense and spindle-shaped nuclei that the crops hardly show.
 
-Hides the scale and the stain of these images, which are unknown and mixed. The annotated nuclei tell the scale: images are
-resized so that the median nucleus has a usual size. Half of them take on the colours of a random crop, else the network
-would learn that their stain means "nothing here".
+Hides the scale and the stain of these images, which are unknown and mixed. The annotated nuclei tell the scale: images
+are resized so that the median nucleus has a usual size. Half of them take on the colours of a random crop, else the
+network would learn that their stain means "nothing here".
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def load_negatives(data: Path) -> list[Negative]:
 
 
 def show(rng: np.random.Generator, negative: Negative, like: Rgb, mpp: float, size: int) -> Rgb:
-    """Return a `size` px square of the image at about `mpp`, mirrored where it is too small, perhaps in `like`'s colours."""
+    """Return a `size` px square of the image at about `mpp`, mirrored if too small, maybe in the colours of `like`."""
     factor = _NUCLEUS_UM / mpp / negative.nucleus_px * float(np.exp(rng.uniform(np.log(0.7), np.log(1.4))))
     factor = float(np.clip(factor, 0.25, 3.0))
     width, height = (max(16, round(n * factor)) for n in negative.image.shape[1::-1])

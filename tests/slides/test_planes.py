@@ -62,7 +62,7 @@ class TestWhereAPixelLies:
     def test_a_pixel_has_one_value_in_every_block(
         self, mpp: float, seed: int, inner: tuple[int, int, int, int]
     ) -> None:
-        """A read equals the same area of a bigger read, up to one grey level of rounding."""
+        """A read equals the same area of a bigger read, up to two grey levels: Pillow rounds in each of its two passes."""
         pixels = np.random.default_rng(seed).integers(0, 256, (300, 411, 3), np.uint8)
         slide = memory_slide([pixels, pixels[:300:2, :410:2].copy()], 0.25)
         plane = slide.plane(mpp)
@@ -70,7 +70,7 @@ class TestWhereAPixelLies:
         x, y = plane.size_wh[0] // 3, plane.size_wh[1] // 3
         big = slide.read(x, y, 40, 40, plane).rgb
         small = slide.read(x + left, y + top, width, height, plane).rgb
-        assert np.abs(big[top : top + height, left : left + width].astype(int) - small).max() <= 1
+        assert np.abs(big[top : top + height, left : left + width].astype(int) - small).max() <= 2
 
     @given(width=st.integers(1, 5000), height=st.integers(1, 5000), factor=st.sampled_from([2, 3, 4, 8, 16, 10]))
     def test_floored_and_completed_levels_have_whole_factors(self, width: int, height: int, factor: int) -> None:
