@@ -1,0 +1,129 @@
+"""The model directory: what transformers reads, and the card that says what a scan must know.
+
+Hides file names and checks. A directory holds ``config.json`` and ``model.safetensors`` (transformers' own; pickles are
+never opened) and ``slidescan.json``, the card. Importing this module does not import torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from slidescan.errors import ModelError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["MODEL_FILES", "Card", "digest", "read_card", "read_json", "write_model"]
+
+MODEL_FILES = ("config.json", "model.safetensors", "slidescan.json")
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """What ``slidescan.json`` says of a model; field names are its keys.
+
+    Parameters
+    ----------
+    name : str
+    classes : tuple of str
+        Indexed by label.
+    mpp : float
+        µm/px it was trained at.
+    input_px : int
+        Best tile edge, a multiple of 32.
+    object_um : float
+        Edge of the largest object, µm.
+    threshold : float
+        Operating score.
+    temperature : float
+        Divides the logits, so that a score is the share of such detections that are right.
+    anchor_px : float, optional
+        Edge of its anchors; None where they are transformers' own.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    mpp: float
+    input_px: int = 640
+    object_um: float = 15.0
+    threshold: float = 0.5
+    temperature: float = 1.0
+    anchor_px: float | None = None
+
+
+def digest(path: Path) -> str:
+    """Return the SHA-256 over configuration, weights and card of a model directory."""
+    whole = hashlib.sha256()
+    for name in MODEL_FILES:
+        file = path / name
+        if file.is_file():
+            content = hashlib.sha256(file.read_bytes()).hexdigest()
+            whole.update(f"{name} {content}\n".encode())
+    return whole.hexdigest()
+
+
+def read_card(path: Path, config: dict[str, Any], mpp: float | None) -> Card:
+    """Read and check the card of a model directory; without one, make it of the configuration and `mpp`.
+
+    Raises
+    ------
+    ModelError
+        If the card is damaged, or there is none and no `mpp`.
+    """
+    if (path / "slidescan.json").is_file():
+        table = read_json(path / "slidescan.json")
+        known = set(Card.__dataclass_fields__)
+        try:
+            table = {**table, "classes": tuple(table["classes"])}
+            card = Card(**{key: value for key, value in table.items() if key in known})
+            numbers = card.mpp, card.input_px, card.object_um, card.temperature
+            if not (min(float(n) for n in numbers) > 0 and 0 <= card.threshold <= 1 and card.input_px % 32 == 0):
+                raise ValueError("a number is out of range")
+        except (KeyError, TypeError, ValueError) as exc:
+            raise ModelError(
+                f"{path.name}/slidescan.json: expected name, classes, mpp and numbers above 0, input_px a multiple of "
+                f"32 and threshold from 0 to 1: {exc}"
+            ) from exc
+        return card
+    if mpp is None:
+        raise ModelError(
+            f"{path.name}: expected slidescan.json or the model's resolution, found neither; pass mpp=… (µm/px it was "
+            "trained at)"
+        )
+    labels = config.get("id2label") or {"0": "object"}
+    return Card(path.name, tuple(labels[key] for key in sorted(labels, key=int)), mpp)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises
+    ------
+    ModelError
+        If the file is missing or holds something else.
+    """
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as exc:
+        raise ModelError(f"{path.parent.name}/{path.name}: expected a JSON file, cannot read it ({exc})") from exc
+    if not isinstance(table, dict):
+        raise ModelError(f"{path.parent.name}/{path.name}: expected a JSON object, got {type(table).__name__}")
+    return table
+
+
+def write_model(network: nn.Module, card: Card, directory: Path) -> None:
+    """Write a model directory: configuration, weights and card.
+
+    Matrices and kernels are stored as float16, which halves the file and hardly moves a score (the bundled model's
+    README says how much); statistics and biases stay float32.
+    """
+    from slidescan.detect.dfine import save_network
+
+    directory.mkdir(parents=True, exist_ok=True)
+    save_network(network, directory)
+    text = json.dumps(asdict(card), indent=1)
+    (directory / "slidescan.json").write_text(text + "\n", encoding="utf-8")
