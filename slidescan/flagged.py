@@ -186,7 +186,7 @@ def mitotic_hotspot(detections: Detections, frame: Frame, *, threshold: float, a
     in_row = (right[:, reach : reach + columns] - right[:, :columns])[:rows]
     block = np.pad(in_column.cumsum(1), ((0, 0), (1, 0)))
     bound = block[:, reach : reach + columns] - block[:, :columns]
-    # A corner's x is some detection's x and its y some detection's y, so the corner's cell has one below and one beside.
+    # A corner's x is one detection's and its y another's, so its cell has one in its column and one in its row.
     bound[(in_column[:, :columns] == 0) | (in_row == 0)] = 0
     best_count, best = 0, (0.0, 0.0)
     by_column = xy[np.argsort(xy[:, 0], kind="stable")]

@@ -11,7 +11,6 @@ import sys
 from dataclasses import astuple
 from typing import Any
 
-import slidescan
 from slidescan.config import ScanConfig
 from slidescan.detections import Detector
 from slidescan.slides import Slide
@@ -21,7 +20,13 @@ __all__ = ["describe_slide", "peak_rss_mb", "run_key", "versions"]
 
 def run_key(slide: Slide, detector: Detector, config: ScanConfig) -> str:
     """Name the scan by everything its detections depend on."""
-    identity = [slidescan.__version__, slide.fingerprint, slide.frame.mpp, slide.color, detector.sha256]
+    identity = [
+        importlib.metadata.version("slidescan"),
+        slide.fingerprint,
+        slide.frame.mpp,
+        slide.color,
+        detector.sha256,
+    ]
     text = json.dumps([*identity, config.model_dump(mode="json")], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 

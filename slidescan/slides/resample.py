@@ -2,7 +2,7 @@
 
 Hides Pillow's filter. Invariants: corners are pixel edges, so plane px [a, b) is level px [a·ratio, b·ratio), nothing
 is shifted by half a px; a block is read with the filter's reach around it, so a px has one value whatever block it is
-read in, up to two grey levels of rounding; at the slide's edge the filter sees only the slide, never the white around;
+read in, up to one grey level of rounding; at the slide's edge the filter sees the slide repeated, never white;
 memory is bounded by the block asked for, however much finer the level is.
 """
 
@@ -46,15 +46,19 @@ def resample(read: Reader, levels: Sequence[Level], scale: float, x0: int, y0: i
         return _halves(read, levels, scale, x0, y0, x1, y1)
     width, height = (-(-n // average) for n in levels[level].size_wh)
     margin = _SUPPORT_PX * max(ratio, 1.0) + 1
-    # The last plane px may begin past a level whose writer dropped the odd px: keep at least one source px.
-    left, top = (max(0, min(math.floor(a * ratio - margin), n - 1)) for a, n in ((x0, width), (y0, height)))
-    right, bottom = (min(n, math.ceil(b * ratio + margin)) for b, n in ((x1, width), (y1, height)))
-    rgb, failed = _averaged(read, levels[level].size_wh, level, average, left, top, right, bottom)
-    missing = [max(0, math.ceil(b * ratio) - have) for b, have in ((y1, bottom), (x1, right))]
-    if any(missing):
-        rgb = np.pad(rgb, ((0, missing[0]), (0, missing[1]), (0, 0)), mode="edge")
-    where = (x0 * ratio - left, y0 * ratio - top, x1 * ratio - left, y1 * ratio - top)
-    image = Image.fromarray(rgb).resize((x1 - x0, y1 - y0), _FILTER, box=where)
+    left, top = (math.floor(a * ratio - margin) for a in (x0, y0))
+    right, bottom = (math.ceil(b * ratio + margin) for b in (x1, y1))
+    # Inside the level; one px at least, for the last plane px may begin where the writer dropped an odd px.
+    inside = Box(min(max(0, left), width - 1), min(max(0, top), height - 1), min(right, width), min(bottom, height))
+    rgb, failed = _averaged(read, levels[level].size_wh, level, average, *inside.round_out())
+    # Every px sees a full kernel, beyond the edge repeated, or its value would depend on the block it is read in.
+    rows, columns = (int(inside.y0) - top, bottom - int(inside.y1)), (int(inside.x0) - left, right - int(inside.x1))
+    if any(rows + columns):
+        rgb = np.pad(rgb, (rows, columns, (0, 0)), mode="edge")
+    # Rows, then columns: left alone, Pillow picks the cheaper order, and clips overshoot between the two.
+    wide = Image.fromarray(rgb)
+    tall = wide.resize((x1 - x0, wide.height), _FILTER, box=(x0 * ratio - left, 0, x1 * ratio - left, wide.height))
+    image = tall.resize((x1 - x0, y1 - y0), _FILTER, box=(0, y0 * ratio - top, x1 - x0, y1 * ratio - top))
     reach = _SUPPORT_PX * max(1.0, 1 / ratio)
     return np.asarray(image), [hole.scale(1 / ratio).grow(reach) for hole in failed]
 

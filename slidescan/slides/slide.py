@@ -134,7 +134,7 @@ class Slide:
         if self.mpp is None:
             raise ResolutionError(
                 f"{self.path.name}: its µm/px must be known to scan at the right scale, but {self.mpp_problem}; "
-                f"give it with --mpp 0.25 (mpp=0.25 in Python)"
+                f"give the scanner's own, such as --mpp 0.25 for 40x or --mpp 0.5 for 20x (mpp=0.25 in Python)"
             )
         return Frame(self.size_wh, self.mpp)
 

@@ -57,20 +57,21 @@ class TestWhereAPixelLies:
         mpp=st.floats(0.1, 9.0),
         seed=st.integers(0, 99),
         inner=st.tuples(st.integers(0, 20), st.integers(0, 20), st.integers(1, 20), st.integers(1, 20)),
+        at=st.sampled_from([0.0, 0.4, 1.0]),
     )
     @settings(max_examples=80)
     def test_a_pixel_has_one_value_in_every_block(
-        self, mpp: float, seed: int, inner: tuple[int, int, int, int]
+        self, mpp: float, seed: int, inner: tuple[int, int, int, int], at: float
     ) -> None:
-        """A read equals the same area of a bigger read, up to two grey levels: Pillow rounds in each of its two passes."""
+        """A read equals the same area of a bigger read, at the slide's edges too; 1 grey level is rounding."""
         pixels = np.random.default_rng(seed).integers(0, 256, (300, 411, 3), np.uint8)
         slide = memory_slide([pixels, pixels[:300:2, :410:2].copy()], 0.25)
         plane = slide.plane(mpp)
         left, top, width, height = inner
-        x, y = plane.size_wh[0] // 3, plane.size_wh[1] // 3
+        x, y = (int((n - 20) * at) for n in plane.size_wh)
         big = slide.read(x, y, 40, 40, plane).rgb
         small = slide.read(x + left, y + top, width, height, plane).rgb
-        assert np.abs(big[top : top + height, left : left + width].astype(int) - small).max() <= 2
+        assert np.abs(big[top : top + height, left : left + width].astype(int) - small).max() <= 1
 
     @given(width=st.integers(1, 5000), height=st.integers(1, 5000), factor=st.sampled_from([2, 3, 4, 8, 16, 10]))
     def test_floored_and_completed_levels_have_whole_factors(self, width: int, height: int, factor: int) -> None:
@@ -126,7 +127,7 @@ class TestPlaneChoice:
         """Everything physical refuses with the fix; stored pixels are still there."""
         slide = memory_slide(np.zeros((10, 10, 3), np.uint8), None)
         assert (slide.mpp, slide.mpp_source) == (None, "none")
-        with pytest.raises(ResolutionError, match=r"--mpp 0\.25 \(mpp=0\.25 in Python\)"):
+        with pytest.raises(ResolutionError, match=r"--mpp 0\.25 .*mpp=0\.25 in Python"):
             slide.plane(0.25)
         assert slide.read_level(0, 0, 0, 10, 10).rgb.max() == 0
 
