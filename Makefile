@@ -1,5 +1,5 @@
 # `make demo` and `make test` need Python 3.11 or newer, make and a package index: they create .venv themselves.
-# On a machine with a GPU, install the torch build you want first: make demo TORCH="torch".
+# TORCH says which build of torch to install.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
@@ -22,13 +22,14 @@ check: $(VENV)/.installed-test
 bench: $(VENV)/.installed
 	$(BIN)/python pipelines/benchmark.py
 
-$(VENV)/bin/python:
+$(VENV)/bin/pip:
 	$(PYTHON) -c "import sys; sys.exit('slidescan needs Python 3.11 or newer, this is ' + sys.version.split()[0]) if sys.version_info < (3, 11) else None"
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
-# torch first: a range would take the newest build, which on Linux brings gigabytes of CUDA.
-$(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
-	$(BIN)/pip install -q --disable-pip-version-check "$(TORCH)"
+# torch first and pinned, so that a later release changes nothing unseen. PyPI's build for Linux brings CUDA; a CPU build
+# is smaller: make demo TORCH="torch==2.13.0 --index-url URL" with the CPU index that pytorch.org names.
+$(VENV)/.installed: pyproject.toml | $(VENV)/bin/pip
+	$(BIN)/pip install -q --disable-pip-version-check $(TORCH)
 	$(BIN)/pip install -q --disable-pip-version-check -e .
 	touch $@
 

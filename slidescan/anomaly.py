@@ -15,7 +15,7 @@ from scipy.ndimage import gaussian_filter
 
 from slidescan.detections import Detections
 from slidescan.geometry import Box, Frame
-from slidescan.plan import Grid
+from slidescan.plan import Grid, touched_cores
 
 __all__ = ["AnomalyMap", "Coverage", "anomaly_map", "coverage_map"]
 
@@ -112,6 +112,7 @@ def coverage_map(
     has_tissue: NDArray[np.bool_],
     failed: list[Box],
     saturated: list[Box],
+    tissue: NDArray[np.bool_] | None = None,
 ) -> NDArray[np.uint8]:
     """Return a `Coverage` value for each pixel of the map plane `frame`.
 
@@ -123,12 +124,16 @@ def coverage_map(
         The scan's tile grid and which of its tiles were scored.
     failed, saturated : list of Box
         In px of the grid's plane; every map pixel they touch takes that state.
+    tissue : ndarray of bool, optional
+        Mask stretched over the plane: glass that a scored tile also saw is background, and dilutes no density.
     """
     factor = grid.plane.factor_to(frame)
     width, height = frame.size_wh
     column = _tile_index(width, factor, grid.origin[0], grid.core_px, has_tissue.shape[1])
     row = _tile_index(height, factor, grid.origin[1], grid.core_px, has_tissue.shape[0])
     coverage = np.where(has_tissue[np.ix_(row, column)], Coverage.ANALYSED, Coverage.BACKGROUND).astype(np.uint8)
+    if tissue is not None:
+        coverage[~touched_cores(Grid(frame, tile_px=1, halo_px=0), tissue)] = Coverage.BACKGROUND
     for boxes, state in ((saturated, Coverage.SATURATED), (failed, Coverage.READ_FAILED)):
         for box in boxes:
             x0, y0, x1, y1 = box.scale(factor).clip(frame.bounds).round_out()
@@ -178,15 +183,19 @@ def anomaly_map(
     ([[1, 1]], 0.8)
     """
     factor = slide.factor_to(frame)
+    last_wh = np.array(frame.size_wh) - 1
+    column, row = np.clip(np.floor(detections.centers * factor), 0, last_wh).astype(np.intp).T
+    # Where something was found has evidently been analysed, even if the mask thought it glass.
+    coverage = coverage.copy()
+    found_at = coverage[row, column]
+    coverage[row, column] = np.where(found_at == Coverage.BACKGROUND, Coverage.ANALYSED, found_at)
     seen = (coverage == Coverage.ANALYSED) | (coverage == Coverage.SATURATED)
     score = np.zeros(coverage.shape, np.float32)
     _paint_max(score, detections.xyxy * factor, detections.score)
 
-    found = detections[detections.score >= threshold]
-    rows_wh = np.array(frame.size_wh) - 1
-    column, row = np.clip(np.floor(found.centers * factor), 0, rows_wh).astype(np.intp).T
     counts = np.zeros(coverage.shape)
-    np.add.at(counts, (row, column), 1.0)
+    found = detections.score >= threshold
+    np.add.at(counts, (row[found], column[found]), 1.0)
     sigma = frame.px(density_sigma_um)
     # Dividing by the equally averaged analysed area keeps borders and holes from diluting the density.
     area_mm2 = gaussian_filter(seen.astype(np.float64), sigma, mode="constant") * frame.mm2_per_px

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 import yaml
@@ -19,8 +19,9 @@ from slidescan.errors import ConfigError, ResultError, SlideError, SlidescanErro
 if TYPE_CHECKING:
     from slidescan.config import ScanConfig
     from slidescan.detections import Detector
+    from slidescan.prepare import Prepared
     from slidescan.result import ScanResult
-    from slidescan.scan_slide import Prepared, Progress
+    from slidescan.scan_slide import Progress
     from slidescan.slides import Slide
 
 __all__ = ["app", "main"]
@@ -45,13 +46,10 @@ BackendOpt = Annotated[str, typer.Option(help="Reader: auto, tiff, openslide or 
 def main() -> None:
     """Run the command line; a foreseen failure is one line on stderr."""
     try:
-        app(standalone_mode=False)
-    except typer.Exit as exc:
-        sys.exit(exc.exit_code)
-    except typer.Abort:
-        _fail("stopped", 3)
-    except KeyboardInterrupt:
-        _fail("stopped; what was scored is kept: run the same command to continue", 3)
+        # Typer returns the code of a command that ended by `Exit`, and 130 for Ctrl-C.
+        code = app(standalone_mode=False)
+    except (typer.Abort, KeyboardInterrupt):
+        code = 130
     except SlidescanError as exc:
         _fail(str(exc), 1 if isinstance(exc, SlideError) else 3 if isinstance(exc, ResultError) else 2)
     except BrokenPipeError:
@@ -61,9 +59,12 @@ def main() -> None:
         if not hasattr(exc, "exit_code") or not hasattr(exc, "format_message"):
             raise
         _fail(exc.format_message(), 2)
+    if code == 130:
+        _fail("stopped; what was scored is kept: run the same command to continue", 3)
+    sys.exit(code or 0)
 
 
-def _fail(message: str, code: int) -> None:
+def _fail(message: str, code: int) -> NoReturn:
     """Say one line on stderr and leave."""
     sys.stderr.write(f"slidescan: {message}\n")
     sys.exit(code)
@@ -98,7 +99,7 @@ def info(
 ) -> None:
     """Say what a slide is, and what a scan of it would do and take."""
     settings = _settings(config, set_)
-    opened = _open(slide, mpp, backend, settings)
+    opened = _open(slide, mpp, backend)
     width, height = opened.size_wh
     typer.echo(f"{opened.name}: {width:,} × {height:,} px, {width * height / 1e6:,.0f} MP, read by {opened.backend}")
     levels = ", ".join(f"{level.size_wh[0]}×{level.size_wh[1]}" for level in opened.levels)
@@ -107,7 +108,7 @@ def info(
     extent = f"{width * frame.mpp / 1000:.2f} × {height * frame.mpp / 1000:.2f} mm"
     typer.echo(f"resolution  {frame.mpp:.4g} µm/px (from {opened.mpp_source}); {extent}")
 
-    from slidescan.scan_slide import prepare
+    from slidescan.prepare import estimate_s, prepare
 
     prepared = prepare(opened, _detector(model), settings, allow_coarse=allow_coarse)
     typer.echo(f"detector    {_chosen(prepared)}")
@@ -118,7 +119,7 @@ def info(
     plan = prepared.plan
     typer.echo(f"plan        {plan.n_tiles:,} tiles in {len(plan.regions):,} regions, {plan.core_megapixels:,.0f} MP")
     if plan.n_tiles:
-        typer.echo(f"time        about {_duration(_estimate_s(opened, prepared, settings))} on this machine")
+        typer.echo(f"time        about {_duration(estimate_s(opened, prepared, settings))} on this machine")
 
 
 @app.command()
@@ -138,7 +139,9 @@ def scan(
 ) -> None:
     """Scan one slide; run it again to continue after a stop."""
     settings = _settings(config, set_)
-    opened = _open(slide, mpp, backend, settings)
+    if slide_id is not None and (slide_id in ("", ".", "..") or "/" in slide_id or "\\" in slide_id):
+        raise ConfigError(f"--slide-id must be a plain name, got {slide_id!r}")
+    opened = _open(slide, mpp, backend)
     result = _scan(
         opened,
         model,
@@ -208,8 +211,8 @@ def demo(
     path = out / f"phantom-{seed}.tiff"
     seconds = write(path, phantom)
     typer.echo(f"{path}: {size_px:,} × {size_px:,} px, {len(phantom.truth)} figures planted, {seconds:.1f} s to write")
-    opened = _open(path, None, "auto", settings)
-    result = _scan(opened, "mitosis", out / opened.name, settings, workers=workers)
+    opened = _open(path, None, "auto")
+    result = _scan(opened, "mitosis", out / opened.name, settings, workers=workers, overwrite=True)
     outcome = compare(result, phantom)
     typer.echo(f"planted {outcome.planted}   found {outcome.found}   extra {outcome.extra}")
     typer.echo(f"on tile and region seams: planted {outcome.planted_on_seams}   found {outcome.found_on_seams}")
@@ -226,17 +229,20 @@ def _settings(config: Path | None, assignments: list[str] | None) -> ScanConfig:
         key, equals, value = assignment.partition("=")
         if not equals:
             raise ConfigError(f"--set expects section.key=value, got {assignment!r}")
-        overrides[key.strip()] = yaml.safe_load(value)
+        try:
+            overrides[key.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError as exc:
+            raise ConfigError(f"--set {key.strip()}: expected a YAML value, got {value!r}") from exc
     return ScanConfig.load(config or {}, overrides)
 
 
-def _open(path: Path, mpp: float | None, backend: str, settings: ScanConfig) -> Slide:
+def _open(path: Path, mpp: float | None, backend: str) -> Slide:
     """Open the slide as the options say."""
     from slidescan.slides import open_slide
 
     if backend not in ("auto", "tiff", "openslide", "zarr"):
         raise ConfigError(f"--backend must be auto, tiff, openslide or zarr, got {backend!r}")
-    return open_slide(path, mpp=mpp, backend=backend, color=settings.color)  # type: ignore[arg-type]
+    return open_slide(path, mpp=mpp, backend=backend)  # type: ignore[arg-type]
 
 
 def _detector(model: str) -> Detector:
@@ -314,27 +320,6 @@ def _chosen(prepared: Prepared) -> str:
     exact = math.isclose(plane.mpp, detector.mpp, rel_tol=1e-9)
     how = f"at {plane.mpp:.4g} µm/px" if exact else f"on the slide's own {plane.mpp:.4g} µm/px, without resampling"
     return f"{detector.name}, trained at {detector.mpp:g} µm/px, reads {how}"
-
-
-def _estimate_s(slide: Slide, prepared: Prepared, settings: ScanConfig) -> float:
-    """Time the reading and scoring of a few real tiles and scale to all of them."""
-    import time
-
-    import numpy as np
-
-    tiles = prepared.plan.regions[len(prepared.plan.regions) // 2].tiles[: settings.detect.batch_tiles]
-
-    def probe() -> None:
-        windows = []
-        for tile in tiles:
-            x0, y0, x1, y1 = tile.read.round_out()
-            windows.append(slide.read(x0, y0, x1 - x0, y1 - y0, prepared.plane).rgb)
-        prepared.detector.detect(np.stack(windows), settings.detect.min_score)
-
-    probe()  # loads the weights
-    started = time.perf_counter()
-    probe()
-    return (time.perf_counter() - started) / len(tiles) * prepared.plan.n_tiles
 
 
 def _duration(seconds: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections.abc import Iterator
@@ -72,7 +73,9 @@ def cluster(client: Client | None, workers: int | None) -> Iterator[tuple[Client
 
 def in_flight(client: Client, tasks: list[RegionTask], limit: int) -> Iterator[tuple[RegionTask, dict[str, float]]]:
     """Run tasks with at most `limit` handed out at a time; yield each as it ends; the first error ends all."""
-    from distributed import KilledWorker, as_completed
+    from distributed import CancelledError, KilledWorker, as_completed
+    from distributed.client import ClosedClientError
+    from distributed.comm import CommClosedError
 
     todo = iter(tasks)
     owner = {}
@@ -91,6 +94,8 @@ def in_flight(client: Client, tasks: list[RegionTask], limit: int) -> Iterator[t
         for future in running:
             try:
                 seconds = future.result()
+            except (CancelledError, ClosedClientError, CommClosedError) as exc:
+                raise ModelError("the Dask cluster is gone; start it and run the same command to continue") from exc
             except KilledWorker as exc:
                 raise ModelError(
                     "a worker process died while scoring a region, most likely out of memory; run the same command to "
@@ -99,4 +104,5 @@ def in_flight(client: Client, tasks: list[RegionTask], limit: int) -> Iterator[t
             hand_out()
             yield owner.pop(future.key), seconds
     finally:
-        client.cancel(list(running.futures), force=True)
+        with contextlib.suppress(CancelledError, ClosedClientError, CommClosedError):
+            client.cancel(list(running.futures), force=True)

@@ -51,9 +51,9 @@ class TilingConfig(_Section):
 class DetectConfig(_Section):
     """How tiles are scored."""
 
-    min_score: Fraction = 0.05
+    min_score: Annotated[float, Field(gt=0, le=1)] = 0.05
     """Detections below it are not kept at all; the operating threshold is the model's and applies later."""
-    batch_tiles: Annotated[int, Field(ge=1, le=256)] = 4
+    batch_tiles: Annotated[int, Field(ge=1, le=256)] = 8
     """Tiles scored together."""
     threshold: Fraction | None = None
     """Score at which a detection counts as found; default: the detector's own operating point."""
@@ -108,8 +108,8 @@ class ScanConfig(_Section):
     stitch: StitchConfig = StitchConfig()
     map: MapConfig = MapConfig()
     flagged: FlaggedConfig = FlaggedConfig()
-    color: Literal["raw", "srgb"] = "raw"
-    """`srgb` applies the slide's ICC profile; the bundled models were trained on raw scanner RGB."""
+    color: Literal["raw", "srgb"] | None = None
+    """`raw` scanner RGB or `srgb` by the slide's ICC profile; default: what the detector was trained on."""
 
     @classmethod
     def load(cls, source: Path | str | Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> ScanConfig:

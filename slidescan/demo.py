@@ -16,7 +16,8 @@ from slidescan.detections import Detector
 from slidescan.errors import ResultError
 from slidescan.geometry import Frame
 from slidescan.phantom import Phantom, write_phantom
-from slidescan.plan import plan
+from slidescan.plan import Grid
+from slidescan.prepare import halo_px
 from slidescan.region import disk_error
 from slidescan.result import ScanResult
 
@@ -43,15 +44,8 @@ def seam_phantom(detector: Detector, config: ScanConfig, *, size_px: int, seed: 
     frame = Frame((size_px, size_px), _MPP)
     variant = detector.at(frame.mpp)
     tile_px = config.tiling.tile_px or variant.input_px
-    halo_px = int(np.ceil(frame.px(config.tiling.halo_um or variant.object_um + 0.01 * tile_px * frame.mpp)))
-    grid = plan(
-        frame,
-        None,
-        tile_px=tile_px,
-        halo_px=halo_px,
-        region_px=config.tiling.region_px,
-        shift_px=config.tiling.shift_px,
-    ).grid
+    layout = config.tiling
+    grid = Grid(frame, tile_px, halo_px(variant, frame, tile_px, config), layout.shift_px)
     region_px = max(1, config.tiling.region_px // grid.core_px) * grid.core_px
     middle = size_px // 2 // region_px * region_px or region_px
     tile_edge, half = middle + grid.core_px, grid.core_px // 2

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -135,6 +135,16 @@ class Detector(Protocol):
     @property
     def max_per_tile(self) -> int:
         """Most detections one tile can return (queries); near it a tile counts as saturated."""
+        ...
+
+    @property
+    def runs_on(self) -> str:
+        """Device and precision it computes in, such as ``cpu, fp32``: both are part of a scan's identity."""
+        ...
+
+    @property
+    def color(self) -> Literal["raw", "srgb"]:
+        """The colours it was trained on: the scanner's own, or converted to sRGB by the slide's ICC profile."""
         ...
 
     @property

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from slidescan.errors import ConfigError
 from slidescan.geometry import Box, Frame
 
-__all__ = ["Grid", "Plan", "Region", "Tile", "plan"]
+__all__ = ["Grid", "Plan", "Region", "Tile", "plan", "touched_cores"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,7 @@ class Tile:
     def quarters(self, halo_px: int) -> tuple[Tile, ...]:
         """Return four tiles that share this one's core, or none where they would be no smaller.
 
-        Each keeps the full halo; its window grows towards the middle to a multiple of 32 px, the coarsest stride of
+        Each keeps the full halo; its window is a multiple of 32 px, the coarsest stride of
         DETR-type models.
         """
         middle_x, middle_y = (self.core.x0 + self.core.x1) // 2, (self.core.y0 + self.core.y1) // 2
@@ -40,8 +40,16 @@ class Tile:
         edge = math.ceil((larger_core + 2 * halo_px) / 32) * 32
         if edge >= self.read.width or middle_x == self.core.x0 or middle_y == self.core.y0:
             return ()
-        spans_x = ((self.core.x0, middle_x, self.read.x0), (middle_x, self.core.x1, self.read.x1 - edge))
-        spans_y = ((self.core.y0, middle_y, self.read.y0), (middle_y, self.core.y1, self.read.y1 - edge))
+        # A window starts a halo before its core, or ends where this tile's window ends: either way it sees a full halo
+        # on both sides, so that quarters can be quartered again.
+        spans_x = tuple(
+            (x0, x1, min(x0 - halo_px, self.read.x1 - edge))
+            for x0, x1 in ((self.core.x0, middle_x), (middle_x, self.core.x1))
+        )
+        spans_y = tuple(
+            (y0, y1, min(y0 - halo_px, self.read.y1 - edge))
+            for y0, y1 in ((self.core.y0, middle_y), (middle_y, self.core.y1))
+        )
         return tuple(
             Tile(self.column, self.row, Box(x0, y0, x1, y1), Box(left, top, left + edge, top + edge))
             for y0, y1, top in spans_y
@@ -158,7 +166,7 @@ def plan(
             f"tiling.tile_px must exceed twice the halo ({2 * halo_px} px) so that a core is left, got {tile_px}"
         )
     rows, columns = grid.shape
-    has_tissue = np.ones((rows, columns), bool) if tissue is None else _tiles_on_tissue(grid, tissue)
+    has_tissue = np.ones((rows, columns), bool) if tissue is None else touched_cores(grid, tissue)
     per_region = max(1, region_px // grid.core_px)
     regions = []
     for region_row in range(math.ceil(rows / per_region)):
@@ -177,8 +185,8 @@ def _cover(tiles: tuple[Tile, ...]) -> Box:
     return Box(min(b.x0 for b in reads), min(b.y0 for b in reads), max(b.x1 for b in reads), max(b.y1 for b in reads))
 
 
-def _tiles_on_tissue(grid: Grid, tissue: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Return, for every core of the grid, whether a tissue px touches it."""
+def touched_cores(grid: Grid, tissue: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Return, for every core of the grid, whether a true px of a mask stretched over the plane touches it."""
     # A summed-area table makes each core four look-ups, whatever its size.
     table = np.zeros((tissue.shape[0] + 1, tissue.shape[1] + 1), np.int64)
     table[1:, 1:] = tissue.cumsum(0).cumsum(1)

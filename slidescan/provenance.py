@@ -26,6 +26,7 @@ def run_key(slide: Slide, detector: Detector, config: ScanConfig) -> str:
         slide.frame.mpp,
         slide.color,
         detector.sha256,
+        detector.runs_on,
     ]
     text = json.dumps([*identity, config.model_dump(mode="json")], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()

@@ -7,11 +7,12 @@ a killed run loses at most the regions in flight.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from zipfile import BadZipFile
@@ -22,7 +23,7 @@ from numpy.typing import NDArray
 from slidescan.detections import Detections, Detector
 from slidescan.errors import ResultError
 from slidescan.geometry import Box, Frame
-from slidescan.plan import Region
+from slidescan.plan import Region, Tile
 from slidescan.slides import Slide
 from slidescan.stitch import owned
 
@@ -32,6 +33,10 @@ __all__ = ["RegionPart", "RegionTask", "commit", "disk_error"]
 _SATURATED_SHARE = 0.8
 # A full tile is quartered, and its quarters once more: 16 times the queries for the same tissue.
 _MOST_SPLITS = 2
+# Steps to which boxes (per px) and scores are rounded: finer than any detector's jitter, and coarser by far than the
+# float noise (1e-8) between numbers of threads, so that it does not show in the result.
+_BOX_STEPS_PER_PX = 64
+_SCORE_STEPS = 10_000
 # Scoring uses every core by itself: two regions scored at once in one process would only fight for them, while the
 # reading of the next region runs beside it.
 _SCORING = threading.Lock()
@@ -72,8 +77,6 @@ class RegionPart:
                     stages=np.array(list(self.seconds), dtype="U16"),
                     seconds=np.array(list(self.seconds.values()), float),
                 )
-                file.flush()
-                os.fsync(file.fileno())
 
         commit(path, write)
 
@@ -128,27 +131,24 @@ class RegionTask:
         saturated: list[Box] = []
         kept: list[Detections] = []
         n_retiled = 0
-        todo = [(tile, 0) for tile in self.region.tiles]
+        tiles, splits = list(self.region.tiles), 0
         with _SCORING:
             waited_until = time.perf_counter()
-            while todo:
-                edge = todo[0][0].read.width
-                batch = [entry for entry in todo if entry[0].read.width == edge][: self.batch_tiles]
-                todo = [entry for entry in todo if entry not in batch]
-                windows = np.stack([_window(pixels.rgb, tile.read.translate(-x0, -y0)) for tile, _ in batch])
-                for (tile, splits), found in zip(batch, self.detector.detect(windows, self.min_score), strict=True):
+            # One generation after the other: whole tiles, then the quarters of the full ones, then theirs.
+            while tiles:
+                smaller: list[Tile] = []
+                for tile, found in self._detect(tiles, pixels.rgb, x0, y0):
                     full = len(found) >= _SATURATED_SHARE * self.detector.max_per_tile
                     quarters = tile.quarters(self.halo_px) if full and splits < _MOST_SPLITS else ()
                     if quarters:
                         n_retiled += 1
-                        todo += [(quarter, splits + 1) for quarter in quarters]
+                        smaller += quarters
                         continue
                     if full:
                         saturated.append(tile.core)
-                    placed = found.moved(1.0, tile.read.x0, tile.read.y0)
-                    bounds = self.plane.bounds
-                    kept.append(placed[owned(placed, tile.core, tile.read, bounds, slack=self.slack_px)])
+                    kept.append(self._own(tile, found))
                     cores.append(tile.core)
+                tiles, splits = smaller, splits + 1
         scored = time.perf_counter()
         return RegionPart(
             Detections.concat(kept),
@@ -158,6 +158,27 @@ class RegionTask:
             _rows(saturated),
             n_retiled,
             {"read": read_done - started, "score": scored - waited_until},
+        )
+
+    def _detect(self, tiles: list[Tile], rgb: NDArray[np.uint8], x0: int, y0: int) -> Iterator[tuple[Tile, Detections]]:
+        """Score tiles of one size in batches; `rgb` starts at plane px (`x0`, `y0`)."""
+        for start in range(0, len(tiles), self.batch_tiles):
+            batch = tiles[start : start + self.batch_tiles]
+            windows = np.stack([_window(rgb, tile.read.translate(-x0, -y0)) for tile in batch])
+            yield from zip(batch, self.detector.detect(windows, self.min_score), strict=True)
+
+    def _own(self, tile: Tile, found: Detections) -> Detections:
+        """Return what the tile keeps, in plane px, on the slide, and rounded."""
+        placed = found.moved(1.0, tile.read.x0, tile.read.y0)
+        bounds = self.plane.bounds
+        kept = placed[owned(placed, tile.core, tile.read, bounds, slack=self.slack_px)]
+        x, y = kept.centers.T
+        kept = kept[np.asarray((x >= 0) & (y >= 0) & (x < bounds.x1) & (y < bounds.y1))]
+        xyxy = np.clip(kept.xyxy, 0, [bounds.x1, bounds.y1, bounds.x1, bounds.y1])
+        return Detections(
+            np.round(xyxy * _BOX_STEPS_PER_PX) / _BOX_STEPS_PER_PX,
+            np.round(kept.score.astype(np.float64) * _SCORE_STEPS).astype(np.float32) / np.float32(_SCORE_STEPS),
+            kept.label,
         )
 
 
@@ -172,11 +193,14 @@ def commit(path: Path, write: Callable[[Path], None]) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.partial")
     try:
         write(partial)
+        with partial.open("rb") as written:
+            os.fsync(written.fileno())  # or a power cut leaves a name without its bytes
         partial.replace(path)
     except OSError as exc:
         raise disk_error(path, exc) from exc
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 def disk_error(path: Path, exc: OSError) -> ResultError:

@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 from slidescan.anomaly import AnomalyMap
 from slidescan.config import ScanConfig
 from slidescan.detections import Detections
-from slidescan.errors import ConfigError, ResultError
+from slidescan.errors import ConfigError, ResultError, SlidescanError
 from slidescan.export import detection_features, detection_ids, region_features, write_geojson
 from slidescan.export.ngff import Channel, read_ngff, write_ngff
 from slidescan.flagged import FlaggedRegion, Hotspot, flag_regions, mitotic_hotspot
@@ -42,6 +42,8 @@ __all__ = ["ScanResult", "load_result"]
 MANIFEST = "manifest.json"
 _SCHEMA = 1
 _FILES = ("detections.parquet", "anomaly.ome.zarr", "flagged.geojson", "overview.png")
+# Cached properties of a result.
+_COMPUTED = ("config", "found", "ids", "regions", "hotspot")
 _COLUMNS = ("x0", "y0", "x1", "y1")
 # Windows in stored steps: score 0 to 1, density 0 to 20 per mm² (a high mitotic count), coverage by state.
 _CHANNELS = (
@@ -230,7 +232,10 @@ class ScanResult:
             if isinstance(exc, ResultError):
                 raise
             raise disk_error(out, exc) from exc
-        return replace(self, path=out)
+        saved = replace(self, path=out)
+        # What was computed stays computed: a slide of half a million detections is clustered once.
+        saved.__dict__.update({name: self.__dict__[name] for name in _COMPUTED if name in self.__dict__})
+        return saved
 
     @property
     def _namespace(self) -> str:
@@ -243,7 +248,7 @@ class ScanResult:
         return pa.table({"id": self.ids, **boxes, "score": self.detections.score, "label": names})
 
 
-def load_result(path: str | Path, *, verify: bool = False) -> ScanResult:
+def load_result(path: str | Path, *, verify: bool = True) -> ScanResult:
     """Read a result directory.
 
     Parameters
@@ -251,7 +256,7 @@ def load_result(path: str | Path, *, verify: bool = False) -> ScanResult:
     path : str or Path
         The directory that holds ``manifest.json``.
     verify : bool
-        Also compare every file's sha256 with the manifest.
+        Compare every file's sha256 with the manifest, not only its size.
 
     Raises
     ------
@@ -263,10 +268,20 @@ def load_result(path: str | Path, *, verify: bool = False) -> ScanResult:
     if manifest is None:
         state = "the scan has not finished; run the same command to continue" if out.is_dir() else "no such directory"
         raise ResultError(f"{out}: expected a result directory with {MANIFEST}; {state}")
-    for name, entry in manifest["files"].items():
-        file = out / name
-        if not file.is_file() or file.stat().st_size != entry["bytes"] or (verify and _digest(file) != entry):
-            raise ResultError(f"{out}: {name} is not what the manifest lists; scan again with --overwrite")
+    try:
+        for name, entry in manifest["files"].items():
+            file = out / name
+            if not file.is_file() or file.stat().st_size != entry["bytes"] or (verify and _digest(file) != entry):
+                raise ResultError(f"{out}: {name} is not what the manifest lists; scan again with --overwrite")
+        return _load(out, manifest)
+    except (OSError, ValueError, KeyError, TypeError) as exc:
+        if isinstance(exc, SlidescanError):
+            raise
+        raise ResultError(f"{out}: damaged ({type(exc).__name__}); scan again with --overwrite") from exc
+
+
+def _load(out: Path, manifest: dict[str, Any]) -> ScanResult:
+    """Build the result from the files the manifest lists."""
     frame = Frame(
         (int(manifest["frame"]["size_wh"][0]), int(manifest["frame"]["size_wh"][1])), manifest["frame"]["mpp"]
     )

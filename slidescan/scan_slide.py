@@ -8,37 +8,39 @@ often it was killed.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from slidescan.anomaly import AnomalyMap, anomaly_map, coverage_map
+from slidescan.anomaly import anomaly_map, coverage_map
 from slidescan.cluster import cluster, in_flight
 from slidescan.config import ScanConfig
 from slidescan.detections import Detections, Detector
 from slidescan.errors import ConfigError, ResultError, SlideReadError
 from slidescan.geometry import Box, Frame
 from slidescan.overview import draw_overview
-from slidescan.plan import Plan, plan
+from slidescan.prepare import Prepared, prepare
 from slidescan.provenance import describe_slide, peak_rss_mb, run_key, versions
-from slidescan.region import RegionPart, RegionTask, commit, disk_error
+from slidescan.region import RegionPart, RegionTask, disk_error
 from slidescan.result import MANIFEST, ScanResult, load_result, read_manifest
 from slidescan.slides import Slide, open_slide
-from slidescan.slides.tissue import TissueMask, tissue_mask
 from slidescan.stitch import stitch
 
 if TYPE_CHECKING:
     from distributed import Client
 
-__all__ = ["Prepared", "Progress", "prepare", "scan"]
+__all__ = ["Progress", "scan"]
 
-_RUN_KEY = "scan.json"
 _PARTS = "parts"
 # Regions handed to the cluster per thread: one being done and one waiting, so that no thread idles between two.
 _QUEUED_PER_THREAD = 2
@@ -53,51 +55,6 @@ class Progress:
     megapixels_done: float
     """Megapixels of the model's plane scored in this run."""
     megapixels: float
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Prepared:
-    """What a scan will do, known before the first tile is scored."""
-
-    detector: Detector
-    plane: Frame
-    """The plane the model reads."""
-    tissue: TissueMask | None
-    thumbnail: np.ndarray[Any, np.dtype[np.uint8]]
-    plan: Plan
-    seconds: dict[str, float] = field(default_factory=dict)
-
-
-def prepare(slide: Slide, detector: Detector, config: ScanConfig, *, allow_coarse: bool = False) -> Prepared:
-    """Choose the detector's variant, find the tissue and plan the regions.
-
-    Raises
-    ------
-    ResolutionError
-        If the slide's µm/px is unknown, implausible, or too coarse for the detector.
-    """
-    started = time.perf_counter()
-    variant = detector.at(slide.frame.mpp, allow_coarse=allow_coarse)
-    plane = slide.plane(variant.mpp)
-    thumbnail, thumbnail_frame = slide.thumbnail(config.tissue.thumbnail_px)
-    tissue = tissue_mask(thumbnail.rgb, mpp=thumbnail_frame.mpp) if config.tissue.enabled else None
-    tile_px = config.tiling.tile_px or variant.input_px
-    halo_um = config.tiling.halo_um or variant.object_um + 0.01 * tile_px * plane.mpp
-    slack_um = config.stitch.slack_um
-    if halo_um < variant.object_um / 2 + slack_um:
-        raise ConfigError(
-            f"tiling.halo_um must be at least {variant.object_um / 2 + slack_um:g} (half the largest object plus "
-            f"stitch.slack_um), got {halo_um:g}"
-        )
-    planned = plan(
-        plane,
-        None if tissue is None else tissue.mask,
-        tile_px=tile_px,
-        halo_px=int(np.ceil(plane.px(halo_um))),
-        region_px=config.tiling.region_px,
-        shift_px=config.tiling.shift_px,
-    )
-    return Prepared(variant, plane, tissue, thumbnail.rgb, planned, {"tissue": time.perf_counter() - started})
 
 
 def scan(
@@ -159,7 +116,7 @@ def scan(
         from slidescan.detect import load_detector
 
         detector = load_detector(detector)
-    opened = slide if isinstance(slide, Slide) else open_slide(slide, color=config.color)
+    opened = slide if isinstance(slide, Slide) else open_slide(slide)
     if out is None:
         with tempfile.TemporaryDirectory(prefix="slidescan-") as scratch:
             result = scan(
@@ -177,22 +134,51 @@ def scan(
             return ScanResult(result.frame, result.classes, result.detections, result.anomaly, result.provenance)
 
     out = Path(out)
-    started = time.perf_counter()
     variant = detector.at(opened.frame.mpp, allow_coarse=allow_coarse)
-    key = run_key(opened, variant, config)
-    if _claim(out, key, overwrite=overwrite):
-        return load_result(out)
-    prepared = prepare(opened, variant, config, allow_coarse=True)
-    if on_prepared:
-        on_prepared(prepared)
-    parts = _score_regions(opened, prepared, config, out / _PARTS, client, workers, on_progress)
-
-    stitching = time.perf_counter()
-    detections, failed, saturated = _stitch_parts(parts, prepared.plane, opened.frame, config)
+    opened = opened.colored(config.color or variant.color)
     threshold = variant.threshold if config.detect.threshold is None else config.detect.threshold
-    anomaly = _map(prepared, opened.frame, detections, failed, saturated, threshold, config)
+    if config.detect.min_score > threshold:
+        raise ConfigError(
+            f"detect.min_score must not exceed the threshold {threshold:g}, below which nothing counts, got "
+            f"{config.detect.min_score:g}"
+        )
+    key = run_key(opened, variant, config)
+    with _claimed(out):
+        if _is_done(out, key, overwrite=overwrite):
+            return load_result(out)
+        started = time.perf_counter()
+        prepared = prepare(opened, variant, config, allow_coarse=True)
+        if on_prepared:
+            on_prepared(prepared)
+        # The key in the name keeps the regions of another scan, stopped or still ending, out of this one.
+        parts_dir = (out / f"{_PARTS}-{key[:16]}").absolute()
+        parts = _score_regions(opened, prepared, config, parts_dir, client, workers, on_progress)
+        result = _assemble(opened, prepared, config, parts, key, threshold, started)
+        saved = result.save(out, draw_overview(prepared.thumbnail, result, title or opened.name))
+        _sweep(out)
+    return saved
+
+
+def _assemble(
+    slide: Slide,
+    prepared: Prepared,
+    config: ScanConfig,
+    parts: list[RegionPart],
+    key: str,
+    threshold: float,
+    started: float,
+) -> ScanResult:
+    """Stitch the regions' parts, lay the map, and say how it came about."""
+    stitching = time.perf_counter()
+    detector, plane, frame = prepared.detector, prepared.plane, slide.frame
+    detections, failed, saturated = _stitch_parts(parts, plane, frame, config)
+    map_frame = frame.at(config.map.um_per_px)
+    tissue = None if prepared.tissue is None else prepared.tissue.mask
+    coverage = coverage_map(map_frame, prepared.plan.grid, prepared.plan.has_tissue, failed, saturated, tissue)
+    sigma_um = config.map.density_sigma_um
+    anomaly = anomaly_map(detections, frame, coverage, map_frame, threshold=threshold, density_sigma_um=sigma_um)
     if anomaly.tissue_mm2 and not anomaly.analysed_fraction:
-        raise SlideReadError(f"{opened.path}: none of its {prepared.plan.n_tiles} tissue tiles could be read")
+        raise SlideReadError(f"{slide.path.name}: none of its {prepared.plan.n_tiles} tissue tiles could be read")
     seconds = dict(prepared.seconds)
     for part in parts:
         for stage, value in part.seconds.items():
@@ -202,61 +188,73 @@ def scan(
     provenance = {
         "run_key": key,
         "threshold": threshold,
-        "slide": describe_slide(opened),
+        "slide": describe_slide(slide),
         "detector": {
-            "name": variant.name,
-            "sha256": variant.sha256,
-            "mpp": variant.mpp,
-            "plane_mpp": prepared.plane.mpp,
-            "object_um": variant.object_um,
+            "name": detector.name,
+            "sha256": detector.sha256,
+            "mpp": detector.mpp,
+            "plane_mpp": plane.mpp,
+            "object_um": detector.object_um,
         },
         "config": config.model_dump(mode="json"),
         "tissue": None if prepared.tissue is None else {"method": prepared.tissue.method, "note": prepared.tissue.note},
         "tiles": {
-            "scored": prepared.plan.n_tiles,
+            "planned": prepared.plan.n_tiles,
             "regions": len(prepared.plan.regions),
             "retiled": sum(p.n_retiled for p in parts),
             "saturated": len(saturated),
             "read_failed_boxes": len(failed),
         },
         "versions": versions(),
-        "device": str(getattr(variant, "device", "cpu")),
+        "device": detector.runs_on,
         "seconds": {k: round(v, 3) for k, v in seconds.items()},
         "peak_rss_mb": peak_rss_mb(),
     }
-    result = ScanResult(opened.frame, tuple(variant.classes), detections, anomaly, provenance)
-    saved = result.save(out, draw_overview(prepared.thumbnail, result, title or opened.name))
-    shutil.rmtree(out / _PARTS, ignore_errors=True)
-    (out / _RUN_KEY).unlink(missing_ok=True)
-    return saved
+    return ScanResult(frame, tuple(detector.classes), detections, anomaly, provenance)
 
 
-def _claim(out: Path, key: str, *, overwrite: bool) -> bool:
-    """Make `out` ours; return whether it already holds this very scan, finished."""
+@contextmanager
+def _claimed(out: Path) -> Iterator[None]:
+    """Hold `out` for this process; the system lets go of it when the process ends, however it ends."""
     try:
-        manifest = None if overwrite else read_manifest(out)
-        if manifest is not None:
-            if manifest["run_key"] == key:
-                return True
-            raise ResultError(
-                f"{out}: holds the result of another slide, detector or settings; "
-                "choose another output directory or pass --overwrite (overwrite=True)"
-            )
-        begun = out / _RUN_KEY
-        if overwrite or (begun.is_file() and begun.read_text(encoding="utf-8").strip() != key):
-            (out / MANIFEST).unlink(missing_ok=True)
-            shutil.rmtree(out / _PARTS, ignore_errors=True)
-        (out / _PARTS).mkdir(parents=True, exist_ok=True)
-        commit(begun, lambda partial: _write(partial, key))
+        out.mkdir(parents=True, exist_ok=True)
+        handle = os.open(out, os.O_RDONLY | os.O_DIRECTORY)
     except OSError as exc:
-        if isinstance(exc, ResultError):
-            raise
         raise disk_error(out, exc) from exc
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks: two scans at once are the user's to avoid
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as exc:
+                said = f"{out}: another scan is writing there; wait for it or choose another directory"
+                raise ResultError(said) from exc
+        yield
+    finally:
+        os.close(handle)
+
+
+def _is_done(out: Path, key: str, *, overwrite: bool) -> bool:
+    """Return whether `out` holds this very scan, finished; make room in it otherwise."""
+    if overwrite:
+        (out / MANIFEST).unlink(missing_ok=True)
+    manifest = read_manifest(out)
+    if manifest is not None:
+        if manifest["run_key"] == key:
+            return True
+        raise ResultError(
+            f"{out}: holds the result of another slide, detector, setting or version; choose another output directory "
+            "or pass --overwrite (overwrite=True)"
+        )
     return False
 
 
-def _write(path: Path, text: str) -> None:
-    path.write_text(text + "\n", encoding="utf-8")
+def _sweep(out: Path) -> None:
+    """Remove what scans left that were stopped: parts of regions and files half written."""
+    for left in [*out.glob(f"{_PARTS}-*"), *out.glob(".*.part*")]:
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
 
 
 def _score_regions(
@@ -273,6 +271,10 @@ def _score_regions(
     grid = prepared.plan.grid
     files = [parts_dir / f"{region.name}.npz" for region in regions]
     parts = {file: part for file in files if (part := RegionPart.load(file)) is not None}
+    try:
+        parts_dir.mkdir(exist_ok=True)
+    except OSError as exc:
+        raise disk_error(parts_dir, exc) from exc
     tasks = [
         RegionTask(
             slide=slide,
@@ -323,25 +325,3 @@ def _stitch_parts(
     failed = sorted({Box(*row) for p in parts for row in p.failed.tolist()})
     saturated = [Box(*row) for p in parts for row in p.saturated.tolist()]
     return merged.moved(plane.factor_to(slide), 0.0, 0.0), failed, saturated
-
-
-def _map(
-    prepared: Prepared,
-    slide: Frame,
-    detections: Detections,
-    failed: list[Box],
-    saturated: list[Box],
-    threshold: float,
-    config: ScanConfig,
-) -> AnomalyMap:
-    """Lay detections and coverage on the map's plane."""
-    frame = slide.at(config.map.um_per_px)
-    coverage = coverage_map(frame, prepared.plan.grid, prepared.plan.has_tissue, failed, saturated)
-    return anomaly_map(
-        detections,
-        slide,
-        coverage,
-        frame,
-        threshold=threshold,
-        density_sigma_um=config.map.density_sigma_um,
-    )

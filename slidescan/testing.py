@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -74,6 +75,16 @@ class OracleDetector:
     def classes(self) -> Sequence[str]:
         """One class."""
         return ("disc",)
+
+    @property
+    def runs_on(self) -> str:
+        """Counts pixels, wherever it is."""
+        return "cpu"
+
+    @property
+    def color(self) -> Literal["raw", "srgb"]:
+        """Takes pixels as they come."""
+        return "raw"
 
     def at(self, slide_mpp: float, *, allow_coarse: bool = False) -> OracleDetector:
         """Return itself: discs look the same at any resolution."""

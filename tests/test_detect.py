@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -112,6 +112,13 @@ def test_anchors_have_one_size_whatever_the_tile(tiny: Path, size: int) -> None:
     torch.testing.assert_close(anchors.sigmoid()[..., 2:] * size, torch.full((1, anchors.shape[1], 2), 24.0))
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_detector_says_what_it_runs_on(tiny: Path, precision: Literal["fp32", "bf16"]) -> None:
+    """Device and precision are those asked for; auto on a CPU is float32."""
+    assert load_detector(tiny, device="cpu", precision=precision).runs_on == f"cpu, {precision}"
+    assert load_detector(tiny, device="cpu").runs_on == "cpu, fp32"
+
+
 def test_bf16_convolutions_keep_float32_boxes(tiny: Path) -> None:
     """The lower precision is available on a CPU and gives as many, finite, detections."""
     found = load_detector(tiny, device="cpu", precision="bf16").detect(noise(1, 64, 64), 0.0)[0]
@@ -156,7 +163,18 @@ def test_the_slide_chooses_the_variant() -> None:
     assert [family.at(mpp).mpp for mpp in (0.1, 0.262, 0.3125, 0.35, 0.499, 0.625)] == [0.25, 0.25, 0.25, 0.5, 0.5, 0.5]
     assert family.at(0.25).at(0.25) == family.at(0.25)
     finest = family.at(0.25)
-    for fact in ("name", "sha256", "classes", "mpp", "input_px", "object_um", "max_per_tile", "threshold"):
+    for fact in (
+        "name",
+        "sha256",
+        "classes",
+        "mpp",
+        "input_px",
+        "object_um",
+        "max_per_tile",
+        "threshold",
+        "color",
+        "runs_on",
+    ):
         assert getattr(family, fact) == getattr(finest, fact)
     assert pickle.loads(pickle.dumps(family)) == family
 
@@ -229,7 +247,9 @@ def test_damage_is_one_clear_error(copied: Path) -> None:
         load_detector(copied)
 
 
-@pytest.mark.parametrize("change", [{"mpp": 0}, {"mpp": "x"}, {"input_px": 100}, {"threshold": 2}, {"classes": 3}])
+@pytest.mark.parametrize(
+    "change", [{"mpp": 0}, {"mpp": "x"}, {"input_px": 100}, {"threshold": 2}, {"classes": 3}, {"color": "cmyk"}]
+)
 def test_a_wrong_card_is_refused(copied: Path, change: dict[str, object]) -> None:
     """A number out of range in slidescan.json is found before a scan starts."""
     card = copied / "slidescan.json"

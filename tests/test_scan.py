@@ -108,13 +108,13 @@ def test_an_interrupted_scan_continues(tmp_path: Path) -> None:
         ss.scan(slide, ORACLE, out=tmp_path / "case", config=config(), workers=1, on_progress=stop)
     with pytest.raises(ResultError, match="has not finished"):
         ss.load_result(tmp_path / "case")
-    committed = {p: p.stat().st_mtime_ns for p in (tmp_path / "case" / "parts").glob("*.npz")}
+    committed = {p: p.stat().st_mtime_ns for p in (tmp_path / "case" / "").glob("parts-*/*.npz")}
     assert len(committed) >= 3
 
     states: list[ss.scan_slide.Progress] = []
     result = ss.scan(slide, ORACLE, out=tmp_path / "case", config=config(), on_progress=states.append)
     assert len(states) == states[-1].regions - len(committed)
-    assert not (tmp_path / "case" / "parts").exists()
+    assert not list((tmp_path / "case").glob("parts-*"))
     whole = json.loads((tmp_path / "whole" / "manifest.json").read_text())["files"]
     again = json.loads((tmp_path / "case" / "manifest.json").read_text())["files"]
     assert whole == again
@@ -138,7 +138,7 @@ def test_a_killed_process_continues(tmp_path: Path) -> None:
     arguments = [sys.executable, "-c", program, str(tmp_path / "case"), str(Path(__file__).parent)]
     done = subprocess.run(arguments, capture_output=True, check=False, timeout=120)
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()
-    kept = len(list((tmp_path / "case" / "parts").glob("*.npz")))
+    kept = len(list((tmp_path / "case" / "").glob("parts-*/*.npz")))
     assert kept >= 4
     states: list[ss.scan_slide.Progress] = []
     ss.scan(slide, ORACLE, out=tmp_path / "case", config=config(), on_progress=states.append)
@@ -156,7 +156,7 @@ def test_a_damaged_part_is_scored_again(tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         ss.scan(slide, ORACLE, out=tmp_path / "case", config=config(), workers=1, on_progress=stop)
-    part = next((tmp_path / "case" / "parts").glob("*.npz"))
+    part = next((tmp_path / "case" / "").glob("parts-*/*.npz"))
     part.write_bytes(part.read_bytes()[:100])
     assert len(ss.scan(slide, ORACLE, out=tmp_path / "case", config=config()).detections) == len(centers)
 
@@ -276,7 +276,7 @@ def test_a_full_disk_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.Monke
         with pytest.raises(ResultError, match="the disk is full") as caught:
             ss.scan(slide, ORACLE, out=tmp_path / "case", config=config())
     assert "\n" not in str(caught.value)
-    assert [p.name for p in (tmp_path / "case" / "parts").iterdir()] == []
+    assert list((tmp_path / "case").glob("parts-*/*")) == []
     assert len(ss.scan(slide, ORACLE, out=tmp_path / "case", config=config()).detections) == len(centers)
 
 
@@ -353,7 +353,7 @@ def test_tasks_carry_no_pixels() -> None:
     """What goes to a worker is a few KB however large the region."""
     import pickle
 
-    from slidescan.scan_slide import prepare
+    from slidescan.prepare import prepare
 
     assert len(pickle.dumps(ORACLE)) < 2000
     slide, _ = discs(n=3)

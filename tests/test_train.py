@@ -131,15 +131,15 @@ def test_a_second_detection_of_one_truth_is_false() -> None:
     assert (at.found, at.false) == (1, 1)
 
 
-def test_threshold_and_temperature_are_recovered() -> None:
-    """Scores made too sure by a factor of two get a temperature near two, and the threshold parts right from wrong."""
+def test_threshold_and_calibration_are_recovered() -> None:
+    """Scores too sure by a factor of two and shifted are set right, and the threshold parts right from wrong."""
     rng = np.random.default_rng(0)
     logit = rng.normal(0, 1.5, (40, 100))
     right = rng.random((40, 100)) < 1 / (1 + np.exp(-logit))
     xy = np.stack((np.arange(100) * 10.0, np.zeros(100)), 1)
-    sure = 1 / (1 + np.exp(-2 * logit))
+    sure = 1 / (1 + np.exp(-2 * (logit + 0.5)))
     images = [metrics.Image(boxes_at(xy, p), xy[hit], 1.0, 1000) for p, hit in zip(sure, right, strict=True)]
-    assert metrics.fit_temperature(images) == pytest.approx(2.0, abs=0.2)
+    assert metrics.fit_calibration(images) == pytest.approx((2.0, -0.5), abs=0.2)
     clear = metrics.Image(boxes_at(xy, np.where(right[0], 0.7, 0.4)), xy[right[0]], 1.0, 1000)
     assert 0.4 < metrics.best_threshold([clear]) <= 0.7
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from slidescan.errors import ModelError
 
@@ -39,10 +40,12 @@ class Card:
         Edge of the largest object, µm.
     threshold : float
         Operating score.
-    temperature : float
-        Divides the logits, so that a score is the share of such detections that are right.
+    temperature, offset : float
+        A score is sigmoid(logit / temperature + offset), so that it is the share of such detections that are right.
     anchor_px : float, optional
         Edge of its anchors; None where they are transformers' own.
+    color : {"raw", "srgb"}
+        Colours it was trained on: the scanner's own, or converted to sRGB by the slide's ICC profile.
     """
 
     name: str
@@ -52,7 +55,9 @@ class Card:
     object_um: float = 15.0
     threshold: float = 0.5
     temperature: float = 1.0
+    offset: float = 0.0
     anchor_px: float | None = None
+    color: Literal["raw", "srgb"] = "raw"
 
 
 def digest(path: Path) -> str:
@@ -81,8 +86,15 @@ def read_card(path: Path, config: dict[str, Any], mpp: float | None) -> Card:
             table = {**table, "classes": tuple(table["classes"])}
             card = Card(**{key: value for key, value in table.items() if key in known})
             numbers = card.mpp, card.input_px, card.object_um, card.temperature
-            if not (min(float(n) for n in numbers) > 0 and 0 <= card.threshold <= 1 and card.input_px % 32 == 0):
+            if not (
+                min(float(n) for n in numbers) > 0
+                and 0 <= card.threshold <= 1
+                and card.input_px % 32 == 0
+                and math.isfinite(card.offset)
+            ):
                 raise ValueError("a number is out of range")
+            if card.color not in ("raw", "srgb"):
+                raise ValueError(f"color must be raw or srgb, got {card.color}")
         except (KeyError, TypeError, ValueError) as exc:
             raise ModelError(
                 f"{path.name}/slidescan.json: expected name, classes, mpp and numbers above 0, input_px a multiple of "

@@ -61,8 +61,8 @@ class Network:
         Where, and in what the convolutions run.
     anchor_px : float, optional
         Edge of the anchors; None keeps those of transformers.
-    temperature : float
-        Logits are divided by it before the sigmoid.
+    temperature, offset : float
+        A score is sigmoid(logit / temperature + offset).
     """
 
     def __init__(
@@ -74,8 +74,10 @@ class Network:
         precision: Precision,
         anchor_px: float | None = None,
         temperature: float = 1.0,
+        offset: float = 0.0,
     ) -> None:
-        self._name, self._device, self._temperature = name, torch.device(device), temperature
+        self._name, self._device = name, torch.device(device)
+        self._temperature, self._offset = temperature, offset
         model = model.eval()
         accelerate(model)
         _fuse(model)
@@ -126,7 +128,9 @@ class Network:
             logits, cxcywh = out.logits.float(), out.pred_boxes.float()
             n, queries, classes = logits.shape
             # A query may speak for several classes; the best Q pairs of query and class are the answer.
-            score, pair = (logits / self._temperature).sigmoid().flatten(1).sort(descending=True, stable=True)
+            score, pair = (
+                (logits / self._temperature + self._offset).sigmoid().flatten(1).sort(descending=True, stable=True)
+            )
             score, pair = score[:, :queries], pair[:, :queries]
             box = cxcywh.gather(1, (pair // classes)[..., None].expand(n, queries, 4))
             half = box[..., 2:] / 2

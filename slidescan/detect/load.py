@@ -121,6 +121,18 @@ class Model:
         return int(self._config.get("num_queries", 300))  # 300: transformers' default, left out of the file
 
     @property
+    def runs_on(self) -> str:
+        """Device and precision it computes in on this machine, such as ``cpu, fp32``; asking imports torch."""
+        from slidescan.detect.dfine import resolve
+
+        return ", ".join(resolve(self.name, self.device, self.precision))
+
+    @property
+    def color(self) -> Literal["raw", "srgb"]:
+        """The colours it was trained on."""
+        return self._card.color
+
+    @property
     def threshold(self) -> float:
         """Operating score."""
         return self._card.threshold
@@ -171,6 +183,7 @@ class Model:
                     precision=precision,
                     anchor_px=self._card.anchor_px,
                     temperature=self._card.temperature,
+                    offset=self._card.offset,
                 )
             return _networks[key]
 
@@ -223,6 +236,16 @@ class Family:
     def max_per_tile(self) -> int:
         """Most detections one tile can return."""
         return self.variants[0].max_per_tile
+
+    @property
+    def runs_on(self) -> str:
+        """Device and precision it computes in on this machine."""
+        return self.variants[0].runs_on
+
+    @property
+    def color(self) -> Literal["raw", "srgb"]:
+        """The colours it was trained on."""
+        return self.variants[0].color
 
     @property
     def threshold(self) -> float:

@@ -66,7 +66,7 @@ def open_slide(
     """
     if backend not in get_args(Backend):
         raise ConfigError(f"backend: expected one of {', '.join(get_args(Backend))}, got {backend!r}")
-    where = Path(path).expanduser()
+    where = Path(path).expanduser().absolute()  # workers are started elsewhere
     return Slide(where, _FileOpener(where, backend), mpp=mpp, color=color).opened()
 
 
@@ -102,7 +102,7 @@ def pooled(
 
     Meant for workers that get a path with every task. Do not close it; the pool keeps the 8 used last.
     """
-    where = Path(path).expanduser()
+    where = Path(path).expanduser().absolute()  # workers are started elsewhere
     return revive(where, _FileOpener(where, backend), mpp, color).opened()
 
 

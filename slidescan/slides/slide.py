@@ -244,6 +244,10 @@ class Slide:
 
         return revive, (self.path, self._opener, self._mpp, self._color)
 
+    def colored(self, color: Color) -> Slide:
+        """Return the slide with its pixels in `color`: itself if they are so already."""
+        return self if color == self._color else Slide(self.path, self._opener, mpp=self._mpp, color=color)
+
     def opened(self) -> Slide:
         """Open the file now, so that what is wrong with it is said here; return self."""
         self._opened()

@@ -7,16 +7,26 @@ border counts neither for nor against, whether truth or detection, but may still
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import linear_sum_assignment, minimize_scalar
+from scipy.optimize import linear_sum_assignment, minimize
 from scipy.spatial.distance import cdist
 
 from slidescan.detections import Detections
 
-__all__ = ["RADIUS_UM", "Image", "Scores", "average_precision", "best_threshold", "fit_temperature", "match", "score"]
+__all__ = [
+    "RADIUS_UM",
+    "Image",
+    "Scores",
+    "average_precision",
+    "best_threshold",
+    "calibrate",
+    "fit_calibration",
+    "match",
+    "score",
+]
 
 RADIUS_UM = 7.5  # a detection this near a figure's centre has found it: the MIDOG challenges' rule
 
@@ -146,8 +156,12 @@ def average_precision(images: Sequence[Image]) -> float:
     return float(envelope[hit].sum() / n_truth)
 
 
-def fit_temperature(images: Sequence[Image]) -> float:
-    """Return the T for which sigmoid(logit / T) is the most likely to be right, over all detections."""
+def fit_calibration(images: Sequence[Image]) -> tuple[float, float]:
+    """Return temperature and offset for which sigmoid(logit / temperature + offset) is the most likely to be right.
+
+    Both are needed: a detector's scores are spread too little and also centred for another density of objects, and a
+    temperature alone would answer the second by pushing every score to 0 or 1.
+    """
     probability, right = [np.empty(0)], [np.empty(0, bool)]
     for image in images:
         hit, counts = _outcome(image)
@@ -156,11 +170,35 @@ def fit_temperature(images: Sequence[Image]) -> float:
     p = np.clip(np.concatenate(probability), 1e-6, 1 - 1e-6)
     hit = np.concatenate(right)
     if not hit.any() or hit.all():
-        return 1.0
+        return 1.0, 0.0
     logit = np.log(p / (1 - p))
     sign = np.where(hit, 1.0, -1.0)
-    fitted = minimize_scalar(lambda t: np.logaddexp(0, -sign * logit / t).mean(), bounds=(0.2, 5.0), method="bounded")
-    return float(round(fitted.x, 3))
+
+    def cost(fit: NDArray[np.float64]) -> float:
+        # A weak pull to no change keeps a handful of detections from being parted perfectly by an infinite slope.
+        pull = 1e-3 * ((fit[0] - 1) ** 2 + fit[1] ** 2)
+        return float(np.logaddexp(0, -sign * (logit * fit[0] + fit[1])).mean() + pull)
+
+    slope, offset = minimize(cost, (1.0, 0.0), bounds=((0.2, 5.0), (-10.0, 10.0))).x
+    return round(1 / float(slope), 3), round(float(offset), 3)
+
+
+def calibrate(images: Sequence[Image], temperature: float, offset: float) -> list[Image]:
+    """Return the images with every score s changed to sigmoid(logit(s) / temperature + offset).
+
+    Examples
+    --------
+    >>> image = Image(Detections.build([[0, 0, 2, 2]], [0.5]), np.empty((0, 2)), 1.0, 10)
+    >>> calibrate([image], 1.0, 0.0)[0].found.score.tolist()
+    [0.5]
+    """
+    changed = []
+    for image in images:
+        p = np.clip(image.found.score.astype(np.float64), 1e-6, 1 - 1e-6)
+        score = 1 / (1 + np.exp(-(np.log(p / (1 - p)) / temperature + offset)))
+        found = Detections(image.found.xyxy, score.astype(np.float32), image.found.label)
+        changed.append(replace(image, found=found))
+    return changed
 
 
 def _outcome(image: Image) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:

@@ -1,6 +1,6 @@
 """The training of `mitosis`, from crops on disk to a model directory with its numbers.
 
-Hides the order of things: network, images, loop, threshold and temperature on the validation patients, and the report
+Hides the order of things: network, images, loop, threshold and calibration on the validation patients, and the report
 on the test patients, which nothing is chosen by.
 """
 
@@ -89,10 +89,10 @@ def train_mitosis(settings: TrainSettings, out: Path, log: Callable[[str], None]
         choose = list(_fields(settings, variant, "validation", settings.seed + 1))
         write_model(average, card, directory)
         images = _detect(load_detector(directory), choose, margin_um=4.0)
-        card = dataclasses.replace(card, temperature=metrics.fit_temperature(images))
-        write_model(average, card, directory)
-        images = _detect(load_detector(directory), choose, margin_um=4.0)
-        card = dataclasses.replace(card, threshold=round(metrics.best_threshold(images), 2))
+        temperature, offset = metrics.fit_calibration(images)
+        images = metrics.calibrate(images, temperature, offset)
+        threshold = round(metrics.best_threshold(images), 2)
+        card = dataclasses.replace(card, temperature=temperature, offset=offset, threshold=threshold)
         write_model(average, card, directory)
         log(f"validation: {_summary(images, card.threshold)}")
 

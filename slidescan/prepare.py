@@ -1,0 +1,99 @@
+"""What a scan will do, known before the first tile is scored: variant, plane, tissue, plan and time."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from slidescan.config import ScanConfig
+from slidescan.detections import Detector
+from slidescan.errors import ConfigError
+from slidescan.geometry import Frame
+from slidescan.plan import Plan, plan
+from slidescan.slides import Slide
+from slidescan.slides.tissue import TissueMask, tissue_mask
+
+__all__ = ["Prepared", "estimate_s", "halo_px", "prepare"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Prepared:
+    """What a scan will do, known before the first tile is scored."""
+
+    detector: Detector
+    plane: Frame
+    """The plane the model reads."""
+    tissue: TissueMask | None
+    thumbnail: np.ndarray[Any, np.dtype[np.uint8]]
+    plan: Plan
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def prepare(slide: Slide, detector: Detector, config: ScanConfig, *, allow_coarse: bool = False) -> Prepared:
+    """Choose the detector's variant, find the tissue and plan the regions.
+
+    Raises
+    ------
+    ResolutionError
+        If the slide's µm/px is unknown, implausible, or too coarse for the detector.
+    """
+    started = time.perf_counter()
+    variant = detector.at(slide.frame.mpp, allow_coarse=allow_coarse)
+    plane = slide.plane(variant.mpp)
+    thumbnail, thumbnail_frame = slide.thumbnail(config.tissue.thumbnail_px)
+    tissue = tissue_mask(thumbnail.rgb, mpp=thumbnail_frame.mpp) if config.tissue.enabled else None
+    if tissue is not None and thumbnail.holes:
+        # What the thumbnail could not read is white there, but nobody knows that it is glass.
+        for hole in thumbnail.holes:
+            x0, y0, x1, y1 = hole.round_out()
+            tissue.mask[y0:y1, x0:x1] = True
+        tissue = replace(tissue, fraction=float(tissue.mask.mean()))
+    tile_px = config.tiling.tile_px or variant.input_px
+    planned = plan(
+        plane,
+        None if tissue is None else tissue.mask,
+        tile_px=tile_px,
+        halo_px=halo_px(variant, plane, tile_px, config),
+        region_px=config.tiling.region_px,
+        shift_px=config.tiling.shift_px,
+    )
+    return Prepared(variant, plane, tissue, thumbnail.rgb, planned, {"tissue": time.perf_counter() - started})
+
+
+def halo_px(detector: Detector, plane: Frame, tile_px: int, config: ScanConfig) -> int:
+    """Return the margin a tile sees beyond its core, px of `plane`.
+
+    Raises
+    ------
+    ConfigError
+        If `config.tiling.halo_um` could not hold half an object and the slack.
+    """
+    # DETR-type models have no anchors in the outer 1 % of a tile.
+    halo_um = config.tiling.halo_um or detector.object_um + 0.01 * tile_px * plane.mpp
+    least_um = detector.object_um / 2 + config.stitch.slack_um
+    if halo_um < least_um:
+        raise ConfigError(
+            f"tiling.halo_um must be at least {least_um:g} (half the largest object plus stitch.slack_um), "
+            f"got {halo_um:g}"
+        )
+    return int(np.ceil(plane.px(halo_um)))
+
+
+def estimate_s(slide: Slide, prepared: Prepared, settings: ScanConfig) -> float:
+    """Estimate the seconds a scan takes here, from reading and scoring a few of its tiles."""
+    tiles = prepared.plan.regions[len(prepared.plan.regions) // 2].tiles[: settings.detect.batch_tiles]
+
+    def probe() -> None:
+        windows = []
+        for tile in tiles:
+            x0, y0, x1, y1 = tile.read.round_out()
+            windows.append(slide.read(x0, y0, x1 - x0, y1 - y0, prepared.plane).rgb)
+        prepared.detector.detect(np.stack(windows), settings.detect.min_score)
+
+    probe()  # loads the weights
+    started = time.perf_counter()
+    probe()
+    return (time.perf_counter() - started) / len(tiles) * prepared.plan.n_tiles
