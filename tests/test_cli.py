@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -108,6 +110,24 @@ def test_a_wrong_command_is_one_line(phantom: Path, tmp_path: Path, arguments: l
     else:
         assert said in failed(done, code)
     assert not list(tmp_path.rglob("manifest.json"))
+
+
+def test_ctrl_c_stops_with_one_line_and_exit_code_3(tmp_path: Path) -> None:
+    """SIGINT in the middle of a scan: no traceback, exit code 3, and the same command finishes it."""
+    path = tmp_path / "case.tiff"
+    write_phantom(path, Phantom((4096, 4096), 0.25, n_figures=5, n_look_alikes=0, tissue=0.9))
+    command = [sys.executable, "-m", "slidescan.cli", "scan", path, "-o", tmp_path, "--set", "tiling.region_px=900"]
+    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not list(tmp_path.glob("case/parts-*/*.npz")) and running.poll() is None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            running.wait(timeout=0.05)
+    running.send_signal(signal.SIGINT)
+    _, stderr = running.communicate(timeout=120)
+    assert running.returncode == 3, stderr
+    assert stderr.splitlines()[-1].startswith("slidescan: stopped; what was scored is kept")
+    assert "Traceback" not in stderr
+    done = slidescan(*command[3:])
+    assert done.returncode == 0, done.stderr
 
 
 def test_version() -> None:

@@ -75,6 +75,17 @@ def test_quarters_share_the_core_and_keep_the_halo(tile_px: int, halo_px: int) -
             assert quarter.read.width % 32 == 0
 
 
+@given(st.integers(256, 1200), st.integers(4, 60))
+def test_quarters_of_quarters_keep_the_halo(tile_px: int, halo_px: int) -> None:
+    """Split twice, every piece still sees the full halo and stays in the first tile's window."""
+    tile = Grid(Frame((5000, 5000), 0.25), tile_px, halo_px).tile(1, 1)
+    for quarter in tile.quarters(halo_px):
+        for sixteenth in quarter.quarters(halo_px):
+            wanted = sixteenth.core.grow(halo_px)
+            assert wanted.clip(sixteenth.read) == wanted
+            assert sixteenth.read.clip(tile.read) == sixteenth.read
+
+
 def test_no_tissue_means_no_regions() -> None:
     """An empty mask plans nothing."""
     planned = plan(Frame((999, 999), 0.5), np.zeros((9, 9), bool), tile_px=64, halo_px=8, region_px=256)

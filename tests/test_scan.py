@@ -205,6 +205,60 @@ def test_a_hole_lowers_coverage_and_the_scan_completes(tmp_path: Path) -> None:
     assert distance.min(0).max() <= 1.0
 
 
+def test_what_the_thumbnail_could_not_read_is_not_called_glass(tmp_path: Path) -> None:
+    """A hole over half of a lone piece of tissue is read-failed, though the thumbnail shows white there."""
+    image = np.full((1500, 2000, 3), 244, np.uint8)
+    image[400:1000, 600:1400] = TISSUE_GROUND
+    whole = ss.scan(memory_slide(image, MPP), ORACLE, config=config())
+    slide = memory_slide(image, MPP, holes=(Box(600, 300, 1000, 1100),))
+    result = ss.scan(slide, ORACLE, out=tmp_path / "case", config=config())
+    failed_mm2 = result.anomaly.area_mm2(Coverage.READ_FAILED)
+    assert failed_mm2 >= 400 * 600 * (MPP * 1e-3) ** 2
+    assert result.anomaly.analysed_fraction < 0.7
+    assert whole.anomaly.analysed_fraction == 1.0
+
+
+def test_a_detector_that_reports_off_the_slide(tmp_path: Path) -> None:
+    """Boxes centred in the white beyond the slide's edge are dropped, others are clipped to the slide."""
+
+    class Loose(OracleDetector):
+        def detect(self, tiles: np.ndarray, min_score: float) -> list[ss.Detections]:
+            window = [[30, 30, 60, 60], [100, 100, 130, 130]]
+            return [ss.Detections.build(window, [0.9, 0.9]) for _ in tiles]
+
+    slide, _ = discs(n=5, size_wh=(300, 300))
+    detector = Loose(mpp=MPP, input_px=256, object_um=20.0, max_per_tile=1000)
+    result = ss.scan(slide, detector, out=tmp_path / "case", config=config(tissue__enabled=False))
+    x, y = result.detections.centers.T
+    assert len(result.detections)
+    assert min(x.min(), y.min()) >= 0
+    assert max(x.max(), y.max()) < 300
+    assert result.detections.xyxy.min() >= 0
+    assert result.detections.xyxy.max() <= 300
+
+
+def test_two_scans_do_not_write_into_one_directory(tmp_path: Path) -> None:
+    """While a scan runs, a second one into its directory is refused; afterwards it may."""
+    slide, _ = discs(n=10)
+    other = config(tiling__region_px=5000)
+    refused: list[str] = []
+
+    def intrude(state: ss.scan_slide.Progress) -> None:
+        with pytest.raises(ResultError) as caught:
+            ss.scan(slide, ORACLE, out=tmp_path / "case", config=other)
+        refused.append(str(caught.value))
+
+    ss.scan(slide, ORACLE, out=tmp_path / "case", config=config(), on_progress=intrude)
+    assert "another scan is writing there" in refused[0]
+
+
+def test_min_score_above_the_threshold_is_refused() -> None:
+    """A floor above the operating threshold would make the counts false."""
+    slide, _ = discs(n=3)
+    with pytest.raises(ConfigError, match="must not exceed the threshold"):
+        ss.scan(slide, ORACLE, config=config(detect__min_score=0.9))
+
+
 def test_unreadable_tissue_is_an_error_not_an_empty_result(tmp_path: Path) -> None:
     """If no tissue can be read nothing is called done."""
     _, centers = discs()
@@ -315,7 +369,7 @@ def test_load_result_gives_everything_back(tmp_path: Path) -> None:
         assert loaded.provenance[key] == result.provenance[key]
 
 
-@pytest.mark.parametrize("harm", ["truncate", "flip", "remove", "no manifest", "other schema", "not json"])
+@pytest.mark.parametrize("harm", ["truncate", "flip", "remove", "no manifest", "other schema", "no files", "not json"])
 def test_a_damaged_result_is_refused(tmp_path: Path, harm: str) -> None:
     """A result whose files are not what the manifest lists is never loaded."""
     slide, _ = discs(n=10)
@@ -334,10 +388,12 @@ def test_a_damaged_result_is_refused(tmp_path: Path, harm: str) -> None:
         manifest.unlink()
     elif harm == "other schema":
         manifest.write_text('{"schema": 99}')
+    elif harm == "no files":
+        manifest.write_text('{"schema": 1}')
     else:
         manifest.write_text("{")
     with pytest.raises(ResultError, match="case"):
-        ss.load_result(out, verify=True)
+        ss.load_result(out)
 
 
 def test_ids_are_stable_and_unique(tmp_path: Path) -> None:
