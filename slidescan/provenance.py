@@ -7,8 +7,8 @@ import importlib.metadata
 import json
 import platform
 import resource
-import sys
 from dataclasses import astuple
+from pathlib import Path
 from typing import Any
 
 from slidescan.config import ScanConfig
@@ -64,5 +64,10 @@ def versions() -> dict[str, str]:
 
 def peak_rss_mb() -> int:
     """Return this process's highest memory so far, MB."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return int(peak / (1e6 if sys.platform == "darwin" else 1e3))  # macOS counts bytes, Linux KB
+    status = Path("/proc/self/status")
+    if status.exists():
+        # Not getrusage: on Linux its peak includes that of the process that started this one.
+        return (
+            int(next(line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM"))) // 1000
+        )
+    return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)  # macOS counts bytes

@@ -67,13 +67,13 @@ def test_validate_names_the_line_that_breaks(tmp_path: Path) -> None:
     path.write_text(
         '{"type": "FeatureCollection", "features": [\n'
         '{"type": "Feature", "geometry": {"type": "Polygon", "coordinates": [[[0,0],[0,9],[9,9],[0,0]]]},\n'
-        ' "properties": {"objectType": "DETECTION"}}\n'
+        ' "properties": {"objectType": "detection", "classification": {"name": "mitosis"}}}\n'
         "]}\n"
     )
     done = slidescan("validate", path)
     assert done.returncode == 1
     assert f"{path}:2:" in done.stdout
-    assert "DETECTION" in done.stdout
+    assert "color" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_validate_names_the_line_that_breaks(tmp_path: Path) -> None:
         (["scan", "{case}", "--set", "tiling"], 2, "section.key=value"),
         (["scan", "{case}", "--backend", "vips"], 2, "vips"),
         (["scan", "{case}", "--scheduler", "tcp://127.0.0.1:9"], 2, "127.0.0.1:9"),
-        (["scan"], 2, "SLIDE"),
+        (["scan"], 2, "'slide'"),
         (["scann", "x"], 2, "scann"),
         (["export", "nowhere", "-o", "x.geojson"], 3, "nowhere"),
         (["validate", "nowhere.geojson"], 1, ""),
@@ -112,12 +112,19 @@ def test_a_wrong_command_is_one_line(phantom: Path, tmp_path: Path, arguments: l
     assert not list(tmp_path.rglob("manifest.json"))
 
 
+def _heed_sigint() -> None:
+    """A shell's background job ignores SIGINT and passes that on."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def test_ctrl_c_stops_with_one_line_and_exit_code_3(tmp_path: Path) -> None:
     """SIGINT in the middle of a scan: no traceback, exit code 3, and the same command finishes it."""
     path = tmp_path / "case.tiff"
     write_phantom(path, Phantom((4096, 4096), 0.25, n_figures=5, n_look_alikes=0, tissue=0.9))
     command = [sys.executable, "-m", "slidescan.cli", "scan", path, "-o", tmp_path, "--set", "tiling.region_px=900"]
-    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    running = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=_heed_sigint
+    )
     while not list(tmp_path.glob("case/parts-*/*.npz")) and running.poll() is None:
         with contextlib.suppress(subprocess.TimeoutExpired):
             running.wait(timeout=0.05)

@@ -33,12 +33,11 @@ from slidescan.train.negatives import load_negatives, show
 from slidescan.train.network import build_network
 from slidescan.train.settings import TrainSettings, VariantSettings
 
-__all__ = ["evaluate", "train_mitosis"]
+__all__ = ["evaluate", "settle", "train_mitosis"]
 
 # Seeds of the phantoms trained on; demonstrations and tests use small ones.
 _PHANTOM_SEEDS = range(9000, 9012)
 _FIELD_PER_MM2 = 25.0  # figures on a realistic field: a dense hotspot
-_FIELD_MM = 0.25  # edge of a realistic field for evaluation: 1000 px at 0.25 µm/px
 
 
 def train_mitosis(settings: TrainSettings, out: Path, log: Callable[[str], None]) -> dict[str, Any]:
@@ -86,20 +85,38 @@ def train_mitosis(settings: TrainSettings, out: Path, log: Callable[[str], None]
             object_um=OBJECT_UM * 1.25,  # the nominal box, with a quarter for figures that are larger
             anchor_px=OBJECT_UM / variant.mpp,
         )
-        choose = list(_fields(settings, variant, "validation", settings.seed + 1))
-        write_model(average, card, directory)
-        images = _detect(load_detector(directory), choose, margin_um=4.0)
-        temperature, offset = metrics.fit_calibration(images)
-        images = metrics.calibrate(images, temperature, offset)
-        threshold = round(metrics.best_threshold(images), 2)
-        card = dataclasses.replace(card, temperature=temperature, offset=offset, threshold=threshold)
-        write_model(average, card, directory)
-        log(f"validation: {_summary(images, card.threshold)}")
-
+        log(f"validation: {settle(average, card, directory, settings, variant)}")
         report[f"{variant.mpp:g}"] = evaluate(load_detector(directory), settings, variant)
         log(json.dumps(report[f"{variant.mpp:g}"]))
         (out / "metrics.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return report
+
+
+def settle(
+    network: torch.nn.Module, card: Card, directory: Path, settings: TrainSettings, variant: VariantSettings
+) -> dict[str, float]:
+    """Write the model with its calibration and threshold, both from images of the validation patients.
+
+    As many realistic fields, where figures are rare, as mosaics, where they are many: the slides to come are in between.
+
+    Returns
+    -------
+    dict
+        F1, precision, recall and AP there.
+    """
+    crops = load_crops(settings.data, "validation", mpp=variant.mpp, limit=settings.crops)
+    maker, rng = FieldMaker(crops, settings.seed), np.random.default_rng(settings.seed + 1)
+    edge = 3 * crops[0].image.shape[0]
+    mosaics = [maker.mosaic(rng, edge, roll=True) for _ in range(settings.eval_images)]
+    choose = [*_fields(settings, variant, "validation", settings.seed + 1), *mosaics]
+    write_model(network, card, directory)
+    images = _detect(load_detector(directory), choose, margin_um=4.0)
+    temperature, offset = metrics.fit_calibration(images)
+    images = metrics.calibrate(images, temperature, offset)
+    threshold = round(metrics.best_threshold(images), 2)
+    card = dataclasses.replace(card, temperature=temperature, offset=offset, threshold=threshold)
+    write_model(network, card, directory)
+    return _summary(images, threshold)
 
 
 def evaluate(detector: Detector, settings: TrainSettings, variant: VariantSettings) -> dict[str, Any]:
@@ -114,7 +131,7 @@ def evaluate(detector: Detector, settings: TrainSettings, variant: VariantSettin
     crops = load_crops(settings.data, "test", mpp=variant.mpp, limit=settings.crops)
     maker = FieldMaker(crops, settings.seed)
     size = 3 * crops[0].image.shape[0]
-    field = _field_px(variant)
+    field = variant.input_px
     n = settings.eval_images
     kinds: dict[str, list[Sample]] = {
         "mosaic": [maker.mosaic(rng, size, roll=True) for _ in range(3 * n)],
@@ -212,15 +229,10 @@ def _window(rng: np.random.Generator, image: NDArray[np.uint8], figures: NDArray
     return image[y : y + size, x : x + size], figures[inside] - (x, y)
 
 
-def _field_px(variant: VariantSettings) -> int:
-    """Edge of an evaluation field, px: a multiple of 32 of about `_FIELD_MM`, at least one tile."""
-    return max(96, round(_FIELD_MM * 1000 / variant.mpp / 32) * 32)
-
-
 def _fields(settings: TrainSettings, variant: VariantSettings, split: str, seed: int) -> Iterator[Sample]:
     rng = np.random.default_rng(seed)
     maker = FieldMaker(load_crops(settings.data, split, mpp=variant.mpp, limit=settings.crops), settings.seed)
-    size = _field_px(variant)
+    size = variant.input_px  # as a scan feeds it: on larger tiles than it was trained on the network scores lower
     expected = _FIELD_PER_MM2 * (size * variant.mpp * 1e-3) ** 2
     for _ in range(settings.eval_images):
         yield maker.field(rng, size, int(rng.poisson(expected)))

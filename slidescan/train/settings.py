@@ -23,7 +23,7 @@ class VariantSettings(_Strict):
     """One resolution of the detector, on which tiles and how long to train it."""
 
     mpp: Annotated[float, Field(gt=0)] = 0.25
-    input_px: Annotated[int, Field(gt=0, multiple_of=32)] = 1024
+    input_px: Annotated[int, Field(gt=0, multiple_of=32)] = 640
     tile_px: list[Annotated[int, Field(gt=0, multiple_of=32)]] = [256, 384, 384, 512, 768]
     steps: Annotated[int, Field(gt=0)] | None = None
     minutes: Annotated[float, Field(gt=0)] | None = None
