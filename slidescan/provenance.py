@@ -67,7 +67,6 @@ def peak_rss_mb() -> int:
     status = Path("/proc/self/status")
     if status.exists():
         # Not getrusage: on Linux its peak includes that of the process that started this one.
-        return (
-            int(next(line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM"))) // 1000
-        )
+        peak_kb = next(line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(peak_kb) // 1000
     return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)  # macOS counts bytes

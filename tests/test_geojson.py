@@ -314,11 +314,12 @@ def test_classes_are_made_safe(tmp_path: Path) -> None:
 # ---- Scale
 
 _EXPORT = """
-import resource, sys, time
+import sys
 from pathlib import Path
 import pyarrow.parquet as pq, shapely
 from slidescan.export.features import polygon_features
 from slidescan.export.geojson import write_geojson
+from slidescan.provenance import peak_rss_mb
 
 limit = int(sys.argv[3])
 classes = []
@@ -335,7 +336,7 @@ def names():
     while classes:
         yield classes.pop(0)
 n = write_geojson(sys.argv[2], polygon_features(outlines(), class_names=names(), run_namespace="hgsc"))
-print(n, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+print(n, peak_rss_mb())
 """
 
 

@@ -97,7 +97,7 @@ def settle(
 ) -> dict[str, float]:
     """Write the model with its calibration and threshold, both from images of the validation patients.
 
-    As many realistic fields, where figures are rare, as mosaics, where they are many: the slides to come are in between.
+    As many realistic fields, where figures are rare, as mosaics, where they are many.
 
     Returns
     -------
