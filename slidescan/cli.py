@@ -285,9 +285,11 @@ def _scan(
 
         def prepared(what: Prepared) -> None:
             frame = opened.frame
-            console.print(f"{frame.mpp:.4g} µm/px (from {opened.mpp_source}): {_chosen(what)}", highlight=False)
+            console.print(
+                f"{frame.mpp:.4g} µm/px (from {opened.mpp_source}): {_chosen(what)}", highlight=False, soft_wrap=True
+            )
             if what.tissue is not None and what.tissue.note:
-                console.print(f"tissue: {what.tissue.note}", highlight=False)
+                console.print(f"tissue: {what.tissue.note}", highlight=False, soft_wrap=True)
             bar.update(task, total=len(what.plan.regions))
 
         def progress(state: Progress) -> None:
