@@ -79,7 +79,7 @@ def bench_memory(smoke: bool) -> str:
     for size_px in (2048, 4096) if smoke else (20_000, 60_000):
         with tempfile.TemporaryDirectory() as scratch:
             path = Path(scratch) / "slide.tiff"
-            block_px = 1024 if smoke else 5000
+            block_px = 1024 if smoke else 5120
             write_phantom(path, ss.Phantom((size_px, size_px), 0.25, block_px=block_px, n_figures=10))
             command = [sys.executable, "-c", _MEMORY_PROGRAM, str(Path(scratch) / "run"), str(path)]
             told = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
