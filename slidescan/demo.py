@@ -6,11 +6,6 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-from scipy.optimize import linear_sum_assignment
-from scipy.spatial.distance import cdist
-
 from slidescan.config import ScanConfig
 from slidescan.detections import Detector
 from slidescan.errors import ResultError
@@ -20,11 +15,10 @@ from slidescan.plan import Grid
 from slidescan.prepare import halo_px
 from slidescan.region import disk_error
 from slidescan.result import ScanResult
+from slidescan.train.metrics import RADIUS_UM, match
 
-__all__ = ["Comparison", "compare", "match", "seam_phantom", "write"]
+__all__ = ["Comparison", "compare", "seam_phantom", "write"]
 
-# µm within which a detection is a figure's: the radius of the MIDOG challenges.
-MATCH_UM = 7.5
 _MPP = 0.25
 
 
@@ -77,25 +71,10 @@ def write(path: Path, phantom: Phantom) -> float:
     return time.perf_counter() - started
 
 
-def match(found: NDArray[np.float64], truth: NDArray[np.float64], radius: float) -> NDArray[np.bool_]:
-    """Return which rows of `truth` have a partner in `found` within `radius`, one to one, as many as possible.
-
-    Examples
-    --------
-    >>> match(np.array([[0.0, 0.0]]), np.array([[1.0, 0.0], [0.0, 2.0]]), radius=3.0)
-    array([ True, False])
-    """
-    matched = np.zeros(len(truth), bool)
-    if len(found) and len(truth):
-        distance = cdist(truth, found)
-        rows, columns = linear_sum_assignment(np.where(distance <= radius, distance, 1e6))
-        matched[rows[distance[rows, columns] <= radius]] = True
-    return matched
-
-
 def compare(result: ScanResult, phantom: Phantom) -> Comparison:
     """Compare what a scan found with what the phantom holds."""
     truth = phantom.truth
-    hit = match(result.found.centers, truth.centers, result.frame.px(MATCH_UM))
+    pairs = match(result.found.centers, truth.centers, result.frame.px(RADIUS_UM))
     seams = len(phantom.plant_l0)
-    return Comparison(len(truth), int(hit.sum()), len(result.found) - int(hit.sum()), seams, int(hit[:seams].sum()))
+    on_seams = int((pairs[:, 1] < seams).sum())
+    return Comparison(len(truth), len(pairs), len(result.found) - len(pairs), seams, on_seams)
