@@ -187,23 +187,16 @@ def _cover(tiles: tuple[Tile, ...]) -> Box:
 
 def touched_cores(grid: Grid, tissue: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """Return, for every core of the grid, whether a true px of a mask stretched over the plane touches it."""
-    # A summed-area table makes each core four look-ups, whatever its size.
-    table = np.zeros((tissue.shape[0] + 1, tissue.shape[1] + 1), np.int64)
-    table[1:, 1:] = tissue.cumsum(0).cumsum(1)
-
-    def edges(n: int, origin: int, plane_px: int, mask_px: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-        first = origin + grid.core_px * np.arange(n)
-        low = np.floor(np.clip(first, 0, plane_px) * (mask_px / plane_px)).astype(np.intp)
-        high = np.ceil(np.clip(first + grid.core_px, 0, plane_px) * (mask_px / plane_px)).astype(np.intp)
-        return low, np.minimum(high, mask_px)
-
-    rows, columns = grid.shape
-    top, bottom = edges(rows, grid.origin[1], grid.plane.size_wh[1], tissue.shape[0])
-    left, right = edges(columns, grid.origin[0], grid.plane.size_wh[0], tissue.shape[1])
-    counts = (
-        table[np.ix_(bottom, right)]
-        - table[np.ix_(top, right)]
-        - table[np.ix_(bottom, left)]
-        + table[np.ix_(top, left)]
-    )
-    return np.asarray(counts > 0)
+    touched = tissue
+    for axis in (0, 1):
+        first = grid.origin[1 - axis] + grid.core_px * np.arange(grid.shape[axis])
+        plane_px, mask_px = grid.plane.size_wh[1 - axis], tissue.shape[axis]
+        edges = np.clip(np.stack((first, first + grid.core_px)), 0, plane_px) * (mask_px / plane_px)
+        low, high = np.floor(edges[0]).astype(np.intp), np.minimum(np.ceil(edges[1]).astype(np.intp), mask_px)
+        # Cores share the mask px on their common edge, so ranges overlap: every second one is a core.
+        # A false row more than there is: the last range may end there.
+        padded = np.pad(touched, [(0, int(axis == a)) for a in (0, 1)])
+        touched = np.logical_or.reduceat(padded, np.stack((low, high), 1).ravel(), axis=axis)
+        touched = np.compress([True, False] * len(low), touched, axis=axis)
+        touched &= np.expand_dims(high > low, 1 - axis)
+    return touched

@@ -8,6 +8,7 @@ a killed run loses at most the regions in flight.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import os
 import threading
@@ -27,7 +28,7 @@ from slidescan.plan import Region, Tile
 from slidescan.slides import Slide
 from slidescan.stitch import owned
 
-__all__ = ["RegionPart", "RegionTask", "commit", "disk_error"]
+__all__ = ["RegionPart", "RegionTask", "commit", "disk_error", "give_back_memory"]
 
 # Share of a detector's queries in use from which a tile counts as full: RF-DETR users report cells lost from 0.8 on.
 _SATURATED_SHARE = 0.8
@@ -118,6 +119,7 @@ class RegionTask:
         part = self.score()
         started = time.perf_counter()
         part.save(self.part)
+        give_back_memory()
         return {**part.seconds, "commit": time.perf_counter() - started}
 
     def score(self) -> RegionPart:
@@ -180,6 +182,15 @@ class RegionTask:
             np.round(kept.score.astype(np.float64) * _SCORE_STEPS).astype(np.float32) / np.float32(_SCORE_STEPS),
             kept.label,
         )
+
+
+def give_back_memory() -> None:
+    """Return freed memory to the system, where the C library would keep it.
+
+    glibc keeps up to 64 MB a thread once arrays of that size were freed: over hundreds of regions a scan grew by 230 MB.
+    """
+    with contextlib.suppress(AttributeError, OSError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def commit(path: Path, write: Callable[[Path], None]) -> None:

@@ -31,7 +31,7 @@ from slidescan.geometry import Box, Frame
 from slidescan.overview import draw_overview
 from slidescan.prepare import Prepared, prepare
 from slidescan.provenance import describe_slide, peak_rss_mb, run_key, versions
-from slidescan.region import RegionPart, RegionTask, disk_error
+from slidescan.region import RegionPart, RegionTask, disk_error, give_back_memory
 from slidescan.result import MANIFEST, ScanResult, load_result, read_manifest
 from slidescan.slides import Slide, open_slide
 from slidescan.stitch import stitch
@@ -148,6 +148,7 @@ def scan(
             return load_result(out)
         started = time.perf_counter()
         prepared = prepare(opened, variant, config, allow_coarse=True)
+        give_back_memory()
         if on_prepared:
             on_prepared(prepared)
         # The key in the name keeps the regions of another scan, stopped or still ending, out of this one.

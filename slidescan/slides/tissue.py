@@ -29,6 +29,7 @@ Mask = NDArray[np.bool_]
 # Grey levels are 0..255, densities are natural-log optical density; both after averaging to the working resolution.
 _WORK_UM = 8.0  # µm/px: nothing smaller decides whether a place is tissue
 _WORK_PX = 2048  # longest side worked on: bounds time and memory for any thumbnail
+_STRIP_PX = 256  # rows worked on at a time where a step needs many bytes a px
 _FILL = 253.5  # grey above which a px is the scanner's own filling, not glass
 _BLACK = 14.0  # grey below which (all channels) a px is padding or nothing
 _GLASS_DARKEST = 160.0  # grey: no scanner leaves its glass darker
@@ -119,10 +120,13 @@ def tissue_mask(
 
     low, high = _range(small)
     black = high < _BLACK
-    density = np.log((_glass(small, low, high) + 1) / (small + 1))
+    dark_field = float(black.mean()) > 0.2 and float((low > _GLASS_DARKEST).mean()) < 0.005
+    density = _density(small, _glass(small, low, high))
+    del low, high
     # Padding has no colour, and the px next to it is a mixture.
     density[_grown(black, 1)] = 0
-    density = ndimage.uniform_filter(density, (3, 3, 1))
+    for channel in range(3):
+        density[..., channel] = ndimage.uniform_filter(density[..., channel], 3)
     mean, (least, most) = (density[..., 0] + density[..., 1] + density[..., 2]) / 3, _range(density)
     colour = most - least
     level = _stain_level(mean, colour)
@@ -130,7 +134,7 @@ def tissue_mask(
 
     method: Literal["tissue", "not-blank", "empty"] = "tissue"
     note = ""
-    if float(black.mean()) > 0.2 and float((low > _GLASS_DARKEST).mean()) < 0.005:
+    if dark_field:
         found, method = _filled(_without_small(~black, min_px), hole_px), "not-blank"
         note = "dark ground without glass (fluorescence or padding): everything that is not black is kept"
     else:
@@ -159,10 +163,21 @@ def _averaged(rgb: NDArray[np.uint8], step: int) -> F32:
     if step == 1:
         return rgb.astype(np.float32)
     height, width = rgb.shape[:2]
-    full = np.pad(rgb, ((0, -height % step), (0, -width % step), (0, 0)), mode="edge")
-    rows = full.reshape(full.shape[0] // step, step, full.shape[1], 3).sum(1, dtype=np.uint32)
-    total = sum((rows[:, at::step] for at in range(step)), np.zeros((1, 1, 3), np.uint32))
-    return np.asarray(total / np.float32(step * step), np.float32)
+    if height % step or width % step:
+        rgb = np.pad(rgb, ((0, -height % step), (0, -width % step), (0, 0)), mode="edge")
+    total = np.zeros((rgb.shape[0] // step, rgb.shape[1] // step, 3), np.float32)  # exact: below 2^24 up to step 256
+    for row in range(step):
+        for column in range(step):
+            total += rgb[row::step, column::step]
+    total /= step * step
+    return total
+
+
+def _density(small: F32, glass: F32) -> F32:
+    """Turn grey levels into optical density relative to `glass`, in place: it is the largest array here."""
+    small += 1
+    np.divide(glass + 1, small, out=small)
+    return np.log(small, out=small)
 
 
 def _range(planes: F32) -> tuple[F32, F32]:
@@ -250,5 +265,13 @@ def _filled(mask: Mask, hole_px: float) -> Mask:
 
 
 def _grown(mask: Mask, radius_px: float) -> Mask:
-    """Grow by `radius_px` in every direction."""
-    return np.asarray(isotropic_dilation(mask, round(radius_px)), np.bool_) if round(radius_px) else mask
+    """Grow by `radius_px` in every direction; in strips, for a distance takes 50 bytes a px."""
+    radius = round(radius_px)
+    if not radius:
+        return mask
+    grown = np.empty_like(mask)
+    for top in range(0, len(mask), _STRIP_PX):
+        low = max(0, top - radius)
+        strip = isotropic_dilation(mask[low : top + _STRIP_PX + radius], radius)
+        grown[top : top + _STRIP_PX] = strip[top - low :][:_STRIP_PX]
+    return grown
