@@ -1,0 +1,66 @@
+"""The result directory: loading gives everything back, and what is damaged is refused."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import slidescan as ss
+from slidescan.errors import ResultError
+from tests.discs import ORACLE, config, discs
+
+
+def test_load_result_gives_everything_back(tmp_path: Path) -> None:
+    """What is loaded equals what was returned."""
+    slide, _ = discs()
+    result = ss.scan(slide, ORACLE, out=tmp_path / "case", config=config())
+    loaded = ss.load_result(tmp_path / "case", verify=True)
+    np.testing.assert_array_equal(result.detections.xyxy, loaded.detections.xyxy)
+    np.testing.assert_array_equal(result.detections.score, loaded.detections.score)
+    np.testing.assert_allclose(result.anomaly.score, loaded.anomaly.score, atol=5.1e-5)
+    np.testing.assert_array_equal(result.coverage, loaded.coverage)
+    assert result.ids == loaded.ids
+    ranked, again = ([(r.rank, r.n, r.evidence) for r in each.flagged(5)] for each in (result, loaded))
+    assert ranked == again
+    assert (result.hotspot, result.config, result.threshold) == (loaded.hotspot, loaded.config, loaded.threshold)
+    for key in ("slide", "detector", "config", "versions", "device", "seconds", "peak_rss_mb", "tiles"):
+        assert loaded.provenance[key] == result.provenance[key]
+
+
+@pytest.mark.parametrize("harm", ["truncate", "flip", "remove", "no manifest", "other schema", "no files", "not json"])
+def test_a_damaged_result_is_refused(tmp_path: Path, harm: str) -> None:
+    """A result whose files are not what the manifest lists is never loaded."""
+    slide, _ = discs(n=10)
+    out = tmp_path / "case"
+    ss.scan(slide, ORACLE, out=out, config=config())
+    table, manifest = out / "detections.parquet", out / "manifest.json"
+    if harm == "truncate":
+        table.write_bytes(table.read_bytes()[:-8])
+    elif harm == "flip":
+        data = bytearray(table.read_bytes())
+        data[len(data) // 2] ^= 1
+        table.write_bytes(bytes(data))
+    elif harm == "remove":
+        shutil.rmtree(out / "anomaly.ome.zarr")
+    elif harm == "no manifest":
+        manifest.unlink()
+    elif harm == "other schema":
+        manifest.write_text('{"schema": 99}')
+    elif harm == "no files":
+        manifest.write_text('{"schema": 1}')
+    else:
+        manifest.write_text("{")
+    with pytest.raises(ResultError, match="case"):
+        ss.load_result(out)
+
+
+def test_ids_are_stable_and_unique(tmp_path: Path) -> None:
+    """The same slide and model give the same ids under other settings; no two rows share one."""
+    slide, _ = discs()
+    a = ss.scan(slide, ORACLE, config=config())
+    b = ss.scan(slide, ORACLE, config=config(tiling__region_px=5000, tiling__shift_px=[31, 7]))
+    assert set(a.ids) == set(b.ids)
+    assert len(set(a.ids)) == len(a.ids)

@@ -1,0 +1,202 @@
+"""Scans that stop, start again, share a directory or run elsewhere: nothing is lost, nothing half done looks whole."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import slidescan as ss
+from slidescan.errors import ResultError, SlideReadError
+from slidescan.region import RegionTask
+from slidescan.slides import Slide
+from tests.discs import MPP, ORACLE, config, discs
+
+
+def test_an_interrupted_scan_continues(tmp_path: Path) -> None:
+    """After a stop the committed regions are kept, only the rest is scored, and the result is byte-identical."""
+    slide, _ = discs()
+    ss.scan(slide, ORACLE, out=tmp_path / "whole", config=config())
+
+    def stop(state: ss.scan_slide.Progress) -> None:
+        if state.regions_done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ss.scan(slide, ORACLE, out=tmp_path / "case", config=config(), workers=1, on_progress=stop)
+    with pytest.raises(ResultError, match="has not finished"):
+        ss.load_result(tmp_path / "case")
+    committed = {p: p.stat().st_mtime_ns for p in (tmp_path / "case" / "").glob("parts-*/*.npz")}
+    assert len(committed) >= 3
+
+    states: list[ss.scan_slide.Progress] = []
+    result = ss.scan(slide, ORACLE, out=tmp_path / "case", config=config(), on_progress=states.append)
+    assert len(states) == states[-1].regions - len(committed)
+    assert not list((tmp_path / "case").glob("parts-*"))
+    whole = json.loads((tmp_path / "whole" / "manifest.json").read_text())["files"]
+    again = json.loads((tmp_path / "case" / "manifest.json").read_text())["files"]
+    assert whole == again
+    assert len(result.detections)
+
+
+def test_a_killed_process_continues(tmp_path: Path) -> None:
+    """SIGKILL in the middle costs the regions in flight and nothing else."""
+    slide, _ = discs()
+    ss.scan(slide, ORACLE, out=tmp_path / "whole", config=config())
+    program = (
+        "import os, signal, sys\n"
+        "sys.path.insert(0, sys.argv[2])\n"
+        "import test_scan as t\n"
+        "from pathlib import Path\n"
+        "import slidescan as ss\n"
+        "def kill(state):\n"
+        "    if state.regions_done == 4: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "ss.scan(t.discs()[0], t.ORACLE, out=Path(sys.argv[1]), config=t.config(), on_progress=kill)\n"
+    )
+    arguments = [sys.executable, "-c", program, str(tmp_path / "case"), str(Path(__file__).parent)]
+    done = subprocess.run(arguments, capture_output=True, check=False, timeout=120)
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    kept = len(list((tmp_path / "case" / "").glob("parts-*/*.npz")))
+    assert kept >= 4
+    states: list[ss.scan_slide.Progress] = []
+    ss.scan(slide, ORACLE, out=tmp_path / "case", config=config(), on_progress=states.append)
+    assert len(states) == states[-1].regions - kept
+    files = [json.loads((tmp_path / n / "manifest.json").read_text())["files"] for n in ("whole", "case")]
+    assert files[0] == files[1]
+
+
+def test_a_damaged_part_is_scored_again(tmp_path: Path) -> None:
+    """A truncated region file (a power cut) is not trusted."""
+    slide, centers = discs()
+
+    def stop(state: ss.scan_slide.Progress) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ss.scan(slide, ORACLE, out=tmp_path / "case", config=config(), workers=1, on_progress=stop)
+    part = next((tmp_path / "case" / "").glob("parts-*/*.npz"))
+    part.write_bytes(part.read_bytes()[:100])
+    assert len(ss.scan(slide, ORACLE, out=tmp_path / "case", config=config()).detections) == len(centers)
+
+
+def test_a_finished_scan_is_not_repeated_and_another_is_not_overwritten(tmp_path: Path) -> None:
+    """The same scan returns the stored result; other settings are refused until told to overwrite."""
+    slide, _ = discs(n=10)
+    first = ss.scan(slide, ORACLE, out=tmp_path / "case", config=config())
+    states: list[ss.scan_slide.Progress] = []
+    again = ss.scan(slide, ORACLE, out=tmp_path / "case", config=config(), on_progress=states.append)
+    assert (states, len(again.detections)) == ([], len(first.detections))
+    other = config(detect__min_score=0.4)
+    with pytest.raises(ResultError, match="--overwrite"):
+        ss.scan(slide, ORACLE, out=tmp_path / "case", config=other)
+    replaced = ss.scan(slide, ORACLE, out=tmp_path / "case", config=other, overwrite=True)
+    assert replaced.config.detect.min_score == 0.4
+
+
+def test_settings_changed_after_a_stop_start_anew(tmp_path: Path) -> None:
+    """Parts of other settings are never mixed in."""
+    slide, centers = discs()
+
+    def stop(state: ss.scan_slide.Progress) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ss.scan(slide, ORACLE, out=tmp_path / "case", config=config(), workers=1, on_progress=stop)
+    result = ss.scan(slide, ORACLE, out=tmp_path / "case", config=config(tiling__region_px=5000))
+    assert len(result.detections) == len(centers)
+
+
+def test_two_scans_do_not_write_into_one_directory(tmp_path: Path) -> None:
+    """While a scan runs, a second one into its directory is refused; afterwards it may."""
+    slide, _ = discs(n=10)
+    other = config(tiling__region_px=5000)
+    refused: list[str] = []
+
+    def intrude(state: ss.scan_slide.Progress) -> None:
+        with pytest.raises(ResultError) as caught:
+            ss.scan(slide, ORACLE, out=tmp_path / "case", config=other)
+        refused.append(str(caught.value))
+
+    ss.scan(slide, ORACLE, out=tmp_path / "case", config=config(), on_progress=intrude)
+    assert "another scan is writing there" in refused[0]
+
+
+def test_a_slide_that_vanishes_leaves_nothing_that_looks_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A read error of the whole file ends the scan with that error; what was committed is kept."""
+    slide, centers = discs()
+    read, calls = Slide.read, []
+
+    def gone(self: Slide, *args: object) -> object:
+        calls.append(args)
+        if len(calls) > 4:
+            raise SlideReadError("case.svs: the file is gone")
+        return read(self, *args)
+
+    monkeypatch.setattr(Slide, "read", gone)
+    with pytest.raises(SlideReadError, match="the file is gone"):
+        ss.scan(slide, ORACLE, out=tmp_path / "case", config=config(), workers=1)
+    monkeypatch.undo()
+    assert not (tmp_path / "case" / "manifest.json").exists()
+    assert len(ss.scan(slide, ORACLE, out=tmp_path / "case", config=config()).detections) == len(centers)
+
+
+def test_a_full_disk_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No space left on the device stops the scan, leaves no partial file, and the scan continues later."""
+    slide, centers = discs()
+
+    def full(*args: object, **columns: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("slidescan.region.np.savez", full)
+        with pytest.raises(ResultError, match="the disk is full") as caught:
+            ss.scan(slide, ORACLE, out=tmp_path / "case", config=config())
+    assert "\n" not in str(caught.value)
+    assert list((tmp_path / "case").glob("parts-*/*")) == []
+    assert len(ss.scan(slide, ORACLE, out=tmp_path / "case", config=config()).detections) == len(centers)
+
+
+def test_an_output_path_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    """A file where the result directory should be is named."""
+    (tmp_path / "case").write_text("mine")
+    slide, _ = discs(n=3)
+    with pytest.raises(ResultError, match="case"):
+        ss.scan(slide, ORACLE, out=tmp_path / "case", config=config())
+    assert (tmp_path / "case").read_text() == "mine"
+
+
+def test_scan_on_a_dask_cluster_of_processes(tmp_path: Path) -> None:
+    """Workers in other processes open the slide themselves and give byte-identical files."""
+    from distributed import Client, LocalCluster
+
+    from slidescan.phantom import Phantom, write_phantom
+
+    path = tmp_path / "case.tiff"
+    write_phantom(path, Phantom((1500, 1200), MPP, tissue=1.0, n_figures=5, n_look_alikes=0))
+    slide = ss.open_slide(path)
+    ss.scan(slide, ORACLE, out=tmp_path / "here", config=config())
+    with (
+        LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None, silence_logs=50) as cluster,
+        Client(cluster) as client,
+    ):
+        ss.scan(slide, ORACLE, out=tmp_path / "there", config=config(), client=client)
+    files = [json.loads((tmp_path / n / "manifest.json").read_text())["files"] for n in ("here", "there")]
+    assert files[0] == files[1]
+
+
+def test_tasks_carry_no_pixels() -> None:
+    """What goes to a worker is a few KB however large the region."""
+    import pickle
+
+    from slidescan.prepare import prepare
+
+    assert len(pickle.dumps(ORACLE)) < 2000
+    slide, _ = discs(n=3)
+    prepared = prepare(slide, ORACLE, config(tiling__region_px=5000))
+    task = RegionTask(slide, ORACLE, prepared.plan.regions[0], prepared.plane, 42, 6.0, 4, 0.05, Path("part.npz"))
+    of_slide = len(pickle.dumps(slide))  # an in-memory slide travels with its array; a file does as its path
+    assert len(pickle.dumps(task)) - of_slide < 20_000
