@@ -127,7 +127,7 @@ def tissue_mask(
     density[_grown(black, 1)] = 0
     for channel in range(3):
         density[..., channel] = ndimage.uniform_filter(density[..., channel], 3)
-    mean, (least, most) = (density[..., 0] + density[..., 1] + density[..., 2]) / 3, _range(density)
+    mean, (least, most) = (density[..., 0] + density[..., 1] + density[..., 2]) / np.float32(3), _range(density)
     colour = most - least
     level = _stain_level(mean, colour)
     stained, shown = colour > level, (colour > level) | (mean > _DENSE)
