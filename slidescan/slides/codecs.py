@@ -66,7 +66,7 @@ class Codec:
             If they are not interleaved 8-bit RGB.
         """
         samples, photometric = directory.first(277, 1), directory.first(262, -1)
-        bits = set(directory.values(258).tolist()) or {1}
+        bits = set(directory.values(258)) or {1}
         compression, extra = directory.first(259, 1), directory.first(338, 0)
         name = directory.file.name
         if bits != {8} or directory.first(339, 1) != 1:
