@@ -73,10 +73,10 @@ def _swap(module: Any, backend: Backend) -> bool:
     called &= set(getattr(forward, "__globals__", ()))
     if not called:
         return False
-    # The same code, looking the op up elsewhere: only this instance sees it. torch.compile keeps what it made of a code
-    # object with that object, whatever its globals, hence the copy; and it would look names up in the module they name.
+    # The same code, looking the op up elsewhere: only this instance sees it. torch.compile reuses what it compiled
+    # wherever it meets the same code object, hence the copy, and would look the op up in the module of `__name__`.
     scope = {**forward.__globals__, **{name: replacements[name] for name in called}}
-    del scope["__name__"]
+    scope.pop("__name__", None)
     own = types.FunctionType(
         forward.__code__.replace(), scope, forward.__name__, forward.__defaults__, forward.__closure__
     )

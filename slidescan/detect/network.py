@@ -1,6 +1,8 @@
 """A transformers detector in memory: tiles in, boxes in tile px out.
 
-Hides preprocessing, precision, anchors and DETR post-processing. Invariants:
+Hides preprocessing, precision, anchors and post-processing of every object-detection model of transformers that needs
+nothing but an image. transformers' image processors are not used: they would squash each tile to the size of a photo.
+Only what they say of colours is: scale, mean and spread. Invariants:
 
 - Batches have one fixed size a device, padded, so a tile's result does not depend on its neighbours.
 - Whatever turns into a coordinate is float32. In bfloat16 a box on a 1024 px tile moves by several px, so only the
@@ -13,7 +15,7 @@ Hides preprocessing, precision, anchors and DETR post-processing. Invariants:
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +27,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from slidescan.detect.card import Colours
 from slidescan.detections import Detections
 from slidescan.errors import ModelError
 from slidescan.ops import accelerate
@@ -44,6 +47,10 @@ Precision = Literal["fp32", "bf16"]
 
 # Coarsest stride of the models here, px; tiles must be a multiple, or levels would not line up.
 STRIDE_PX = 32
+# Models whose last class is "nothing here" and whose scores are a softmax over all classes.
+_SOFTMAX = ("detr", "yolos", "table-transformer")
+# Models whose convolutions are apart from what computes coordinates, under names that `lower_precision` knows.
+_BF16 = ("d_fine", "rt_detr", "rt_detr_v2")
 # Tiles at once on a GPU. On a CPU one at a time is as fast (measured) and needs no padding.
 _GPU_BATCH = 8
 
@@ -63,6 +70,8 @@ class Network:
         Edge of the anchors; None keeps those of transformers.
     temperature, offset : float
         A score is sigmoid(logit / temperature + offset).
+    colours : Colours, optional
+        How grey levels become the model's input; default: 0 to 1.
     """
 
     def __init__(
@@ -75,12 +84,22 @@ class Network:
         anchor_px: float | None = None,
         temperature: float = 1.0,
         offset: float = 0.0,
+        colours: Colours | None = None,
     ) -> None:
         self._name, self._device = name, torch.device(device)
         self._temperature, self._offset = temperature, offset
         model = model.eval()
-        accelerate(model)
+        kind = getattr(model.config, "model_type", "")
+        self._softmax = kind in _SOFTMAX
+        if precision == "bf16" and kind not in _BF16:
+            raise ModelError(f"{name}: expected precision fp32 for a model of type {kind}, got bf16")
+        with suppress(ModelError):  # DETR and YOLOS attend to everything: there is nothing to replace
+            accelerate(model)
         _fuse(model)
+        colours = colours or Colours()
+        self._mean, self._spread = (
+            torch.tensor(c, device=self._device)[:, None, None] for c in colours.mean_and_spread
+        )
         if anchor_px is not None:
             set_anchors(model, anchor_px)
         if precision == "bf16":
@@ -124,15 +143,20 @@ class Network:
         height, width = tiles.shape[1:3]
         with torch.inference_mode():
             # (B, H, W, 3) permuted is channels_last already: no copy but the conversion to float.
-            out = self._model(pixel_values=tiles.permute(0, 3, 1, 2).float().div_(255.0))
+            out = self._model(pixel_values=tiles.permute(0, 3, 1, 2).float().sub_(self._mean).div_(self._spread))
             logits, cxcywh = out.logits.float(), out.pred_boxes.float()
-            n, queries, classes = logits.shape
-            # A query may speak for several classes; the best Q pairs of query and class are the answer.
-            score, pair = (
-                (logits / self._temperature + self._offset).sigmoid().flatten(1).sort(descending=True, stable=True)
-            )
-            score, pair = score[:, :queries], pair[:, :queries]
-            box = cxcywh.gather(1, (pair // classes)[..., None].expand(n, queries, 4))
+            if self._softmax:
+                # A query speaks for its best class; the last one is "nothing".
+                share, best = logits.softmax(-1)[..., :-1].max(-1)
+                score, query = share.sort(descending=True, stable=True)
+                label = best.gather(1, query)
+            else:
+                # A query may speak for several classes; the best Q pairs of query and class are the answer.
+                queries, classes = logits.shape[1:]
+                chance = (logits / self._temperature + self._offset).sigmoid().flatten(1)
+                score, pair = (part[:, :queries] for part in chance.sort(descending=True, stable=True))
+                query, label = pair // classes, pair % classes
+            box = cxcywh.gather(1, query[..., None].expand(*query.shape, 4))
             half = box[..., 2:] / 2
             size = box.new_tensor([width, height])
             xyxy = torch.cat(((box[..., :2] - half) * size, (box[..., :2] + half) * size), -1)
@@ -141,7 +165,7 @@ class Network:
                 raise ModelError(
                     f"{self._name}: the network returned NaN; its weights are damaged or too large for fp16"
                 )
-        return score.cpu().numpy(), (pair % classes).cpu().numpy(), xyxy.cpu().numpy()
+        return score.cpu().numpy(), label.cpu().numpy(), xyxy.cpu().numpy()
 
 
 def channels_last(model: nn.Module) -> nn.Module:
@@ -181,7 +205,7 @@ def set_anchors(model: nn.Module, anchor_px: float) -> None:
 
 
 def lower_precision(model: nn.Module, device_type: str) -> None:
-    """Run backbone and encoder of a D-FINE type model in bfloat16 and hand float32 to the decoder."""
+    """Run backbone and encoder of a D-FINE or RT-DETR model in bfloat16 and hand float32 to the decoder."""
     inner: Any = model.model
     autocast = torch.autocast(device_type, dtype=torch.bfloat16)
     for part in (inner.backbone, *inner.encoder_input_proj, inner.encoder):
@@ -190,8 +214,8 @@ def lower_precision(model: nn.Module, device_type: str) -> None:
         projection.register_forward_pre_hook(lambda _, inputs: tuple(t.float() for t in inputs))
 
 
-def resolve(name: str, device: str | None, precision: str) -> tuple[str, Precision]:
-    """Return the device and precision that None and "auto" stand for on this machine.
+def resolve(name: str, kind: str, device: str | None, precision: str) -> tuple[str, Precision]:
+    """Return the device and precision that None and "auto" stand for on this machine and a model of type `kind`.
 
     Raises
     ------
@@ -201,12 +225,11 @@ def resolve(name: str, device: str | None, precision: str) -> tuple[str, Precisi
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        kind = torch.device(device).type
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as exc:  # AssertionError: torch built without CUDA
         raise ModelError(f"{name}: expected a device of this machine, got {device}; use cpu") from exc
     if precision == "auto":
-        return device, "bf16" if kind == "cuda" else "fp32"
+        return device, "bf16" if torch.device(device).type == "cuda" and kind in _BF16 else "fp32"
     return device, "bf16" if precision == "bf16" else "fp32"
 
 
@@ -218,15 +241,15 @@ def load_network(path: Path) -> nn.Module:
     ModelError
         If the weights are damaged or of another network.
     """
-    from transformers import DFineForObjectDetection
+    from transformers import AutoModelForObjectDetection
 
     try:
         with _quiet():
-            model, notes = DFineForObjectDetection.from_pretrained(
+            model, notes = AutoModelForObjectDetection.from_pretrained(
                 path, dtype=torch.float32, use_safetensors=True, local_files_only=True, output_loading_info=True
             )
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as exc:
-        raise ModelError(f"{path.name}: cannot load the weights: {exc}") from exc
+        raise ModelError(f"{path.name}: cannot load the weights: {str(exc).splitlines()[0]}") from exc
     wrong = [str(key) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in notes.get(kind, ())]
     if wrong:
         raise ModelError(
