@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from slidescan import ops as ops
     from slidescan.config import ScanConfig as ScanConfig
     from slidescan.detect import load_detector as load_detector
-    from slidescan.detect_image import detect_image as detect_image
     from slidescan.detections import Detections as Detections
     from slidescan.detections import Detector as Detector
     from slidescan.errors import SlidescanError as SlidescanError
@@ -44,6 +43,7 @@ if TYPE_CHECKING:
     from slidescan.geometry import Frame as Frame
     from slidescan.ops import accelerate as accelerate
     from slidescan.phantom import Phantom as Phantom
+    from slidescan.picture import detect_image as detect_image
     from slidescan.result import ScanResult as ScanResult
     from slidescan.result import load_result as load_result
     from slidescan.scan_slide import scan as scan
@@ -61,7 +61,7 @@ _HOME = {
     "Slide": "slides",
     "SlidescanError": "errors",
     "accelerate": "ops",
-    "detect_image": "detect_image",
+    "detect_image": "picture",
     "load_detector": "detect",
     "load_result": "result",
     "open_slide": "slides",

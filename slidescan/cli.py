@@ -205,7 +205,7 @@ def detect(
 ) -> None:
     """Detect on one picture of any size with any object-detection model of transformers; print boxes and scores."""
     from slidescan.detect import load_detector
-    from slidescan.detect_image import detect_image
+    from slidescan.picture import detect_image
 
     detector = load_detector(model, mpp=1.0)  # where the model names no µm/px, a px is its unit
     found = detect_image(image, detector, min_score=min_score, tile_px=tile_px, mpp=mpp)

@@ -147,8 +147,14 @@ def read_card(path: Path, config: dict[str, Any], mpp: float | None) -> Card:
             f"{path.name}: expected slidescan.json or the model's resolution, found neither; pass mpp=… (µm/px it was "
             "trained at)"
         )
-    labels = config.get("id2label") or {"0": "object"}
-    return Card(path.name, tuple(labels[key] for key in sorted(labels, key=int)), mpp, input_px=_trained_px(path))
+    return Card(path.name, _labels(config), mpp, input_px=_trained_px(path))
+
+
+def _labels(config: dict[str, Any]) -> tuple[str, ...]:
+    """Return the class names by label; what the configuration leaves unnamed is called as in transformers."""
+    names = config.get("id2label") or {}
+    count = len(names) or config.get("num_labels") or 2  # two: transformers' default, left out of the file
+    return tuple(str(names.get(str(label), f"LABEL_{label}")) for label in range(count))
 
 
 def _trained_px(path: Path) -> int:

@@ -72,6 +72,12 @@ class Model:
                 f"{self.path.name}: expected an object-detection model of transformers in config.json, found "
                 f"architectures {', '.join(kinds) or 'not named'}"
             )
+        if "text_config" in config:
+            raise ModelError(
+                f"{self.path.name}: expected a model that needs nothing but an image, found one of type "
+                f"{config.get('model_type')}, which needs a text prompt, too; choose one without text_config in "
+                "config.json"
+            )
         if not (self.path / "model.safetensors").is_file():
             raise ModelError(
                 f"{self.path.name}: expected model.safetensors beside config.json, found none; pickled weights are not "
@@ -117,7 +123,8 @@ class Model:
     @property
     def max_per_tile(self) -> int:
         """Most detections one tile can return."""
-        return int(self._config.get("num_queries", 300))  # 300: transformers' default, left out of the file
+        counts = [self._config.get(key) for key in ("num_queries", "num_detection_tokens")]  # tokens: YOLOS
+        return next((int(count) for count in counts if count), 300)  # 300: transformers' default in most families
 
     @property
     def runs_on(self) -> str:

@@ -10,6 +10,7 @@ Only what they say of colours is: scale, mean and spread. Invariants:
 - With `anchor_px` set, anchors are that many px whatever the tile's size. transformers makes them a share of the tile,
   which would make the same figure look different to the decoder on a 512 px and a 1024 px tile, and drops those within
   1 % of the border.
+- A tile that is not whole windows of a network is padded with zeros, as transformers pads; boxes stay in tile px.
 """
 
 from __future__ import annotations
@@ -49,6 +50,9 @@ Precision = Literal["fp32", "bf16"]
 STRIDE_PX = 32
 # Models whose last class is "nothing here" and whose scores are a softmax over all classes.
 _SOFTMAX = ("detr", "yolos", "table-transformer")
+# Models that want squares: transformers 5.23 cuts RF-DETR's windows with width and height exchanged, and so puts the
+# features of any other image in wrong places.
+_SQUARE = ("rf_detr",)
 # Models whose convolutions are apart from what computes coordinates, under names that `lower_precision` knows.
 _BF16 = ("d_fine", "rt_detr", "rt_detr_v2")
 # Tiles at once on a GPU. On a CPU one at a time is as fast (measured) and needs no padding.
@@ -90,7 +94,8 @@ class Network:
         self._temperature, self._offset = temperature, offset
         model = model.eval()
         kind = getattr(model.config, "model_type", "")
-        self._softmax = kind in _SOFTMAX
+        self._softmax, self._square = kind in _SOFTMAX, kind in _SQUARE
+        self._window = _window_px(model.config)
         if precision == "bf16" and kind not in _BF16:
             raise ModelError(f"{name}: expected precision fp32 for a model of type {kind}, got bf16")
         with suppress(ModelError):  # DETR and YOLOS attend to everything: there is nothing to replace
@@ -140,11 +145,21 @@ class Network:
 
     def _forward(self, tiles: Tensor) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
         """Return score (B, Q), label (B, Q) and box (B, Q, 4) in px, best first."""
-        height, width = tiles.shape[1:3]
+        tile_wh = tiles.shape[2], tiles.shape[1]
+        width, height = self._padded(*tile_wh)
         with torch.inference_mode():
             # (B, H, W, 3) permuted is channels_last already: no copy but the conversion to float.
-            out = self._model(pixel_values=tiles.permute(0, 3, 1, 2).float().sub_(self._mean).div_(self._spread))
-            logits, cxcywh = out.logits.float(), out.pred_boxes.float()
+            pixels = tiles.permute(0, 3, 1, 2).float().sub_(self._mean).div_(self._spread)
+            if (width, height) != tile_wh:
+                pixels = nn.functional.pad(pixels, (0, width - tile_wh[0], 0, height - tile_wh[1]))
+            out = self._model(pixel_values=pixels)
+            boxes = getattr(out, "pred_boxes", None)
+            if boxes is None or boxes.shape[-1] != 4:
+                raise ModelError(
+                    f"{self._name}: expected a network that returns logits and pred_boxes of four numbers, got "
+                    f"{', '.join(out)}; choose another kind of model"
+                )
+            logits, cxcywh = out.logits.float(), boxes.float()
             if self._softmax:
                 # A query speaks for its best class; the last one is "nothing".
                 share, best = logits.softmax(-1)[..., :-1].max(-1)
@@ -160,12 +175,25 @@ class Network:
             half = box[..., 2:] / 2
             size = box.new_tensor([width, height])
             xyxy = torch.cat(((box[..., :2] - half) * size, (box[..., :2] + half) * size), -1)
-            xyxy = xyxy.clamp(min=0).minimum(size.repeat(2))
+            xyxy = xyxy.clamp(min=0).minimum(size.new_tensor(tile_wh).repeat(2))
             if not (torch.isfinite(score).all() and torch.isfinite(xyxy).all()):
                 raise ModelError(
                     f"{self._name}: the network returned NaN; its weights are damaged or too large for fp16"
                 )
         return score.cpu().numpy(), label.cpu().numpy(), xyxy.cpu().numpy()
+
+    def _padded(self, width: int, height: int) -> tuple[int, int]:
+        """Return the size the network is given: whole windows, the rest filled at the right and the bottom."""
+        wide, high = (-(-n // self._window) * self._window for n in (width, height))
+        return (max(wide, high), max(wide, high)) if self._square else (wide, high)
+
+
+def _window_px(config: Any) -> int:
+    """Return what the sides of an image must be a multiple of for a backbone that cuts it into windows; or 1 px."""
+    backbone: Any = getattr(config, "backbone_config", None)
+    # LW-DETR counts the windows of an image, RF-DETR those of a side.
+    windows = getattr(backbone, "num_windows_side", None) or getattr(backbone, "num_windows", None)
+    return int(backbone.patch_size * windows) if windows else 1
 
 
 def channels_last(model: nn.Module) -> nn.Module:
@@ -248,8 +276,10 @@ def load_network(path: Path) -> nn.Module:
             model, notes = AutoModelForObjectDetection.from_pretrained(
                 path, dtype=torch.float32, use_safetensors=True, local_files_only=True, output_loading_info=True
             )
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as exc:
-        raise ModelError(f"{path.name}: cannot load the weights: {str(exc).splitlines()[0]}") from exc
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, ImportError, safetensors.SafetensorError) as exc:
+        # ImportError: a backbone of a package that is not installed. The first line says it, the others how to install.
+        said = next(iter(str(exc).strip().splitlines()), type(exc).__name__)
+        raise ModelError(f"{path.name}: cannot load the weights: {said}") from exc
     wrong = [str(key) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in notes.get(kind, ())]
     if wrong:
         raise ModelError(

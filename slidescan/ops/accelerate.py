@@ -1,8 +1,8 @@
 """`accelerate`: transformers models with our op in the place of theirs.
 
 Hides the three ways in which transformers calls the op. Only instances are changed, never a class or a module of
-transformers: other models in the process stay as they are, and so do weights and names of parameters. What is changed
-does not survive pickling: call it again after loading.
+transformers: other models in the process stay as they are, and so do weights and names of parameters. Save an
+accelerated model by its state_dict and accelerate the loaded one: the replaced functions cannot be pickled.
 """
 
 from __future__ import annotations
