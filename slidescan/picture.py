@@ -115,7 +115,7 @@ def _whole(slide: Slide, n_holes: int) -> None:
     """Refuse a picture with holes: a table of boxes could not say where nothing was looked for."""
     if n_holes:
         raise SlideReadError(
-            f"{slide.path.name}: {n_holes} parts of it cannot be decoded; copy it again, or scan it, which maps the holes"
+            f"{slide.path.name}: {n_holes} parts cannot be decoded; copy it again, or scan it, which maps its holes"
         )
 
 

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 import transformers as hf
 from numpy.typing import NDArray
@@ -22,7 +23,15 @@ from torch import nn
 import slidescan as ss
 from slidescan.detect import Model, load_detector
 from slidescan.detections import Detections
-from slidescan.errors import ConfigError, ModelError, ResolutionError, SlideFormatError, SlideNotFoundError
+from slidescan.errors import (
+    ConfigError,
+    ModelError,
+    ResolutionError,
+    SlideFormatError,
+    SlideNotFoundError,
+    SlideReadError,
+)
+from slidescan.geometry import Box
 from slidescan.slides import memory_slide, open_slide
 from slidescan.testing import OracleDetector, disc_image, random_centers
 from tests.families import DETECTORS, HEIGHT, WIDTH, Case, grounding, lw_detr, pixels, randomised, stages
@@ -290,6 +299,24 @@ def test_boxes_are_in_px_of_the_picture(mpp: float, tile_px: int) -> None:
     np.testing.assert_allclose(found.xyxy[:, 2:] - found.xyxy[:, :2], 2 * RADIUS_PX, atol=3 * ORACLE.mpp / mpp)
     cut = disc_image((401, 307), [(398, 304)], RADIUS_PX)
     assert (ss.detect_image(cut, ORACLE, mpp=mpp, tile_px=tile_px).xyxy[:, 2:] == [401, 307]).all()
+
+
+def test_a_slide_file_keeps_its_own_scale(tmp_path: Path) -> None:
+    """The µm/px that a file names are used; a plain picture, which names none, is read as it is."""
+    image, centers = discs((400, 300), 12)
+    tifffile.imwrite(tmp_path / "scaled.tiff", image, photometric="rgb", resolution=(1e4 / 0.4,) * 2, resolutionunit=3)
+    assert open_slide(tmp_path / "scaled.tiff").mpp == pytest.approx(0.4)
+    found = ss.detect_image(tmp_path / "scaled.tiff", ORACLE)
+    assert_each_once(found, centers)
+    assert_equal(found, ss.detect_image(image, ORACLE, mpp=0.4))
+
+
+@pytest.mark.parametrize("tile_px", [128, 512])
+def test_a_picture_with_holes_is_refused(tile_px: int) -> None:
+    """Boxes alone could not say where nothing was looked for."""
+    image, _ = discs((300, 200), 5)
+    with pytest.raises(SlideReadError, match="cannot be decoded"):
+        ss.detect_image(memory_slide(image, 0.5, holes=[Box(10, 10, 60, 60)]), ORACLE, tile_px=tile_px)
 
 
 class Strict(OracleDetector):
