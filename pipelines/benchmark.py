@@ -2,6 +2,7 @@
 
 python pipelines/benchmark.py stitch      1,000,000 boxes on one core
 python pipelines/benchmark.py memory      peak memory on a 20,000² and a 60,000² slide
+python pipelines/benchmark.py ops         deformable attention against transformers' own, and others on a GPU
 python pipelines/benchmark.py grid        the same slide under shifted tile grids, bundled detector
 python pipelines/benchmark.py             all of them; --smoke for tiny sizes
 """
@@ -20,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from benchmark_ops import bench_ops
 from scipy.spatial import cKDTree
 
 import slidescan as ss
@@ -110,7 +112,12 @@ def bench_grid(smoke: bool) -> str:
     return f"grid: {len(first.found)} found, reappear under shifted grids: {', '.join(f'{s:.1%}' for s in shares)}"
 
 
-BENCHES: dict[str, Callable[[bool], str]] = {"stitch": bench_stitch, "memory": bench_memory, "grid": bench_grid}
+BENCHES: dict[str, Callable[[bool], str]] = {
+    "stitch": bench_stitch,
+    "memory": bench_memory,
+    "ops": bench_ops,
+    "grid": bench_grid,
+}
 
 
 def main() -> None:

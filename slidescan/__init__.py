@@ -9,6 +9,9 @@ The one path::
 `open_slide`              Open a whole-slide image (SVS, OME-TIFF, NDPI, DICOM, OME-Zarr, …)
 `load_detector`           Load a detector: ``"mitosis"``, a directory, or a Hugging Face id
 `scan`                    Scan one slide at full resolution
+`detect_image`            Detect on one picture, sliced like a slide where it is large
+`accelerate`              Put the fast deformable attention into a transformers model
+`ops`                     The deformable-attention op itself
 `load_result`             Read a result directory back
 `ScanConfig`              Every setting, with its default and unit
 `SlidescanError`          What every foreseen failure is an instance of
@@ -30,6 +33,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from slidescan import ops as ops
     from slidescan.config import ScanConfig as ScanConfig
     from slidescan.detect import load_detector as load_detector
     from slidescan.detections import Detections as Detections
@@ -37,7 +41,9 @@ if TYPE_CHECKING:
     from slidescan.errors import SlidescanError as SlidescanError
     from slidescan.geometry import Box as Box
     from slidescan.geometry import Frame as Frame
+    from slidescan.ops import accelerate as accelerate
     from slidescan.phantom import Phantom as Phantom
+    from slidescan.picture import detect_image as detect_image
     from slidescan.result import ScanResult as ScanResult
     from slidescan.result import load_result as load_result
     from slidescan.scan_slide import scan as scan
@@ -54,6 +60,8 @@ _HOME = {
     "ScanResult": "result",
     "Slide": "slides",
     "SlidescanError": "errors",
+    "accelerate": "ops",
+    "detect_image": "picture",
     "load_detector": "detect",
     "load_result": "result",
     "open_slide": "slides",
@@ -70,15 +78,20 @@ __all__ = [
     "ScanResult",
     "Slide",
     "SlidescanError",
+    "accelerate",
+    "detect_image",
     "load_detector",
     "load_result",
     "open_slide",
+    "ops",
     "scan",
 ]
 
 
 def __getattr__(name: str) -> Any:
     """Fetch a public name from its module on first use."""
+    if name == "ops":
+        return importlib.import_module("slidescan.ops")
     if name not in _HOME:
         raise AttributeError(f"module 'slidescan' has no attribute {name!r}")
     value = getattr(importlib.import_module(f"slidescan.{_HOME[name]}"), name)

@@ -196,6 +196,26 @@ def validate(path: Annotated[Path, typer.Argument(help="GeoJSON file, plain, .gz
 
 
 @app.command()
+def detect(
+    image: Annotated[Path, typer.Argument(help="A picture: PNG, JPEG, or a slide.")],
+    model: ModelOpt = "mitosis",
+    min_score: Annotated[float, typer.Option(help="Lowest score printed.")] = 0.5,
+    tile_px: Annotated[int | None, typer.Option(help="Edge of a tile; a picture no larger is scored whole.")] = None,
+    mpp: Annotated[float | None, typer.Option(help="µm/px of the picture; default: the model's own.")] = None,
+) -> None:
+    """Detect on one picture of any size with any object-detection model of transformers; print boxes and scores."""
+    from slidescan.detect import load_detector
+    from slidescan.picture import detect_image
+
+    detector = load_detector(model, mpp=1.0)  # where the model names no µm/px, a px is its unit
+    found = detect_image(image, detector, min_score=min_score, tile_px=tile_px, mpp=mpp)
+    for box, score, label in zip(found.xyxy.tolist(), found.score.tolist(), found.label.tolist(), strict=True):
+        corners = ", ".join(f"{edge:.1f}" for edge in box)
+        typer.echo(f"{detector.classes[label]}: {score:.3f} at [{corners}]")
+    typer.echo(f"{len(found)} found with a score of at least {min_score:g}", err=True)
+
+
+@app.command()
 def demo(
     out: Annotated[Path, typer.Option("--out", "-o", help="Directory for the slide and the result.")] = Path("demo"),
     size_px: Annotated[int, typer.Option(min=2048, help="Edge of the phantom slide, px.")] = 12288,

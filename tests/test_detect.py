@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from slidescan.detect import Card, Family, Model, load_detector, write_model
-from slidescan.detect.dfine import load_network, set_anchors
+from slidescan.detect.network import load_network, set_anchors
 from slidescan.detections import Detector
 from slidescan.errors import ModelError, ResolutionError
 from slidescan.train import metrics
@@ -240,8 +240,8 @@ def test_damage_is_one_clear_error(copied: Path) -> None:
     with pytest.raises(ModelError, match="pickled weights are not read"):
         load_detector(copied)
 
-    config.write_text(json.dumps({"model_type": "yolos"}))
-    with pytest.raises(ModelError, match=r"d_fine.*yolos"):
+    config.write_text(json.dumps({"model_type": "vit", "architectures": ["ViTForImageClassification"]}))
+    with pytest.raises(ModelError, match=r"object-detection model.*ViTForImageClassification"):
         load_detector(copied)
 
     config.write_text("{")

@@ -10,11 +10,15 @@ import sys
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pytest
+import torch
 from nbclient import NotebookClient
+from PIL import Image
 
 import slidescan
 from slidescan.phantom import Phantom, write_phantom
+from tests.families import DETECTORS
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -22,9 +26,12 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 @pytest.fixture
 def beside_a_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Give a working directory that holds a slide named case.svs."""
+    """Give a working directory that holds a slide, a picture and an RT-DETR, named as in the README."""
     write_phantom(tmp_path / "case.tiff", Phantom((1536, 1536), 0.25, n_figures=10, n_look_alikes=5, tissue=0.7))
     shutil.move(tmp_path / "case.tiff", tmp_path / "case.svs")
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (480, 700, 3), np.uint8)).save(tmp_path / "image.jpg")
+    torch.manual_seed(0)
+    DETECTORS["RT-DETR"]().model.float().save_pretrained(tmp_path / "my-rt-detr")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -1,6 +1,6 @@
 """Detectors: find one by name, load its weights when the first tile comes, score tiles.
 
-`load_detector` is the door; `slidescan.detect.dfine` (torch, transformers) is imported with the first tile only.
+`load_detector` is the door; `slidescan.detect.network` (torch, transformers) is imported with the first tile only.
 """
 
 from __future__ import annotations

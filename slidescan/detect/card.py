@@ -18,9 +18,10 @@ from slidescan.errors import ModelError
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["MODEL_FILES", "Card", "digest", "read_card", "read_json", "write_model"]
+__all__ = ["MODEL_FILES", "Card", "Colours", "digest", "read_card", "read_json", "write_model"]
 
-MODEL_FILES = ("config.json", "model.safetensors", "slidescan.json")
+MODEL_FILES = ("config.json", "model.safetensors", "slidescan.json", "preprocessor_config.json")
+_PHOTO_PX = 640  # edge of the images most DETR-type models are trained on, where nothing says so
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +59,46 @@ class Card:
     offset: float = 0.0
     anchor_px: float | None = None
     color: Literal["raw", "srgb"] = "raw"
+
+
+@dataclass(frozen=True, slots=True)
+class Colours:
+    """How grey levels from 0 to 255 become a model's input: times `scale`, minus `mean`, divided by `spread`."""
+
+    scale: float = 1 / 255
+    mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    spread: tuple[float, float, float] = (1.0, 1.0, 1.0)
+
+    @property
+    def mean_and_spread(self) -> tuple[list[float], list[float]]:
+        """The same in grey levels."""
+        return [m / self.scale for m in self.mean], [s / self.scale for s in self.spread]
+
+    @classmethod
+    def read(cls, path: Path) -> Colours:
+        """Read them from transformers' ``preprocessor_config.json``; without one, grey levels become 0 to 1.
+
+        Raises
+        ------
+        ModelError
+            If the file is damaged.
+        """
+        file = path / "preprocessor_config.json"
+        if not file.is_file():
+            return cls()
+        table = read_json(file)
+        try:
+            scale = float(table.get("rescale_factor", 1 / 255)) if table.get("do_rescale", True) else 1.0
+            if not table.get("do_normalize", False):
+                return cls(scale)
+            mean, spread = (tuple(map(float, table[key])) for key in ("image_mean", "image_std"))
+            if len(mean) != 3 or len(spread) != 3 or scale <= 0 or min(spread) <= 0:
+                raise ValueError("three channels, and a scale and spread above 0")
+        except (KeyError, TypeError, ValueError) as exc:
+            raise ModelError(
+                f"{path.name}/{file.name}: expected rescale_factor, image_mean and image_std of three channels: {exc}"
+            ) from exc
+        return cls(scale, mean, spread)
 
 
 def digest(path: Path) -> str:
@@ -106,8 +147,23 @@ def read_card(path: Path, config: dict[str, Any], mpp: float | None) -> Card:
             f"{path.name}: expected slidescan.json or the model's resolution, found neither; pass mpp=… (µm/px it was "
             "trained at)"
         )
-    labels = config.get("id2label") or {"0": "object"}
-    return Card(path.name, tuple(labels[key] for key in sorted(labels, key=int)), mpp)
+    return Card(path.name, _labels(config), mpp, input_px=_trained_px(path))
+
+
+def _labels(config: dict[str, Any]) -> tuple[str, ...]:
+    """Return the class names by label; what the configuration leaves unnamed is called as in transformers."""
+    names = config.get("id2label") or {}
+    count = len(names) or config.get("num_labels") or 2  # two: transformers' default, left out of the file
+    return tuple(str(names.get(str(label), f"LABEL_{label}")) for label in range(count))
+
+
+def _trained_px(path: Path) -> int:
+    """Return the edge of the images a model was trained on, a multiple of 32, as its image processor says."""
+    file = path / "preprocessor_config.json"
+    size = read_json(file).get("size") if file.is_file() else None
+    edges = [size.get(key) for key in ("height", "width", "shortest_edge")] if isinstance(size, dict) else []
+    known = [edge for edge in edges if isinstance(edge, int) and edge >= 32]
+    return max(known) // 32 * 32 if known else _PHOTO_PX
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -133,7 +189,7 @@ def write_model(network: nn.Module, card: Card, directory: Path) -> None:
     Matrices and kernels are stored as float16, which halves the file and hardly moves a score (the bundled model's
     README says how much); statistics and biases stay float32.
     """
-    from slidescan.detect.dfine import save_network
+    from slidescan.detect.network import save_network
 
     directory.mkdir(parents=True, exist_ok=True)
     save_network(network, directory)

@@ -21,12 +21,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from slidescan.detect.card import MODEL_FILES, Card, digest, read_card, read_json
+from slidescan.detect.card import MODEL_FILES, Card, Colours, digest, read_card, read_json
 from slidescan.detections import Detections
 from slidescan.errors import ModelError, ResolutionError
 
 if TYPE_CHECKING:
-    from slidescan.detect.dfine import Network
+    from slidescan.detect.network import Network
 
 __all__ = ["Family", "Model", "Precision", "load_detector"]
 
@@ -34,8 +34,6 @@ Precision = Literal["auto", "fp32", "bf16"]
 
 _BUNDLED = Path(__file__).parent / "models"
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
-# transformers' model types whose output, normalisation and attention `slidescan.detect.dfine` knows; more go here.
-_KNOWN_TYPES = ("d_fine",)
 # A slide this many times coarser than a variant still shows what the variant looks for: training varies scale as much.
 _COARSER = 1.25
 
@@ -68,10 +66,17 @@ class Model:
 
     def __post_init__(self) -> None:
         config = read_json(self.path / "config.json")
-        kind = config.get("model_type")
-        if kind not in _KNOWN_TYPES:
+        kinds = [str(kind) for kind in config.get("architectures") or ()]
+        if not any(kind.endswith("ForObjectDetection") for kind in kinds):
             raise ModelError(
-                f"{self.path.name}: expected a model of type {' or '.join(_KNOWN_TYPES)} in config.json, got {kind}"
+                f"{self.path.name}: expected an object-detection model of transformers in config.json, found "
+                f"architectures {', '.join(kinds) or 'not named'}"
+            )
+        if "text_config" in config:
+            raise ModelError(
+                f"{self.path.name}: expected a model that needs nothing but an image, found one of type "
+                f"{config.get('model_type')}, which needs a text prompt, too; choose one without text_config in "
+                "config.json"
             )
         if not (self.path / "model.safetensors").is_file():
             raise ModelError(
@@ -118,14 +123,15 @@ class Model:
     @property
     def max_per_tile(self) -> int:
         """Most detections one tile can return."""
-        return int(self._config.get("num_queries", 300))  # 300: transformers' default, left out of the file
+        counts = [self._config.get(key) for key in ("num_queries", "num_detection_tokens")]  # tokens: YOLOS
+        return next((int(count) for count in counts if count), 300)  # 300: transformers' default in most families
 
     @property
     def runs_on(self) -> str:
         """Device and precision it computes in on this machine, such as ``cpu, fp32``; asking imports torch."""
-        from slidescan.detect.dfine import resolve
+        from slidescan.detect.network import resolve
 
-        return ", ".join(resolve(self.name, self.device, self.precision))
+        return ", ".join(resolve(self.name, str(self._config.get("model_type")), self.device, self.precision))
 
     @property
     def color(self) -> Literal["raw", "srgb"]:
@@ -170,9 +176,9 @@ class Model:
         return self._network().detect(tiles, min_score)
 
     def _network(self) -> Network:
-        from slidescan.detect.dfine import Network, load_network, resolve
+        from slidescan.detect.network import Network, load_network, resolve
 
-        device, precision = resolve(self.name, self.device, self.precision)
+        device, precision = resolve(self.name, str(self._config.get("model_type")), self.device, self.precision)
         key = self.sha256, device, precision
         with _loading:
             if key not in _networks:
@@ -184,6 +190,7 @@ class Model:
                     anchor_px=self._card.anchor_px,
                     temperature=self._card.temperature,
                     offset=self._card.offset,
+                    colours=Colours.read(self.path),
                 )
             return _networks[key]
 

@@ -1,15 +1,13 @@
-"""Deformable attention for transformers models.
+"""Multi-scale deformable attention: a few bilinear samples a query, weighted and summed.
 
-`deform_attn` is the op, `reference` the same in plain sight, `accelerate` puts it into a model. transformers calls the
-op in three ways; `accelerate` knows one:
-
-- as an attribute of the attention module (D-FINE, DEIMv2): done;
-- as a sub-module (Deformable DETR, RT-DETR, …) and as a function of the model's own module (RT-DETRv2, Mask2Former):
-  not yet. Each is one more branch there.
+`deform_attn` is the op, with three backends; `reference` is the same in plain sight; `accelerate` puts it into a
+transformers model. What they share is in the docstring of `slidescan.ops.deform_attn`.
 """
 
 from __future__ import annotations
 
-from slidescan.ops.deform_attn import accelerate, deform_attn, reference
+from slidescan.ops.accelerate import accelerate
+from slidescan.ops.deform_attn import deform_attn
+from slidescan.ops.reference import reference
 
 __all__ = ["accelerate", "deform_attn", "reference"]

@@ -1,31 +1,35 @@
-"""Multi-scale deformable attention: a few bilinear samples a query, weighted and summed.
+"""The op: one function, three ways to compute it, and its registration with torch.
 
-Hides the arithmetic of levels, corners and borders behind one function. The work is a sparse weighted sum of rows, and
-that is what `torch.nn.functional.embedding_bag` does, so no compiler is needed and autograd gives all three gradients.
+Hides which way is taken. Eager calls go straight to it; under `torch.compile` and `torch.export` the call becomes one
+node, ``slidescan::deform_attn``, which keeps its gradient.
 
-Invariants
-----------
-- Coordinates are computed in float32 or better whatever the dtype of the inputs: in bfloat16 a location on a 128 px
+Invariants of every way
+-----------------------
+- Coordinates and sums are in float32 or better whatever the dtype of the inputs: in bfloat16 a location on a 128 px
   wide level is off by up to 1 px.
 - A location that is NaN, infinite or outside its level contributes nothing: no value, no gradient.
-- Rows are addressed with 64 bits only where 32 are too few.
-
-Letters: B batch, Q queries, M heads, L levels, K points of all levels, D channels a head, S = sum of H·W.
+- Where torch is asked for deterministic algorithms, gradients repeat bit for bit.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import warnings
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.nn import functional
+from torch.autograd.function import once_differentiable
 
-from slidescan.errors import ModelError
+from slidescan.ops.bags import bags, gradients
+from slidescan.ops.reference import reference
 
-__all__ = ["accelerate", "deform_attn", "reference"]
+__all__ = ["Backend", "deform_attn"]
+
+Backend = Literal["auto", "triton", "torch", "reference"]
 
 
 def deform_attn(
@@ -34,6 +38,8 @@ def deform_attn(
     locations: Tensor,
     weights: Tensor,
     points: Sequence[int],
+    *,
+    backend: Backend = "auto",
 ) -> Tensor:
     """Sum weighted bilinear samples of `value` at `locations`.
 
@@ -43,7 +49,7 @@ def deform_attn(
     Parameters
     ----------
     value : Tensor, shape (B, S, M, D)
-        Levels flattened row by row and stacked; any float dtype.
+        Levels flattened row by row and stacked; any float dtype, any strides.
     shapes : sequence of (H, W)
         Size of each level; S is the sum of H·W.
     locations : Tensor, shape (B, Q, M, K, 2)
@@ -52,6 +58,9 @@ def deform_attn(
         Usually a softmax over K.
     points : sequence of int
         Points of each level; K is their sum.
+    backend : {"auto", "triton", "torch", "reference"}
+        triton is one fused kernel each way, for CUDA; torch is exact and needs nothing; reference is `grid_sample`,
+        slow, and what ONNX can hold. auto takes triton on CUDA, reference in an ONNX export, torch elsewhere.
 
     Returns
     -------
@@ -61,7 +70,11 @@ def deform_attn(
     Raises
     ------
     ValueError
-        If the shapes do not fit together.
+        If the shapes do not fit together, or the backend is unknown or cannot run here.
+
+    References
+    ----------
+    Zhu et al., Deformable DETR, ICLR 2021, equation 3.
 
     Examples
     --------
@@ -72,140 +85,146 @@ def deform_attn(
     1.5
     """
     _check(value, shapes, locations, weights, points)
-    n, length, heads, depth = value.shape
-    queries, n_points = locations.shape[1], locations.shape[3]
-    # Half types hold neither a pixel coordinate nor a sum of many terms well enough.
-    working = torch.promote_types(torch.promote_types(value.dtype, locations.dtype), torch.float32)
-    width, height, start = _levels(tuple(map(tuple, shapes)), tuple(points), value.device)
-
-    place = locations.to(working)
-    x, y = place[..., 0] * width - 0.5, place[..., 1] * height - 0.5  # (B, Q, M, K), px of the point's level
-    inside = (x > -1) & (x < width) & (y > -1) & (y < height)  # false for NaN, which no clamp would catch
-    x, y = torch.where(inside, x, 0), torch.where(inside, y, 0)
-    weight = torch.where(inside, weights.to(working), 0)
-
-    left, top = x.floor(), y.floor()
-    right, bottom = left + 1, top + 1
-    # A corner beyond the border is zero padding: it keeps a valid row and loses its share.
-    to_left, to_right = (right - x) * (left >= 0), (x - left) * (right < width)
-    to_top, to_bottom = (bottom - y) * (top >= 0) * weight, (y - top) * (bottom < height) * weight
-    taps = torch.cat((to_top * to_left, to_top * to_right, to_bottom * to_left, to_bottom * to_right), -1)
-
-    # int32 halves the traffic of the largest tensor here; the limit is that of its largest entry.
-    index = torch.int32 if n * length * heads < 2**31 else torch.int64
-    first = torch.arange(n, device=value.device, dtype=index)[:, None] * (length * heads)
-    first = (first + torch.arange(heads, device=value.device, dtype=index))[:, None, :, None]  # (B, 1, M, 1)
-    in_left, in_right = left.clamp(min=0).to(index) * heads + first, right.minimum(width - 1).to(index) * heads + first
-    line = width.to(index) * heads
-    in_top, in_bottom = top.clamp(min=0).to(index), bottom.minimum(height - 1).to(index)
-    in_top, in_bottom = in_top * line + start.to(index) * heads, in_bottom * line + start.to(index) * heads
-    rows = torch.cat((in_top + in_left, in_top + in_right, in_bottom + in_left, in_bottom + in_right), -1)
-
-    bags = n * queries * heads
-    if bags == 0 or n_points == 0 or length == 0 or depth == 0:
-        # embedding_bag rejects some empty inputs; an empty sum keeps the result on the graph.
-        nothing = taps.sum() * 0 + value.to(working).sum() * 0
-        return (nothing + value.new_zeros((n, queries, heads * depth), dtype=working)).to(value.dtype)
-    out = functional.embedding_bag(
-        rows.reshape(bags, 4 * n_points),
-        value.to(working).reshape(n * length * heads, depth),
-        mode="sum",
-        per_sample_weights=taps.reshape(bags, 4 * n_points),
-    )
-    return out.view(n, queries, heads * depth).to(value.dtype)
+    if backend not in get_args(Backend):
+        raise ValueError(f"deform_attn: expected backend {', '.join(get_args(Backend))}, got {backend}")
+    if backend == "reference" or (backend == "auto" and torch.onnx.is_in_onnx_export()):
+        return reference(value, shapes, locations, weights, points)
+    if torch.compiler.is_compiling():
+        flat = [side for shape in shapes for side in shape]
+        node: Tensor = torch.ops.slidescan.deform_attn(value, locations, weights, flat, list(points), backend)
+        return node
+    if not _runs_triton(backend, value):
+        return bags(value, shapes, locations, weights, points)
+    if torch.is_grad_enabled() and (value.requires_grad or locations.requires_grad or weights.requires_grad):
+        return _Fused.apply(value, locations, weights, shapes, points)  # type: ignore[no-any-return, no-untyped-call]
+    return _fused().fused(value, shapes, locations, weights, points)  # type: ignore[no-any-return]
 
 
-def reference(
-    value: Tensor,
-    shapes: Sequence[tuple[int, int]],
-    locations: Tensor,
-    weights: Tensor,
-    points: Sequence[int],
-) -> Tensor:
-    """Compute `deform_attn` with `grid_sample`, level by level: slow, short, and what the tests compare with.
-
-    Takes and returns the same as `deform_attn`, for finite locations.
-
-    Examples
-    --------
-    >>> import torch
-    >>> value, centre = torch.arange(4.0).reshape(1, 4, 1, 1), torch.full((1, 1, 1, 1, 2), 0.5)
-    >>> reference(value, [(2, 2)], centre, torch.ones(1, 1, 1, 1), [1]).item()
-    1.5
-    """
-    _check(value, shapes, locations, weights, points)
-    n, _, heads, depth = value.shape
-    queries = locations.shape[1]
-    out = value.new_zeros((n * heads, depth, queries))
-    grids = (2 * locations - 1).transpose(1, 2).flatten(0, 1)  # (B·M, Q, K, 2), in [-1, 1]
-    shares = weights.transpose(1, 2).flatten(0, 1)  # (B·M, Q, K)
-    start = first = 0
-    for (height, width), count in zip(shapes, points, strict=True):
-        plane = value[:, start : start + height * width].permute(0, 2, 3, 1).reshape(n * heads, depth, height, width)
-        grid, share = grids[:, :, first : first + count], shares[:, None, :, first : first + count]
-        sampled = functional.grid_sample(plane, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
-        out = out + (sampled * share).sum(-1)
-        start, first = start + height * width, first + count
-    return out.view(n, heads * depth, queries).transpose(1, 2)
+def _runs_triton(backend: str, value: Tensor) -> bool:
+    """Return whether this call goes to Triton and not to torch's own operators."""
+    if backend == "auto":
+        return value.is_cuda and _triton_problem() is None
+    if backend == "torch":
+        return False
+    problem = _triton_problem()
+    if problem is None and not value.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        problem = f"the tensors are on {value.device.type}"
+    if problem is not None:
+        raise ValueError(f"deform_attn: backend triton needs CUDA tensors and Triton: {problem}; use torch or auto")
+    return True
 
 
-def accelerate(model: torch.nn.Module) -> int:
-    """Make the deformable attention of a transformers model use `deform_attn`; return how many modules changed.
-
-    Weights and outputs stay the same. Works on the models that hold the op as an attribute (D-FINE and DEIMv2); modules
-    that sample the nearest pixel instead of interpolating keep their own code. Calling it again changes nothing more.
-
-    Raises
-    ------
-    ModelError
-        If nothing in the model can be changed: it is of another family, and would silently stay slow.
-
-    Examples
-    --------
-    >>> import torch
-    >>> accelerate(torch.nn.Linear(2, 2))
-    Traceback (most recent call last):
-    ...
-    slidescan.errors.ModelError: Linear: expected a D-FINE type model, found no deformable attention to replace
-    """
-    # One `if` a family; the others call the op in other ways (see this package's docstring).
-    changed = 0
-    module: Any
-    for module in model.modules():
-        if hasattr(module, "ms_deformable_attn_core") and getattr(module, "decoder_method", "default") == "default":
-            module.ms_deformable_attn_core = _as_transformers_calls_it
-            changed += 1
-    if changed == 0:
-        raise ModelError(
-            f"{type(model).__name__}: expected a D-FINE type model, found no deformable attention to replace"
+@lru_cache(maxsize=1)
+def _triton_problem() -> str | None:
+    """Return why Triton cannot be used, or None; said once where it would have been."""
+    problem = None
+    if importlib.util.find_spec("triton") is None:
+        problem = "it is not installed"
+    else:
+        try:
+            _fused()
+        except (ImportError, OSError, RuntimeError) as exc:
+            problem = f"it cannot be loaded ({exc})"
+    if problem is not None and torch.cuda.is_available():
+        warnings.warn(
+            f"deform_attn: Triton: {problem}; the slower torch backend is used on CUDA", RuntimeWarning, stacklevel=4
         )
-    return changed
+    return problem
 
 
-def _as_transformers_calls_it(
-    value: Tensor,
-    shapes: Sequence[tuple[int, int]],
-    locations: Tensor,
-    weights: Tensor,
-    points: Sequence[int],
-    method: str = "default",
+def _fused() -> Any:
+    from slidescan.ops import fused
+
+    return fused
+
+
+class _Fused(torch.autograd.Function):
+    """Eager calls with gradients: no dispatcher between."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        value: Tensor,
+        locations: Tensor,
+        weights: Tensor,
+        shapes: Sequence[tuple[int, int]],
+        points: Sequence[int],
+    ) -> Tensor:
+        ctx.save_for_backward(value, locations, weights)
+        ctx.shapes, ctx.points = shapes, points
+        return _fused().fused(value, shapes, locations, weights, points)  # type: ignore[no-any-return]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        value, locations, weights = ctx.saved_tensors
+        needs = ctx.needs_input_grad[0], ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+        return *_fused().fused_backward(grad, value, ctx.shapes, locations, weights, ctx.points, needs), None, None
+
+
+# The same as one node of a graph. Shapes travel flat, for a schema has no pairs.
+_library: Any = torch.library.Library("slidescan", "DEF")  # type: ignore[no-untyped-call]
+_library.define(
+    "deform_attn(Tensor value, Tensor locations, Tensor weights, SymInt[] shapes, SymInt[] points, str backend) "
+    "-> Tensor"
+)
+_library.define(
+    "deform_attn_backward(Tensor grad, Tensor value, Tensor locations, Tensor weights, SymInt[] shapes, "
+    "SymInt[] points, str backend) -> (Tensor, Tensor, Tensor)"
+)
+
+
+def _pairs(flat: Sequence[int]) -> list[tuple[int, int]]:
+    return list(zip(flat[::2], flat[1::2], strict=True))
+
+
+def _node(
+    value: Tensor, locations: Tensor, weights: Tensor, shapes: list[int], points: list[int], backend: str
 ) -> Tensor:
-    assert method == "default"  # accelerate leaves the others alone
-    return deform_attn(value, shapes, locations, weights, points)
+    compute = _fused().fused if _runs_triton(backend, value) else bags
+    return compute(value, _pairs(shapes), locations, weights, points)
 
 
-@lru_cache(maxsize=64)  # a run has one or two tile sizes; the tables are a few hundred bytes
-def _levels(
-    shapes: tuple[tuple[int, int], ...], points: tuple[int, ...], device: torch.device
+def _node_backward(
+    grad: Tensor, value: Tensor, locations: Tensor, weights: Tensor, shapes: list[int], points: list[int], backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return width, height and first row of each point's level, int64, (K,) each."""
-    table, start = [], 0
-    for (height, width), count in zip(shapes, points, strict=True):
-        table += [(width, height, start)] * count
-        start += height * width
-    with torch.inference_mode(mode=False):  # cached tensors must serve training too
-        columns = torch.tensor(table, dtype=torch.int64, device=device).reshape(-1, 3)
-        return columns[:, 0].clone(), columns[:, 1].clone(), columns[:, 2].clone()
+    inputs = value, _pairs(shapes), locations, weights, points
+    if _runs_triton(backend, value):
+        found = _fused().fused_backward(grad, *inputs, (True, True))
+    else:
+        found = gradients(grad, *inputs)
+    # A graph is promised fresh contiguous tensors.
+    of_value, of_locations, of_weights = (tensor.contiguous() for tensor in found)
+    return of_value, of_locations, of_weights
+
+
+def _node_like(
+    value: Tensor, locations: Tensor, weights: Tensor, shapes: list[int], points: list[int], backend: str
+) -> Tensor:
+    return value.new_empty((value.shape[0], locations.shape[1], value.shape[2] * value.shape[3]))
+
+
+def _node_backward_like(
+    grad: Tensor, value: Tensor, locations: Tensor, weights: Tensor, shapes: list[int], points: list[int], backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    return value.new_empty(value.shape), locations.new_empty(locations.shape), weights.new_empty(weights.shape)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    value, locations, weights, *ctx.rest = inputs
+    ctx.save_for_backward(value, locations, weights)
+
+
+def _node_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    found = torch.ops.slidescan.deform_attn_backward(grad, *ctx.saved_tensors, *ctx.rest)
+    return *found, None, None, None
+
+
+_library.impl("deform_attn", _node, "CompositeExplicitAutograd")
+_library.impl("deform_attn_backward", _node_backward, "CompositeExplicitAutograd")
+torch.library.register_fake("slidescan::deform_attn", _node_like, lib=_library)
+torch.library.register_fake("slidescan::deform_attn_backward", _node_backward_like, lib=_library)
+torch.library.register_autograd("slidescan::deform_attn", _node_gradient, setup_context=_keep, lib=_library)
 
 
 def _check(

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from PIL import Image as Picture
 
 from slidescan.detect.card import Card, write_model
-from slidescan.detect.dfine import channels_last, lower_precision, set_anchors
 from slidescan.detect.load import load_detector
+from slidescan.detect.network import channels_last, lower_precision, set_anchors
 from slidescan.detections import Detector
 from slidescan.errors import ModelError
 from slidescan.ops import accelerate

@@ -1,6 +1,8 @@
 """A transformers detector in memory: tiles in, boxes in tile px out.
 
-Hides preprocessing, precision, anchors and DETR post-processing. Invariants:
+Hides preprocessing, precision, anchors and post-processing of every object-detection model of transformers that needs
+nothing but an image. transformers' image processors are not used: they would squash each tile to the size of a photo.
+Only what they say of colours is: scale, mean and spread. Invariants:
 
 - Batches have one fixed size a device, padded, so a tile's result does not depend on its neighbours.
 - Whatever turns into a coordinate is float32. In bfloat16 a box on a 1024 px tile moves by several px, so only the
@@ -8,12 +10,13 @@ Hides preprocessing, precision, anchors and DETR post-processing. Invariants:
 - With `anchor_px` set, anchors are that many px whatever the tile's size. transformers makes them a share of the tile,
   which would make the same figure look different to the decoder on a 512 px and a 1024 px tile, and drops those within
   1 % of the border.
+- A tile that is not whole windows of a network is padded with zeros, as transformers pads; boxes stay in tile px.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +28,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from slidescan.detect.card import Colours
 from slidescan.detections import Detections
 from slidescan.errors import ModelError
 from slidescan.ops import accelerate
@@ -44,6 +48,13 @@ Precision = Literal["fp32", "bf16"]
 
 # Coarsest stride of the models here, px; tiles must be a multiple, or levels would not line up.
 STRIDE_PX = 32
+# Models whose last class is "nothing here" and whose scores are a softmax over all classes.
+_SOFTMAX = ("detr", "yolos", "table-transformer")
+# Models that want squares: transformers 5.23 cuts RF-DETR's windows with width and height exchanged, and so puts the
+# features of any other image in wrong places.
+_SQUARE = ("rf_detr",)
+# Models whose convolutions are apart from what computes coordinates, under names that `lower_precision` knows.
+_BF16 = ("d_fine", "rt_detr", "rt_detr_v2")
 # Tiles at once on a GPU. On a CPU one at a time is as fast (measured) and needs no padding.
 _GPU_BATCH = 8
 
@@ -63,6 +74,8 @@ class Network:
         Edge of the anchors; None keeps those of transformers.
     temperature, offset : float
         A score is sigmoid(logit / temperature + offset).
+    colours : Colours, optional
+        How grey levels become the model's input; default: 0 to 1.
     """
 
     def __init__(
@@ -75,12 +88,23 @@ class Network:
         anchor_px: float | None = None,
         temperature: float = 1.0,
         offset: float = 0.0,
+        colours: Colours | None = None,
     ) -> None:
         self._name, self._device = name, torch.device(device)
         self._temperature, self._offset = temperature, offset
         model = model.eval()
-        accelerate(model)
+        kind = getattr(model.config, "model_type", "")
+        self._softmax, self._square = kind in _SOFTMAX, kind in _SQUARE
+        self._window = _window_px(model.config)
+        if precision == "bf16" and kind not in _BF16:
+            raise ModelError(f"{name}: expected precision fp32 for a model of type {kind}, got bf16")
+        with suppress(ModelError):  # DETR and YOLOS attend to everything: there is nothing to replace
+            accelerate(model)
         _fuse(model)
+        colours = colours or Colours()
+        self._mean, self._spread = (
+            torch.tensor(c, device=self._device)[:, None, None] for c in colours.mean_and_spread
+        )
         if anchor_px is not None:
             set_anchors(model, anchor_px)
         if precision == "bf16":
@@ -121,27 +145,55 @@ class Network:
 
     def _forward(self, tiles: Tensor) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
         """Return score (B, Q), label (B, Q) and box (B, Q, 4) in px, best first."""
-        height, width = tiles.shape[1:3]
+        tile_wh = tiles.shape[2], tiles.shape[1]
+        width, height = self._padded(*tile_wh)
         with torch.inference_mode():
             # (B, H, W, 3) permuted is channels_last already: no copy but the conversion to float.
-            out = self._model(pixel_values=tiles.permute(0, 3, 1, 2).float().div_(255.0))
-            logits, cxcywh = out.logits.float(), out.pred_boxes.float()
-            n, queries, classes = logits.shape
-            # A query may speak for several classes; the best Q pairs of query and class are the answer.
-            score, pair = (
-                (logits / self._temperature + self._offset).sigmoid().flatten(1).sort(descending=True, stable=True)
-            )
-            score, pair = score[:, :queries], pair[:, :queries]
-            box = cxcywh.gather(1, (pair // classes)[..., None].expand(n, queries, 4))
+            pixels = tiles.permute(0, 3, 1, 2).float().sub_(self._mean).div_(self._spread)
+            if (width, height) != tile_wh:
+                pixels = nn.functional.pad(pixels, (0, width - tile_wh[0], 0, height - tile_wh[1]))
+            out = self._model(pixel_values=pixels)
+            boxes = getattr(out, "pred_boxes", None)
+            if boxes is None or boxes.shape[-1] != 4:
+                raise ModelError(
+                    f"{self._name}: expected a network that returns logits and pred_boxes of four numbers, got "
+                    f"{', '.join(out)}; choose another kind of model"
+                )
+            logits, cxcywh = out.logits.float(), boxes.float()
+            if self._softmax:
+                # A query speaks for its best class; the last one is "nothing".
+                share, best = logits.softmax(-1)[..., :-1].max(-1)
+                score, query = share.sort(descending=True, stable=True)
+                label = best.gather(1, query)
+            else:
+                # A query may speak for several classes; the best Q pairs of query and class are the answer.
+                queries, classes = logits.shape[1:]
+                chance = (logits / self._temperature + self._offset).sigmoid().flatten(1)
+                score, pair = (part[:, :queries] for part in chance.sort(descending=True, stable=True))
+                query, label = pair // classes, pair % classes
+            box = cxcywh.gather(1, query[..., None].expand(*query.shape, 4))
             half = box[..., 2:] / 2
             size = box.new_tensor([width, height])
             xyxy = torch.cat(((box[..., :2] - half) * size, (box[..., :2] + half) * size), -1)
-            xyxy = xyxy.clamp(min=0).minimum(size.repeat(2))
+            xyxy = xyxy.clamp(min=0).minimum(size.new_tensor(tile_wh).repeat(2))
             if not (torch.isfinite(score).all() and torch.isfinite(xyxy).all()):
                 raise ModelError(
                     f"{self._name}: the network returned NaN; its weights are damaged or too large for fp16"
                 )
-        return score.cpu().numpy(), (pair % classes).cpu().numpy(), xyxy.cpu().numpy()
+        return score.cpu().numpy(), label.cpu().numpy(), xyxy.cpu().numpy()
+
+    def _padded(self, width: int, height: int) -> tuple[int, int]:
+        """Return the size the network is given: whole windows, the rest filled at the right and the bottom."""
+        wide, high = (-(-n // self._window) * self._window for n in (width, height))
+        return (max(wide, high), max(wide, high)) if self._square else (wide, high)
+
+
+def _window_px(config: Any) -> int:
+    """Return what the sides of an image must be a multiple of for a backbone that cuts it into windows; or 1 px."""
+    backbone: Any = getattr(config, "backbone_config", None)
+    # LW-DETR counts the windows of an image, RF-DETR those of a side.
+    windows = getattr(backbone, "num_windows_side", None) or getattr(backbone, "num_windows", None)
+    return int(backbone.patch_size * windows) if windows else 1
 
 
 def channels_last(model: nn.Module) -> nn.Module:
@@ -181,7 +233,7 @@ def set_anchors(model: nn.Module, anchor_px: float) -> None:
 
 
 def lower_precision(model: nn.Module, device_type: str) -> None:
-    """Run backbone and encoder of a D-FINE type model in bfloat16 and hand float32 to the decoder."""
+    """Run backbone and encoder of a D-FINE or RT-DETR model in bfloat16 and hand float32 to the decoder."""
     inner: Any = model.model
     autocast = torch.autocast(device_type, dtype=torch.bfloat16)
     for part in (inner.backbone, *inner.encoder_input_proj, inner.encoder):
@@ -190,8 +242,8 @@ def lower_precision(model: nn.Module, device_type: str) -> None:
         projection.register_forward_pre_hook(lambda _, inputs: tuple(t.float() for t in inputs))
 
 
-def resolve(name: str, device: str | None, precision: str) -> tuple[str, Precision]:
-    """Return the device and precision that None and "auto" stand for on this machine.
+def resolve(name: str, kind: str, device: str | None, precision: str) -> tuple[str, Precision]:
+    """Return the device and precision that None and "auto" stand for on this machine and a model of type `kind`.
 
     Raises
     ------
@@ -201,12 +253,11 @@ def resolve(name: str, device: str | None, precision: str) -> tuple[str, Precisi
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        kind = torch.device(device).type
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as exc:  # AssertionError: torch built without CUDA
         raise ModelError(f"{name}: expected a device of this machine, got {device}; use cpu") from exc
     if precision == "auto":
-        return device, "bf16" if kind == "cuda" else "fp32"
+        return device, "bf16" if torch.device(device).type == "cuda" and kind in _BF16 else "fp32"
     return device, "bf16" if precision == "bf16" else "fp32"
 
 
@@ -218,15 +269,17 @@ def load_network(path: Path) -> nn.Module:
     ModelError
         If the weights are damaged or of another network.
     """
-    from transformers import DFineForObjectDetection
+    from transformers import AutoModelForObjectDetection
 
     try:
         with _quiet():
-            model, notes = DFineForObjectDetection.from_pretrained(
+            model, notes = AutoModelForObjectDetection.from_pretrained(
                 path, dtype=torch.float32, use_safetensors=True, local_files_only=True, output_loading_info=True
             )
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as exc:
-        raise ModelError(f"{path.name}: cannot load the weights: {exc}") from exc
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, ImportError, safetensors.SafetensorError) as exc:
+        # ImportError: a backbone of a package that is not installed. The first line says it, the others how to install.
+        said = next(iter(str(exc).strip().splitlines()), type(exc).__name__)
+        raise ModelError(f"{path.name}: cannot load the weights: {said}") from exc
     wrong = [str(key) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in notes.get(kind, ())]
     if wrong:
         raise ModelError(

@@ -1,0 +1,154 @@
+"""`accelerate`: transformers models with our op in the place of theirs.
+
+Hides the three ways in which transformers calls the op. Only instances are changed, never a class or a module of
+transformers: other models in the process stay as they are, and so do weights and names of parameters. Save an
+accelerated model by its state_dict and accelerate the loaded one: the replaced functions cannot be pickled.
+"""
+
+from __future__ import annotations
+
+import inspect
+import types
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slidescan.errors import ModelError
+from slidescan.ops.deform_attn import Backend, deform_attn
+
+__all__ = ["accelerate"]
+
+
+def accelerate(model: nn.Module, backend: Backend = "auto") -> int:
+    """Make the deformable attention of a transformers model use `deform_attn`; return how many modules it is in.
+
+    Weights stay the same, outputs to round-off. Works for Deformable DETR, RT-DETR, RT-DETRv2, D-FINE, DEIMv2, LW-DETR,
+    RF-DETR, Grounding DINO, OmDet-Turbo, Mask2Former, OneFormer and whatever else calls the op as they do. Calling it
+    again changes nothing more, except the backend.
+
+    Parameters
+    ----------
+    model : nn.Module
+    backend : {"auto", "triton", "torch", "reference"}
+        As of `deform_attn`.
+
+    Raises
+    ------
+    ModelError
+        If the model has no deformable attention of these kinds: it would silently stay as slow as it is.
+
+    Examples
+    --------
+    >>> import torch
+    >>> accelerate(torch.nn.Linear(2, 2))
+    Traceback (most recent call last):
+    ...
+    slidescan.errors.ModelError: Linear: expected a transformers model with deformable attention, found none to replace
+    """
+    changed = sum(_swap(module, backend) for module in model.modules())
+    if changed == 0:
+        raise ModelError(
+            f"{type(model).__name__}: expected a transformers model with deformable attention, found none to replace"
+        )
+    return changed
+
+
+def _swap(module: Any, backend: Backend) -> bool:
+    """Put the op into one module, if it calls transformers' own."""
+    kind = type(module)
+    if kind.__name__ == "MultiScaleDeformableAttention" and "sampling_locations" in _parameters(kind.forward):
+        module.forward = types.MethodType(_as_module(backend), module)
+        return True
+    if hasattr(module, "ms_deformable_attn_core"):
+        module.ms_deformable_attn_core = _with_points(backend)
+        return True
+    replacements: dict[str, Callable[..., Tensor]] = {
+        "multi_scale_deformable_attention_v2": _with_points(backend),
+        "multi_scale_deformable_attention": _without_points(backend),
+    }
+    forward = kind.forward
+    called = replacements.keys() & set(getattr(getattr(forward, "__code__", None), "co_names", ()))
+    called &= set(getattr(forward, "__globals__", ()))
+    if not called:
+        return False
+    # The same code, looking the op up elsewhere: only this instance sees it. torch.compile reuses what it compiled
+    # wherever it meets the same code object, hence the copy, and would look the op up in the module of `__name__`.
+    scope = {**forward.__globals__, **{name: replacements[name] for name in called}}
+    scope.pop("__name__", None)
+    own = types.FunctionType(
+        forward.__code__.replace(), scope, forward.__name__, forward.__defaults__, forward.__closure__
+    )
+    own.__kwdefaults__ = forward.__kwdefaults__
+    module.forward = types.MethodType(own, module)
+    return True
+
+
+def _parameters(function: Callable[..., Any]) -> set[str]:
+    return set(inspect.signature(function).parameters)
+
+
+def _as_module(backend: Backend) -> Callable[..., Tensor]:
+    """Return the op as RT-DETR, Deformable DETR and Grounding DINO call it: a sub-module."""
+
+    def forward(
+        _: nn.Module,
+        value: Tensor,
+        value_spatial_shapes: Tensor,
+        value_spatial_shapes_list: Sequence[tuple[int, int]],
+        level_start_index: Tensor,
+        sampling_locations: Tensor,
+        attention_weights: Tensor,
+        im2col_step: int = 64,
+    ) -> Tensor:
+        return _rectangular(value, value_spatial_shapes_list, sampling_locations, attention_weights, backend)
+
+    return forward
+
+
+def _without_points(backend: Backend) -> Callable[..., Tensor]:
+    """Return the op as Mask2Former and OneFormer call it: a function with as many points on each level."""
+
+    def attend(value: Tensor, shapes: Sequence[tuple[int, int]], locations: Tensor, weights: Tensor) -> Tensor:
+        return _rectangular(value, shapes, locations, weights, backend)
+
+    return attend
+
+
+def _rectangular(
+    value: Tensor, shapes: Sequence[tuple[int, int]], locations: Tensor, weights: Tensor, backend: Backend
+) -> Tensor:
+    """Levels and points as two axes: (B, Q, M, L, K, 2)."""
+    shapes = [(int(height), int(width)) for height, width in shapes]
+    points = [locations.shape[4]] * len(shapes)
+    return deform_attn(value, shapes, locations.flatten(3, 4), weights.flatten(3), points, backend=backend)
+
+
+def _with_points(backend: Backend) -> Callable[..., Tensor]:
+    """Return the op as RT-DETRv2, D-FINE and DEIMv2 call it: points of all levels in one axis."""
+
+    def attend(
+        value: Tensor,
+        shapes: Sequence[tuple[int, int]],
+        locations: Tensor,
+        weights: Tensor,
+        points: Sequence[int],
+        method: str = "default",
+    ) -> Tensor:
+        if method == "discrete":
+            locations = _nearest(locations, shapes, points)
+        return deform_attn(value, shapes, locations, weights, points, backend=backend)
+
+    return attend
+
+
+def _nearest(locations: Tensor, shapes: Sequence[tuple[int, int]], points: Sequence[int]) -> Tensor:
+    """Move each location to the centre of the pixel that RT-DETRv2's ``discrete`` method reads; no gradient."""
+    sizes = torch.tensor(
+        [[width, height] for (height, width), count in zip(shapes, points, strict=True) for _ in range(count)],
+        device=locations.device,
+    )
+    place = locations.detach().to(torch.promote_types(locations.dtype, torch.float32))
+    pixel = (place * sizes + 0.5).to(torch.int64)  # truncates, as transformers does
+    return (pixel.clamp(min=torch.zeros_like(sizes), max=sizes - 1).to(place.dtype) + 0.5) / sizes

@@ -1,0 +1,126 @@
+"""`detect_image`: objects on one picture of any size, in its own px.
+
+A picture that fits the model's tile is scored whole; a larger one takes the path of a slide, so that an object on the
+seam of two tiles is found once.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from slidescan.config import ScanConfig
+from slidescan.detections import Detections, Detector
+from slidescan.errors import ConfigError, SlideReadError
+from slidescan.scan_slide import scan
+from slidescan.slides import Slide, memory_slide, open_slide
+
+__all__ = ["detect_image"]
+
+_SIDE_PX = 32  # sides are padded to a multiple of it: the coarsest stride of a detector
+_LEAST_PX, _MOST_PX = 128, 8192  # of a tile: what a scan takes
+_HALO = 0.25  # of the tile: an object of up to half a tile is whole in one of them
+_SLACK = 0.02  # of the tile: how far two tiles may disagree on the centre of one object
+
+
+def detect_image(
+    image: str | Path | NDArray[np.uint8] | Slide,
+    detector: Detector,
+    *,
+    min_score: float = 0.5,
+    tile_px: int | None = None,
+    mpp: float | None = None,
+) -> Detections:
+    """Detect objects on one image.
+
+    Parameters
+    ----------
+    image : str, Path, ndarray of uint8 (H, W, 3), or Slide
+        A PNG, JPEG or slide; RGB.
+    detector : Detector
+        For a model of photographs, from ``load_detector(directory, mpp=1.0)``: a px is its unit then.
+    min_score : float
+        In (0, 1].
+    tile_px : int, optional
+        Edge of a tile, a multiple of 32 from 128 to 8192; default: the detector's own. An image no larger is scored
+        whole.
+    mpp : float, optional
+        µm/px of the image; default: what its file says, and for a plain picture the detector's, that is, it is read as
+        it is. A Slide has its own.
+
+    Returns
+    -------
+    Detections
+        In px of the image, best first.
+
+    Raises
+    ------
+    SlideError
+        If the image cannot be read, or parts of it cannot be decoded.
+    ConfigError
+        If `tile_px`, `min_score` or `mpp` is out of range, or `mpp` is given with a Slide.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import slidescan as ss
+    >>> blank = np.full((100, 150, 3), 240, np.uint8)
+    >>> len(ss.detect_image(blank, ss.load_detector("mitosis")))
+    0
+    """
+    if tile_px is not None and (tile_px % _SIDE_PX or not _LEAST_PX <= tile_px <= _MOST_PX):
+        raise ConfigError(f"tile_px: expected a multiple of {_SIDE_PX} from {_LEAST_PX} to {_MOST_PX}, got {tile_px}")
+    if not 0 < min_score <= 1:
+        raise ConfigError(f"min_score: expected a number in (0, 1], got {min_score}")
+    if isinstance(image, Slide):
+        if mpp is not None:
+            raise ConfigError(f"mpp: expected none beside an open slide, which has its own, got {mpp}")
+        slide = image
+    else:
+        slide = _opened(image, mpp)
+        if slide.mpp is None:
+            slide = _opened(image, detector.mpp)
+    variant = detector.at(slide.frame.mpp, allow_coarse=True)
+    slide = slide.colored(variant.color)
+    plane = slide.plane(variant.mpp)
+    edge = tile_px or variant.input_px
+    if max(plane.size_wh) <= edge:
+        width, height = (-(-n // _SIDE_PX) * _SIDE_PX for n in plane.size_wh)
+        pixels = slide.read(0, 0, width, height, plane)
+        _whole(slide, len(pixels.holes))
+        found = variant.detect(pixels.rgb[None], min_score)[0]
+        return _inside(found.moved(plane.factor_to(slide.frame), 0.0, 0.0), *slide.size_wh)
+    slack_um = _SLACK * edge * plane.mpp
+    settings = {
+        "tissue.enabled": False,
+        "tiling.tile_px": tile_px,
+        "tiling.halo_um": max(_HALO * edge * plane.mpp, variant.object_um / 2 + slack_um),
+        "stitch.slack_um": slack_um,
+        "detect.min_score": min_score,
+        "detect.threshold": min_score,
+        "map.um_per_px": max(16, edge // 8) * plane.mpp,
+    }
+    result = scan(slide, variant, config=ScanConfig.load({}, settings), allow_coarse=True)
+    _whole(slide, result.provenance["tiles"]["read_failed_boxes"])
+    return _inside(result.detections, *slide.size_wh)
+
+
+def _opened(image: str | Path | NDArray[np.uint8], mpp: float | None) -> Slide:
+    return memory_slide(image, mpp) if isinstance(image, np.ndarray) else open_slide(image, mpp=mpp)
+
+
+def _whole(slide: Slide, n_holes: int) -> None:
+    """Refuse a picture with holes: a table of boxes could not say where nothing was looked for."""
+    if n_holes:
+        raise SlideReadError(
+            f"{slide.path.name}: {n_holes} parts cannot be decoded; copy it again, or scan it, which maps its holes"
+        )
+
+
+def _inside(found: Detections, width: int, height: int) -> Detections:
+    """Drop what lies beyond the image and cut boxes at its edge."""
+    x, y = found.centers.T
+    kept = found[(x < width) & (y < height)]
+    return Detections(np.minimum(kept.xyxy, [width, height, width, height]), kept.score, kept.label)

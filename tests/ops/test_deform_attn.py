@@ -1,0 +1,274 @@
+"""The deformable-attention op: every backend against the same truths, at its limits, and as a node of a graph."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+from collections.abc import Sequence
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import example, given, settings
+from torch import Tensor
+
+from slidescan.ops import deform_attn, reference
+
+Shapes = list[tuple[int, int]]
+Inputs = tuple[Tensor, Shapes, Tensor, Tensor, list[int]]
+
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+OURS = ["torch", pytest.param("triton", marks=needs_triton)]
+EVERY = [*OURS, "reference"]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def inputs(
+    shapes: Shapes,
+    points: list[int],
+    n: int = 2,
+    q: int = 5,
+    m: int = 3,
+    d: int = 4,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float64,
+) -> Inputs:
+    """Random inputs, locations up to a level's width beyond its borders."""
+    rng = torch.Generator().manual_seed(seed)
+    length, k = sum(h * w for h, w in shapes), sum(points)
+    value = torch.randn(n, length, m, d, generator=rng, dtype=torch.float64)
+    locations = torch.rand(n, q, m, k, 2, generator=rng, dtype=torch.float64) * 3 - 1
+    weights = torch.rand(n, q, m, k, generator=rng, dtype=torch.float64)
+    return value.to(DEVICE, dtype), shapes, locations.to(DEVICE, dtype), weights.to(DEVICE, dtype), points
+
+
+def all_gradients(args: Inputs, backend: str) -> list[Tensor]:
+    """Result, and gradients of value, locations and weights."""
+    value, shapes, locations, weights, points = args
+    leaves = [tensor.detach().clone().requires_grad_() for tensor in (value, locations, weights)]
+    out = deform_attn(leaves[0], shapes, leaves[1], leaves[2], points, backend=backend)
+    return [out.detach(), *torch.autograd.grad(out.double().square().sum(), leaves)]
+
+
+def by_hand(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor, points: Sequence[int]) -> Tensor:
+    """The definition in plain Python loops: an oracle that shares nothing with any backend."""
+    n, _, heads, depth = value.shape
+    out = torch.zeros(n, locations.shape[1], heads, depth, dtype=value.dtype)
+    for b, q, m in torch.cartesian_prod(*(torch.arange(size) for size in out.shape[:3])).tolist():
+        k = start = 0
+        for (height, width), count in zip(shapes, points, strict=True):
+            for _ in range(count):
+                x, y = (locations[b, q, m, k] * torch.tensor([width, height]) - 0.5).tolist()
+                for row in range(height):
+                    for column in range(width):
+                        share = max(0.0, 1 - abs(x - column)) * max(0.0, 1 - abs(y - row))
+                        out[b, q, m] += weights[b, q, m, k] * share * value[b, start + row * width + column, m]
+                k += 1
+            start += height * width
+    return out.flatten(2)
+
+
+@pytest.mark.parametrize("backend", EVERY)
+def test_is_its_definition(backend: str) -> None:
+    """Ragged points on three levels, some of one px, give what plain loops over all pixels give."""
+    args = inputs([(3, 4), (1, 2), (1, 1)], [2, 1, 2], q=3, m=2, d=3)
+    expected = by_hand(*(x.cpu() if isinstance(x, Tensor) else x for x in args))
+    torch.testing.assert_close(deform_attn(*args, backend=backend).cpu(), expected, rtol=0, atol=1e-13)
+
+
+@settings(max_examples=12)
+@given(
+    levels=st.lists(st.tuples(st.integers(1, 7), st.integers(1, 7), st.integers(0, 4)), min_size=1, max_size=3),
+    n=st.integers(0, 3),
+    q=st.integers(0, 20),
+    m=st.sampled_from([1, 2, 3, 8]),
+    d=st.sampled_from([1, 3, 16, 24]),
+    seed=st.integers(0, 1000),
+)
+@example(levels=[(5, 3, 0)], n=1, q=2, m=1, d=4, seed=0)
+@example(levels=[(4, 4, 3), (2, 2, 6), (1, 1, 3)], n=2, q=17, m=8, d=32, seed=1)
+@pytest.mark.parametrize("backend", OURS)
+def test_agrees_with_the_reference_for_any_shape(
+    backend: str, levels: list[tuple[int, int, int]], n: int, q: int, m: int, d: int, seed: int
+) -> None:
+    """Result and all gradients are grid_sample's, whatever the levels, points, batch, queries, heads and channels."""
+    shapes, points = [(h, w) for h, w, _ in levels], [k for _, _, k in levels]
+    args = inputs(shapes, points, n, q, m, d, seed=seed)
+    for got, expected in zip(all_gradients(args, backend), all_gradients(args, "reference"), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("backend", EVERY)
+def test_gradients_are_exact(backend: str) -> None:
+    """All three gradients agree with finite differences in float64."""
+    value, shapes, locations, weights, points = inputs([(2, 3), (1, 2)], [2, 1], n=1, q=2, m=2, d=2)
+    leaves = [tensor.requires_grad_() for tensor in (value, locations, weights)]
+    assert torch.autograd.gradcheck(lambda v, p, w: deform_attn(v, shapes, p, w, points, backend=backend), leaves)
+
+
+@pytest.mark.parametrize("wanted", [(True, False), (False, True)])
+@pytest.mark.parametrize("backend", OURS)
+def test_a_part_of_the_gradients_is_the_same(backend: str, wanted: tuple[bool, bool]) -> None:
+    """With a frozen value, or frozen points, the other gradients are what they are with everything."""
+    args = inputs([(4, 6), (2, 3)], [2, 2])
+    _, of_value, *of_points = all_gradients(args, backend)
+    value, shapes, locations, weights, points = args
+    value.requires_grad_(wanted[0])
+    locations.requires_grad_(wanted[1])
+    weights.requires_grad_(wanted[1])
+    deform_attn(value, shapes, locations, weights, points, backend=backend).square().sum().backward()
+    for tensor, expected in zip((value, locations, weights), (of_value, *of_points), strict=True):
+        assert (tensor.grad is None) == (not tensor.requires_grad)
+        if tensor.grad is not None:
+            torch.testing.assert_close(tensor.grad, expected)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1e30, -1e30, 2.0, -1.0])
+@pytest.mark.parametrize("backend", EVERY)
+def test_a_hostile_location_contributes_nothing(backend: str, bad: float) -> None:
+    """NaN, infinite and far locations count as zero, in the result and in every gradient."""
+    value, shapes, locations, weights, points = inputs([(4, 6), (2, 3)], [2, 2])
+    locations = locations.clamp(0.1, 0.9)
+    without = torch.cat((weights[..., :3], 0 * weights[..., 3:]), -1)
+    expected = deform_attn(value, shapes, locations, without, points, backend=backend)
+    locations[..., 3, :] = bad
+    out, *gradients = all_gradients((value, shapes, locations, weights, points), backend)
+    torch.testing.assert_close(out, expected)
+    assert all(torch.isfinite(gradient).all() for gradient in gradients)
+    assert not gradients[1][..., 3, :].any()
+    assert not gradients[2][..., 3].any()
+
+
+@pytest.mark.parametrize("place", [0.0, 1.0, 0.5 / 6, 3.5 / 6, 5.5 / 6, -0.5 / 6 + 1e-12])
+@pytest.mark.parametrize("backend", OURS)
+def test_borders_and_knots(backend: str, place: float) -> None:
+    """On a level's border, on a pixel's centre and just inside reach the result is grid_sample's."""
+    value, shapes, locations, weights, points = inputs([(6, 6)], [4])
+    args = value, shapes, torch.full_like(locations, place), weights, points
+    torch.testing.assert_close(deform_attn(*args, backend=backend), reference(*args), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("empty", [(0, 5, 3, 4), (2, 0, 3, 4), (2, 5, 3, 0)])
+@pytest.mark.parametrize("backend", EVERY)
+def test_empty_inputs_keep_the_graph(backend: str, empty: tuple[int, int, int, int]) -> None:
+    """Without batch, queries or channels the result is empty and backward works."""
+    out, *gradients = all_gradients(inputs([(2, 2)], [3], *empty), backend)
+    assert out.numel() == 0
+    assert not any(gradient.any() for gradient in gradients)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("backend", EVERY)
+def test_narrow_types_are_rounded_once(backend: str, dtype: torch.dtype) -> None:
+    """The result in a narrow type is the exact one of the rounded inputs, rounded: nothing is lost on a wide level."""
+    value, shapes, locations, weights, points = inputs([(4, 512)], [3], d=2, dtype=dtype)
+    locations = inputs([(4, 512)], [3], d=2)[2].float()
+    exact = deform_attn(value.double(), shapes, locations.double(), weights.double(), points)
+    out = deform_attn(value, shapes, locations, weights, points, backend=backend)
+    assert out.dtype == dtype
+    # float32 coordinates on 512 px are off by up to 6e-5 px; a narrow result by half its last digit.
+    torch.testing.assert_close(out.double(), exact, rtol=torch.finfo(dtype).eps, atol=4e-4)
+
+
+@pytest.mark.parametrize("backend", OURS)
+def test_any_strides(backend: str) -> None:
+    """Transposed, sliced and expanded inputs give what their contiguous copies give, gradients too."""
+    value, shapes, locations, weights, points = inputs([(4, 6)], [3], n=2, m=4, d=6)
+    apart = value.permute(3, 0, 2, 1).contiguous().permute(1, 3, 2, 0)
+    every_second = torch.stack((locations, locations), 1).flatten(0, 1)[::2]
+    same_for_all = weights[:1, :1].expand_as(weights)
+    strided = apart, shapes, every_second, same_for_all, points
+    plain = value, shapes, every_second.contiguous(), same_for_all.contiguous(), points
+    out, expected = (deform_attn(*args, backend=backend) for args in (strided, plain))
+    torch.testing.assert_close(out, expected)
+    heads_first = value.transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
+    deform_attn(heads_first, shapes, locations, weights, points, backend=backend).square().sum().backward()
+    torch.testing.assert_close(
+        heads_first.grad, all_gradients((value, *plain[1:2], locations, weights, points), backend)[1]
+    )
+
+
+@pytest.mark.parametrize("backend", OURS)
+def test_gradients_repeat_bit_for_bit_on_request(backend: str) -> None:
+    """Under `use_deterministic_algorithms` two runs on points that share pixels give equal bits."""
+    args = inputs([(2, 2)], [8], q=40, dtype=torch.float32)
+    torch.use_deterministic_algorithms(True)
+    try:
+        first, again = all_gradients(args, backend), all_gradients(args, backend)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_offsets_beyond_32_bits() -> None:
+    """The fused kernel reaches pixels more than 2^31 elements away: the value is a view of huge strides."""
+    pytest.importorskip("triton")
+    value, shapes, locations, weights, points = inputs([(2, 2)], [2], n=1, m=1, d=2, dtype=torch.float32)
+    # Four rows 2^30 elements apart in memory that is never touched between them.
+    far = torch.empty(3 * 2**30 + 2, dtype=torch.float16, device=DEVICE).as_strided((1, 4, 1, 2), (0, 2**30, 0, 1))
+    far.copy_(value)
+    args = shapes, locations, weights, points
+    torch.testing.assert_close(
+        deform_attn(far, *args, backend="triton"), deform_attn(far.contiguous(), *args, backend="torch")
+    )
+
+
+@pytest.mark.parametrize("backend", OURS)
+def test_the_registered_node_is_sound(backend: str) -> None:
+    """Schema, fake tensors, autograd registration and dynamic shapes pass torch's own checks."""
+    value, _, locations, weights, points = inputs([(4, 6), (1, 3)], [2, 1])
+    leaves = [tensor.requires_grad_() for tensor in (value, locations, weights)]
+    torch.library.opcheck(torch.ops.slidescan.deform_attn.default, (*leaves, [4, 6, 1, 3], points, backend))
+
+
+class _Layer(torch.nn.Module):
+    """The op between other operators, with its shapes built in."""
+
+    def __init__(self, backend: str) -> None:
+        super().__init__()
+        self.backend = backend
+
+    def forward(self, value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
+        logits = deform_attn(value, [(4, 6), (1, 3)], locations, weights.softmax(-1), [2, 1], backend=self.backend)
+        return logits * 2
+
+
+@pytest.mark.parametrize("backend", OURS)
+def test_compiles_without_a_break(backend: str) -> None:
+    """A compiled layer is one graph and gives the eager result and gradients."""
+    value, _, locations, weights, _ = inputs([(4, 6), (1, 3)], [2, 1])
+    leaves = [tensor.requires_grad_() for tensor in (value, locations, weights)]
+    layer = _Layer(backend)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for got, expected in zip(
+        *([out, *torch.autograd.grad(out.square().sum(), leaves)] for out in (compiled(*leaves), layer(*leaves))),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, expected)
+
+
+def test_export_keeps_the_node() -> None:
+    """An exported layer holds one `slidescan::deform_attn`, and gives the same after saving and loading."""
+    value, _, locations, weights, _ = inputs([(4, 6), (1, 3)], [2, 1])
+    layer = _Layer("auto")
+    program = torch.export.export(layer, (value, locations, weights))
+    assert [str(node.target) for node in program.graph.nodes].count("slidescan.deform_attn.default") == 1
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    again = torch.export.load(file).module()
+    torch.testing.assert_close(again(value, locations, weights), layer(value, locations, weights))
+
+
+def test_shapes_that_do_not_fit_are_named() -> None:
+    """A value of the wrong length raises an error that shows what was expected."""
+    value, shapes, locations, weights, points = inputs([(2, 3)], [2])
+    with pytest.raises(ValueError, match=r"expected value \(B, 6, M, D\)"):
+        deform_attn(value[:, :-1], shapes, locations, weights, points)
+
+
+def test_an_unknown_backend_is_named() -> None:
+    """A misspelt backend raises an error that lists the known ones."""
+    with pytest.raises(ValueError, match="auto, triton, torch, reference, got cuda"):
+        deform_attn(*inputs([(2, 3)], [2]), backend="cuda")  # type: ignore[arg-type]

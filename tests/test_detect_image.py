@@ -1,0 +1,438 @@
+"""Any object-detection model of transformers, on one picture: its own boxes, whatever the picture's size."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+import tifffile
+import torch
+import transformers as hf
+from numpy.typing import NDArray
+from PIL import Image, ImageCms
+from scipy.optimize import linear_sum_assignment
+from torch import nn
+
+import slidescan as ss
+from slidescan.detect import Model, load_detector
+from slidescan.detections import Detections
+from slidescan.errors import (
+    ConfigError,
+    ModelError,
+    ResolutionError,
+    SlideFormatError,
+    SlideNotFoundError,
+    SlideReadError,
+)
+from slidescan.geometry import Box
+from slidescan.slides import memory_slide, open_slide
+from slidescan.testing import OracleDetector, disc_image, random_centers
+from tests.families import DETECTORS, HEIGHT, WIDTH, Case, grounding, lw_detr, pixels, randomised, stages
+from tests.test_cli import failed, slidescan
+
+RADIUS_PX = 11
+ORACLE = OracleDetector(mpp=0.5, input_px=256, object_um=13.0, max_per_tile=1000)
+
+
+def plain(family: type, kind: type, classes: int = 3) -> Case:
+    """DETR and what followed it without deformable attention."""
+    config = kind(
+        backbone_config=stages(hf.ResNetConfig),
+        num_queries=10,
+        encoder_layers=2,
+        encoder_ffn_dim=32,
+        encoder_attention_heads=2,
+        decoder_layers=2,
+        decoder_ffn_dim=32,
+        decoder_attention_heads=2,
+        d_model=16,
+        num_labels=classes,
+    )
+    return Case(family(config), pixels(), 0)
+
+
+def yolos() -> Case:
+    """A ViT whose last tokens are the objects."""
+    config = hf.YolosConfig(
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        image_size=[64, 64],
+        patch_size=16,
+        num_detection_tokens=10,
+        num_labels=3,
+    )
+    return Case(hf.YolosForObjectDetection(config), pixels(), 0)
+
+
+FAMILIES: dict[str, Callable[[], Case]] = DETECTORS | {
+    "LW-DETR, windows of 64 px": partial(lw_detr, patch_size=16, num_windows=16),
+    "DETR": partial(plain, hf.DetrForObjectDetection, hf.DetrConfig),
+    "Conditional DETR": partial(plain, hf.ConditionalDetrForObjectDetection, hf.ConditionalDetrConfig),
+    "DAB-DETR": partial(plain, hf.DabDetrForObjectDetection, hf.DabDetrConfig),
+    "Table Transformer": partial(plain, hf.TableTransformerForObjectDetection, hf.TableTransformerConfig),
+    "YOLOS": yolos,
+}
+QUADRILATERALS = FAMILIES.pop("PP-DocLayoutV4")
+
+# Where the network sees more than the picture: (height, width), the rest 0 after normalisation.
+SEEN = {
+    "LW-DETR, windows of 64 px": (64, 128),
+    # With other than squares transformers 5.23 itself puts the features of an RF-DETR in wrong places.
+    "RF-DETR": (96, 96),
+}
+
+# Each family's own way from logits to boxes. RF-DETR and PP-DocLayout have theirs for torchvision alone; it is that of
+# RT-DETR, but for the order of the rows.
+PROCESSORS: dict[str, type] = {
+    "conditional_detr": hf.ConditionalDetrImageProcessorPil,
+    "dab-detr": hf.ConditionalDetrImageProcessorPil,
+    "deformable_detr": hf.DeformableDetrImageProcessorPil,
+    "detr": hf.DetrImageProcessorPil,
+    "lw_detr": hf.DeformableDetrImageProcessorPil,
+    "table-transformer": hf.DetrImageProcessorPil,
+    "yolos": hf.YolosImageProcessorPil,
+}
+
+
+def picture(height: int = HEIGHT, width: int = WIDTH) -> NDArray[np.uint8]:
+    """Squares of random colours, of 16 px: what is finer is lost in a network, and all places look the same."""
+    colours = np.random.default_rng(0).integers(0, 256, (height // 16 + 1, width // 16 + 1, 3), dtype=np.uint8)
+    return colours.repeat(16, 0).repeat(16, 1)[:height, :width]
+
+
+def network(make: Callable[[], Case], spread: float = 0.15) -> Any:
+    """A random model in float32, whose batch normalisation does something."""
+    model = randomised(make, spread=spread).model.float()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            assert module.running_mean is not None
+            assert module.running_var is not None
+            nn.init.uniform_(module.running_mean, -0.3, 0.3)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+    return model
+
+
+def saved(model: Any, directory: Path) -> Path:
+    """Write a model directory as transformers does."""
+    model.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def rt_detr(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    """A small model of photographs."""
+    detector = load_detector(saved(network(DETECTORS["RT-DETR"]), tmp_path_factory.mktemp("models") / "tiny"), mpp=1.0)
+    assert isinstance(detector, Model)
+    return detector
+
+
+def of_transformers(model: Any, processor: Any, image: NDArray[np.uint8], seen: tuple[int, int]) -> Detections:
+    """What transformers finds: its model as it is, pixels made ready by hand, its own post-processing."""
+    height, width = image.shape[:2]
+    values = torch.from_numpy(image).permute(2, 0, 1)[None].float() * processor.rescale_factor
+    if processor.do_normalize:
+        mean, spread = (torch.tensor(n)[:, None, None] for n in (processor.image_mean, processor.image_std))
+        values = (values - mean) / spread
+    values = nn.functional.pad(values, (0, seen[1] - width, 0, seen[0] - height))
+    with torch.no_grad():
+        out = model(pixel_values=values)
+    to_boxes = processor.post_process_object_detection
+    # The best pairs of query and class, as many as there are queries; some families keep 100 where nothing is said.
+    most = {"top_k": out.logits.shape[1]} if "top_k" in inspect.signature(to_boxes).parameters else {}
+    found = to_boxes(out, threshold=1e-6, target_sizes=[seen], **most)[0]
+    boxes = found["boxes"].clamp(min=0).minimum(torch.tensor([width, height, width, height]))
+    return Detections.build(boxes, found["scores"], found["labels"])
+
+
+def assert_same(found: Detections, expected: Detections) -> None:
+    """Each row has its twin, to round-off; rows whose scores differ by no more may come in another order."""
+    assert len(found) == len(expected)
+    apart = np.abs(found.xyxy[:, None] - expected.xyxy).max(-1) + 1000 * np.abs(found.score[:, None] - expected.score)
+    apart[found.label[:, None] != expected.label] = 1e6
+    twin = expected[linear_sum_assignment(apart)[1]]
+    np.testing.assert_array_equal(found.label, twin.label)
+    np.testing.assert_allclose(found.score, twin.score, rtol=0, atol=5e-6)
+    np.testing.assert_allclose(found.xyxy, twin.xyxy, rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("normalise", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_detector_finds_what_transformers_finds(tmp_path: Path, family: str, normalise: bool) -> None:
+    """Scores, labels and boxes are those of the untouched model and transformers' own post-processing."""
+    # Nearer to what transformers starts with, these score places alike, and round-off chooses their queries.
+    model = network(FAMILIES[family], spread=0.3 if family.startswith(("RT-DETR", "PP-DocLayout")) else 0.15)
+    processor = PROCESSORS.get(model.config.model_type, hf.RTDetrImageProcessorPil)(do_normalize=normalise)
+    processor.save_pretrained(tmp_path)
+    image = picture()
+    expected = of_transformers(model, processor, image, SEEN.get(family, (HEIGHT, WIDTH)))
+
+    detector = load_detector(saved(model, tmp_path), mpp=1.0, device="cpu")
+    found = detector.detect(image[None], 1e-6)[0]
+    assert_same(found, expected)
+    assert (np.diff(found.score) <= 0).all()
+    assert len(found) == detector.max_per_tile == 10
+    assert list(detector.classes) == list(model.config.id2label.values())
+
+
+def test_a_directory_says_its_classes_and_its_tile(tmp_path: Path) -> None:
+    """Two classes go unnamed in a configuration; the tile is as large as the images the model was trained on."""
+    model = network(partial(plain, hf.DetrForObjectDetection, hf.DetrConfig, classes=2))
+    hf.DetrImageProcessorPil().save_pretrained(saved(model, tmp_path))
+    assert "id2label" not in json.loads((tmp_path / "config.json").read_text())
+    detector = load_detector(tmp_path, mpp=1.0)
+    assert list(detector.classes) == ["LABEL_0", "LABEL_1"]
+    assert (detector.input_px, detector.mpp, detector.max_per_tile) == (800, 1.0, 10)
+    assert set(detector.detect(picture()[None], 0.0)[0].label) <= {0, 1}
+
+
+@pytest.mark.parametrize(
+    "make",
+    [QUADRILATERALS, lambda: Case(hf.PPOCRV5MobileDetForObjectDetection(hf.PPOCRV5MobileDetConfig()), {}, 0)],
+    ids=["quadrilaterals", "a mask"],
+)
+def test_a_network_without_boxes_is_refused(tmp_path: Path, make: Callable[[], Case]) -> None:
+    """What cannot be read as boxes is an error that says so, not other boxes."""
+    model = make().model
+    model.eval()
+    with pytest.raises(ModelError, match="pred_boxes of four numbers"):
+        load_detector(saved(model, tmp_path), mpp=1.0).detect(picture()[None], 0.5)
+
+
+def test_a_model_that_takes_a_text_is_refused(tmp_path: Path) -> None:
+    """It is said before any weight is read."""
+    make = partial(grounding, hf.GroundingDinoForObjectDetection, hf.GroundingDinoConfig)
+    with pytest.raises(ModelError, match="text prompt"):
+        load_detector(saved(make().model, tmp_path), mpp=1.0)
+
+
+def test_a_backbone_of_a_package_that_is_not_there_is_one_line(tmp_path: Path) -> None:
+    """The error names the package."""
+    model = network(partial(plain, hf.DetrForObjectDetection, hf.DetrConfig))
+    config = json.loads((saved(model, tmp_path) / "config.json").read_text())
+    config["backbone_config"] = {"model_type": "timm_backbone", "backbone": "resnet18", "out_indices": [1, 2, 3, 4]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=r"cannot load the weights: .*timm"):
+        load_detector(tmp_path, mpp=1.0).detect(picture()[None], 0.5)
+
+
+def scored_whole(detector: Model, image: NDArray[np.uint8]) -> Detections:
+    """What a detector finds on a picture padded with white, without what lies in the padding."""
+    height, width = image.shape[:2]
+    padded = np.full((-height % 32 + height, -width % 32 + width, 3), 255, np.uint8)
+    padded[:height, :width] = image
+    found = detector.detect(padded[None], 1e-3)[0]
+    found = found[(found.centers < [width, height]).all(1)]
+    return Detections(np.minimum(found.xyxy, [width, height, width, height]), found.score, found.label)
+
+
+def assert_equal(found: Detections, expected: Detections) -> None:
+    """The same rows, bit for bit."""
+    np.testing.assert_array_equal(found.xyxy, expected.xyxy)
+    np.testing.assert_array_equal(found.score, expected.score)
+    np.testing.assert_array_equal(found.label, expected.label)
+
+
+@pytest.mark.parametrize(("height", "width"), [(64, 96), (50, 91), (1, 128)])
+def test_a_picture_that_fits_a_tile_is_scored_whole(rt_detr: Model, height: int, width: int) -> None:
+    """It gives what the detector gives on the picture padded to a multiple of 32 px, and nothing beyond its edge."""
+    image = picture(height, width)
+    found = ss.detect_image(image, rt_detr, min_score=1e-3, tile_px=128)
+    assert_equal(found, scored_whole(rt_detr, image))
+    assert_equal(found, ss.detect_image(image, rt_detr, min_score=1e-3))
+
+
+def discs(size_wh: tuple[int, int], n: int) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
+    """A picture of discs, and their centres."""
+    rng = np.random.default_rng(0)
+    centers = random_centers(rng, size_wh, n, apart_px=3 * RADIUS_PX, margin_px=RADIUS_PX + 1)
+    return disc_image(size_wh, centers, RADIUS_PX), centers
+
+
+def assert_each_once(found: Detections, centers: NDArray[np.float64], within_px: float = 1.0) -> None:
+    """Every disc has one box and every box is a disc's."""
+    assert len(found) == len(centers)
+    assert np.abs(found.centers[:, None] - centers).max(2).min(0).max() <= within_px
+    assert (np.diff(found.score) <= 0).all()
+
+
+@pytest.mark.parametrize("tile_px", [None, 128, 160, 416, 800])
+def test_each_disc_of_a_large_picture_is_found_once(tile_px: int | None) -> None:
+    """Whatever the tile: none is lost or doubled on a seam."""
+    image, centers = discs((700, 530), 50)
+    assert_each_once(ss.detect_image(image, ORACLE, tile_px=tile_px), centers)
+
+
+def test_a_tile_little_larger_than_the_objects_serves() -> None:
+    """The halo holds half the largest object, where a share of the tile would not."""
+    image = disc_image((400, 300), [(64, 64), (250, 150), (330, 240)], 45)
+    large = OracleDetector(mpp=0.5, input_px=256, object_um=46.0)
+    assert_each_once(ss.detect_image(image, large, tile_px=128), np.array([(64, 64), (250, 150), (330, 240)]))
+
+
+@pytest.mark.parametrize("tile_px", [160, 512])
+def test_a_path_an_array_and_a_slide_are_one_picture(tmp_path: Path, tile_px: int) -> None:
+    """Each gives equal results, whole and in tiles."""
+    image, centers = discs((400, 300), 20)
+    Image.fromarray(image).save(tmp_path / "picture.png")
+    found = ss.detect_image(image, ORACLE, tile_px=tile_px)
+    assert_each_once(found, centers)
+    for same in (tmp_path / "picture.png", str(tmp_path / "picture.png"), memory_slide(image, ORACLE.mpp)):
+        assert_equal(ss.detect_image(same, ORACLE, tile_px=tile_px), found)
+
+
+@pytest.mark.parametrize("tile_px", [160, 1024])
+@pytest.mark.parametrize("mpp", [0.3, 0.8])
+def test_boxes_are_in_px_of_the_picture(mpp: float, tile_px: int) -> None:
+    """A picture of other µm/px is resampled for the detector; its boxes come back, and none leaves the picture."""
+    image, centers = discs((401, 307), 20)
+    found = ss.detect_image(image, ORACLE, mpp=mpp, tile_px=tile_px)
+    assert_each_once(found, centers, within_px=max(1.0, ORACLE.mpp / mpp))
+    np.testing.assert_allclose(found.xyxy[:, 2:] - found.xyxy[:, :2], 2 * RADIUS_PX, atol=3 * ORACLE.mpp / mpp)
+    cut = disc_image((401, 307), [(398, 304)], RADIUS_PX)
+    assert (ss.detect_image(cut, ORACLE, mpp=mpp, tile_px=tile_px).xyxy[:, 2:] == [401, 307]).all()
+
+
+def test_a_slide_file_keeps_its_own_scale(tmp_path: Path) -> None:
+    """The µm/px that a file names are used; a plain picture, which names none, is read as it is."""
+    image, centers = discs((400, 300), 12)
+    tifffile.imwrite(tmp_path / "scaled.tiff", image, photometric="rgb", resolution=(1e4 / 0.4,) * 2, resolutionunit=3)
+    assert open_slide(tmp_path / "scaled.tiff").mpp == pytest.approx(0.4)
+    found = ss.detect_image(tmp_path / "scaled.tiff", ORACLE)
+    assert_each_once(found, centers)
+    assert_equal(found, ss.detect_image(image, ORACLE, mpp=0.4))
+
+
+@pytest.mark.parametrize("tile_px", [128, 512])
+def test_a_picture_with_holes_is_refused(tile_px: int) -> None:
+    """Boxes alone could not say where nothing was looked for."""
+    image, _ = discs((300, 200), 5)
+    with pytest.raises(SlideReadError, match="cannot be decoded"):
+        ss.detect_image(memory_slide(image, 0.5, holes=[Box(10, 10, 60, 60)]), ORACLE, tile_px=tile_px)
+
+
+class Strict(OracleDetector):
+    """Sees red only, wants sRGB and refuses a coarse slide unless asked."""
+
+    @property
+    def color(self) -> Literal["raw", "srgb"]:
+        return "srgb"
+
+    def at(self, slide_mpp: float, *, allow_coarse: bool = False) -> Strict:
+        if slide_mpp > 1.25 * self.mpp and not allow_coarse:
+            raise ResolutionError("too coarse")
+        return self
+
+    def detect(self, tiles: NDArray[np.uint8], min_score: float) -> list[Detections]:
+        return super().detect(tiles[..., :1].repeat(3, -1), min_score)
+
+
+STRICT = Strict(mpp=0.5, input_px=256, object_um=13.0)
+
+
+@pytest.mark.parametrize("tile_px", [128, 512])
+def test_a_coarse_picture_is_scored_all_the_same(tile_px: int) -> None:
+    """Whole and in tiles alike: there is no finer picture to choose."""
+    image, centers = discs((300, 200), 10)
+    assert_each_once(ss.detect_image(image, STRICT, mpp=0.8, tile_px=tile_px), centers)
+
+
+@pytest.mark.parametrize("tile_px", [128, 512])
+def test_a_picture_has_the_colours_the_detector_wants(tmp_path: Path, tile_px: int) -> None:
+    """A profile with red and green exchanged makes red discs green, whole and in tiles."""
+    icc = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    swapped = icc.replace(b"rXYZ", b"tmp!").replace(b"gXYZ", b"rXYZ").replace(b"tmp!", b"gXYZ")
+    centers = np.array([(60, 50), (150, 120), (240, 160)])
+    image = disc_image((300, 200), centers, RADIUS_PX, ink=(200, 40, 90))
+    Image.fromarray(image).save(tmp_path / "picture.png", icc_profile=swapped)
+    assert_each_once(ss.detect_image(tmp_path / "picture.png", STRICT, tile_px=tile_px), centers)
+    assert len(ss.detect_image(image, STRICT, tile_px=tile_px)) == 0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"tile_px": 0},
+        {"tile_px": -32},
+        {"tile_px": 100},
+        {"tile_px": 96},
+        {"tile_px": 8224},
+        {"min_score": 0.0},
+        {"min_score": 1.1},
+        {"min_score": float("nan")},
+        {"mpp": 0.0},
+        {"mpp": 100.0},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("side", [100, 300])
+def test_an_option_out_of_range_is_refused(options: dict[str, Any], side: int) -> None:
+    """Whether or not the picture fits a tile; the error begins with the option's name."""
+    with pytest.raises(ConfigError, match=f"^{next(iter(options))}: expected"):
+        ss.detect_image(np.zeros((side, side, 3), np.uint8), ORACLE, **options)
+
+
+def test_what_is_no_picture_is_refused(tmp_path: Path) -> None:
+    """Nothing there, a text, an array of floats, an open slide with two µm/px: each says what is wrong."""
+    with pytest.raises(SlideNotFoundError):
+        ss.detect_image(tmp_path / "none.png", ORACLE)
+    (tmp_path / "text.png").write_text("no picture")
+    with pytest.raises(SlideFormatError, match=r"text\.png"):
+        ss.detect_image(tmp_path / "text.png", ORACLE)
+    with pytest.raises(SlideFormatError, match="uint8"):
+        ss.detect_image(np.zeros((64, 64, 3)), ORACLE)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="open slide"):
+        ss.detect_image(memory_slide(picture(), 0.5), ORACLE, mpp=0.5)
+    Image.fromarray(picture()).save(tmp_path / "picture.png")
+    with pytest.raises(ResolutionError, match="picture"):
+        ss.detect_image(open_slide(tmp_path / "picture.png"), ORACLE)
+
+
+def test_the_command_prints_a_line_a_box(rt_detr: Model, tmp_path: Path) -> None:
+    """Label, score and box of each, best first, on stdout; how many on stderr; the same as in Python."""
+    image = picture(150, 200)
+    Image.fromarray(image).save(tmp_path / "picture.png")
+    found = ss.detect_image(image, rt_detr, min_score=0.1, tile_px=128)
+    assert len(found)
+    arguments = ("--model", rt_detr.path, "--min-score", "0.1", "--tile-px", "128")
+    done = slidescan("detect", tmp_path / "picture.png", *arguments)
+    assert done.returncode == 0, done.stderr
+    rows = [re.fullmatch(r"(.+): (\S+) at \[(.+)\]", line) for line in done.stdout.splitlines()]
+    assert [row[1] for row in rows if row] == [rt_detr.classes[label] for label in found.label]
+    np.testing.assert_allclose([float(row[2]) for row in rows if row], found.score, atol=6e-4)
+    boxes = [[float(edge) for edge in row[3].split(", ")] for row in rows if row]
+    np.testing.assert_allclose(boxes, found.xyxy, atol=0.06)
+    assert done.stderr == f"{len(found)} found with a score of at least 0.1\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["none.png", "--model", "{tiny}"], 1, "none.png"),
+        (["text.png", "--model", "{tiny}"], 1, "text.png"),
+        (["picture.png", "--model", "empty"], 2, "empty: expected config.json"),
+        (["picture.png", "--model", "dino"], 2, "text prompt"),
+        (["picture.png", "--model", "{tiny}", "--tile-px", "100"], 2, "tile_px"),
+        (["picture.png", "--model", "{tiny}", "--min-score", "2"], 2, "min_score"),
+    ],
+    ids=["no picture", "a text", "no model", "needs a prompt", "tile", "score"],
+)
+def test_a_wrong_command_is_one_line(
+    rt_detr: Model, tmp_path: Path, arguments: list[str], code: int, said: str
+) -> None:
+    """Bad input: one line that names it, the right exit code, and no traceback."""
+    Image.fromarray(picture()).save(tmp_path / "picture.png")
+    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "empty").mkdir()
+    saved(grounding(hf.GroundingDinoForObjectDetection, hf.GroundingDinoConfig).model, tmp_path / "dino")
+    done = slidescan("detect", *(a.replace("{tiny}", str(rt_detr.path)) for a in arguments), cwd=tmp_path)
+    assert said in failed(done, code)
+    assert done.stdout == ""
