@@ -79,7 +79,7 @@ def bench_ops(smoke: bool) -> str:
             Case("RT-DETR decoder, B4", 4, _RT_DETR, 300, f32),
             Case("encoder, B1, Q = S = 8400", 1, _RT_DETR, None, f32),
         ]
-    lines = [f"ops: {_where()}", *(["| case | what | forward | forward + backward |", "|---|---|---|---|"])]
+    lines = [f"ops: {_where()}", "| case | what | forward | forward + backward |", "|---|---|---|---|"]
     for case in cases:
         lines += _rows(case, "cuda" if cuda else "cpu", rounds=1 if smoke else 15)
     return "\n".join(lines)
