@@ -4,7 +4,8 @@ python pipelines/benchmark.py stitch      1,000,000 boxes on one core
 python pipelines/benchmark.py memory      peak memory on a 20,000² and a 60,000² slide
 python pipelines/benchmark.py ops         deformable attention against transformers' own, and others on a GPU
 python pipelines/benchmark.py grid        the same slide under shifted tile grids, bundled detector
-python pipelines/benchmark.py             all of them; --smoke for tiny sizes
+python pipelines/benchmark.py             all of these; --smoke for tiny sizes
+python pipelines/benchmark.py tune        write the launch shapes of the kernels that are best on this GPU
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from benchmark_ops import bench_ops
+from benchmark_ops import bench_ops, tune
 from scipy.spatial import cKDTree
 
 import slidescan as ss
@@ -120,6 +121,7 @@ BENCHES: dict[str, Callable[[bool], str]] = {
     "memory": bench_memory,
     "ops": bench_ops,
     "grid": bench_grid,
+    "tune": tune,
 }
 
 
@@ -130,7 +132,7 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, for tests")
     arguments = parser.parse_args()
     print(f"slidescan {ss.__version__}, Python {platform.python_version()}, {platform.machine()}")
-    for name in arguments.which or BENCHES:
+    for name in arguments.which or [name for name in BENCHES if name != "tune" or arguments.smoke]:
         print(BENCHES[name](arguments.smoke), flush=True)
 
 

@@ -8,6 +8,8 @@ second-level cache is emptied before each call. Medians.
 from __future__ import annotations
 
 import importlib
+import itertools
+import json
 import platform
 import statistics
 import subprocess
@@ -23,7 +25,7 @@ from torch import Tensor
 
 from slidescan.ops import deform_attn
 
-__all__ = ["bench_ops"]
+__all__ = ["bench_ops", "tune"]
 
 _HEADS, _DEPTH, _POINTS = 8, 32, 4
 _INPUT_SETS = 3
@@ -83,6 +85,38 @@ def bench_ops(smoke: bool) -> str:
     for case in cases:
         lines += _rows(case, "cuda" if cuda else "cpu", rounds=1 if smoke else 15)
     return "\n".join(lines)
+
+
+def tune(smoke: bool) -> str:
+    """Time each launch shape of both kernels on this GPU and write the best into the table that the package ships."""
+    if not torch.cuda.is_available():
+        return "tune: needs a GPU; the table stays as it is"
+    from slidescan.ops import fused
+
+    table = fused.launch_table()
+    table.clear()
+    for dtype in (torch.bfloat16, torch.float32):
+        case = Case("RT-DETR decoder, B32", 2 if smoke else 32, _RT_DETR, 300, dtype)
+        for depth in (16, 32, 64):
+            value, locations, weights = case.inputs(0, "cuda")
+            value = value[..., :1].expand(*value.shape[:3], depth).contiguous()
+            inputs = value, case.shapes, locations, weights, [_POINTS] * len(case.shapes)
+            grad = fused.fused(*inputs)
+            calls: dict[str, Callable[[], object]] = {
+                "forward": partial(fused.fused, *inputs),
+                "backward": partial(fused.fused_backward, grad, *inputs, (True, True)),
+            }
+            for direction, call in calls.items():
+                key = f"{direction} D{depth} {dtype.itemsize}B"
+                times: dict[tuple[int, int], float] = {}
+                for shape in itertools.product((8, 16, 32, 64, 128), (1, 2, 4, 8)):  # rows, warps
+                    table[key] = shape
+                    times[shape] = statistics.median(_time(call, "cuda") for _ in range(2 if smoke else 12))
+                table[key] = min(times, key=lambda shape: times[shape])
+    if not smoke:
+        told = {"measured on": torch.cuda.get_device_name(), "made by": "python pipelines/benchmark.py tune"}
+        fused.TABLE.write_text(json.dumps({**told, "rows and warps": table}, indent=1) + "\n", encoding="utf-8")
+    return f"tune: {len(table)} launch shapes chosen"
 
 
 def _rows(case: Case, device: str, rounds: int) -> list[str]:

@@ -26,9 +26,9 @@ from torch import Tensor
 from slidescan.ops.bags import gradients, level_table
 from slidescan.ops.kernels import backward_kernel, forward_kernel
 
-__all__ = ["fused", "fused_backward", "launch_shape"]
+__all__ = ["TABLE", "fused", "fused_backward", "launch_shape", "launch_table"]
 
-_TABLE = Path(__file__).with_name("launch.json")
+TABLE = Path(__file__).with_name("launch.json")
 
 
 def fused(
@@ -93,7 +93,7 @@ def launch_shape(direction: str, depth: int, item_bytes: int) -> tuple[int, int]
     `direction` is forward or backward, `depth` the channels of a head padded to a power of two. What the table does not
     hold starts from the width of a load: 16 bytes a lane, one row or more a warp, four warps.
     """
-    known = _tuned().get(f"{direction} D{depth} {item_bytes}B")
+    known = launch_table().get(f"{direction} D{depth} {item_bytes}B")
     if known is not None:
         return known
     lanes = max(1, min(32, depth * item_bytes // 16))
@@ -101,8 +101,9 @@ def launch_shape(direction: str, depth: int, item_bytes: int) -> tuple[int, int]
 
 
 @lru_cache(maxsize=1)
-def _tuned() -> dict[str, tuple[int, int]]:
-    table: dict[str, Any] = json.loads(_TABLE.read_text(encoding="utf-8"))["rows and warps"]
+def launch_table() -> dict[str, tuple[int, int]]:
+    """Return the tuned rows and warps by direction, channels and bytes; a change to it holds for this process."""
+    table: dict[str, Any] = json.loads(TABLE.read_text(encoding="utf-8"))["rows and warps"]
     return {key: (int(rows), int(warps)) for key, (rows, warps) in table.items()}
 
 
