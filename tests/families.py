@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import transformers as hf
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from slidescan.train.network import build_network
@@ -226,3 +229,27 @@ def randomised(make: Callable[[], Case], seed: int = 0, spread: float = 0.1) -> 
             # transformers starts many at zero or one, the weights of offsets among them.
             weight.add_(spread * torch.randn_like(weight))
     return case
+
+
+def picture(height: int = HEIGHT, width: int = WIDTH) -> NDArray[np.uint8]:
+    """Squares of random colours, of 16 px: what is finer is lost in a network, and all places look the same."""
+    colours = np.random.default_rng(0).integers(0, 256, (height // 16 + 1, width // 16 + 1, 3), dtype=np.uint8)
+    return colours.repeat(16, 0).repeat(16, 1)[:height, :width]
+
+
+def network(make: Callable[[], Case], spread: float = 0.15) -> Any:
+    """A random model in float32, whose batch normalisation does something."""
+    model = randomised(make, spread=spread).model.float()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            assert module.running_mean is not None
+            assert module.running_var is not None
+            nn.init.uniform_(module.running_mean, -0.3, 0.3)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+    return model
+
+
+def saved(model: Any, directory: Path) -> Path:
+    """Write a model directory as transformers does."""
+    model.save_pretrained(directory)
+    return directory

@@ -17,6 +17,16 @@ from slidescan.slides import Slide
 from tests.discs import MPP, ORACLE, config, discs
 
 
+def stopped_after_one_region(slide: Slide, out: Path) -> None:
+    """Begin a scan and press Ctrl-C when its first region is committed."""
+
+    def stop(state: ss.scan_slide.Progress) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ss.scan(slide, ORACLE, out=out, config=config(), workers=1, on_progress=stop)
+
+
 def test_an_interrupted_scan_continues(tmp_path: Path) -> None:
     """After a stop the committed regions are kept, only the rest is scored, and the result is byte-identical."""
     slide, _ = discs()
@@ -72,12 +82,7 @@ def test_a_killed_process_continues(tmp_path: Path) -> None:
 def test_a_damaged_part_is_scored_again(tmp_path: Path) -> None:
     """A truncated region file (a power cut) is not trusted."""
     slide, centers = discs()
-
-    def stop(state: ss.scan_slide.Progress) -> None:
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        ss.scan(slide, ORACLE, out=tmp_path / "case", config=config(), workers=1, on_progress=stop)
+    stopped_after_one_region(slide, tmp_path / "case")
     part = next((tmp_path / "case" / "").glob("parts-*/*.npz"))
     part.write_bytes(part.read_bytes()[:100])
     assert len(ss.scan(slide, ORACLE, out=tmp_path / "case", config=config()).detections) == len(centers)
@@ -100,12 +105,7 @@ def test_a_finished_scan_is_not_repeated_and_another_is_not_overwritten(tmp_path
 def test_settings_changed_after_a_stop_start_anew(tmp_path: Path) -> None:
     """Parts of other settings are never mixed in."""
     slide, centers = discs()
-
-    def stop(state: ss.scan_slide.Progress) -> None:
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        ss.scan(slide, ORACLE, out=tmp_path / "case", config=config(), workers=1, on_progress=stop)
+    stopped_after_one_region(slide, tmp_path / "case")
     result = ss.scan(slide, ORACLE, out=tmp_path / "case", config=config(tiling__region_px=5000))
     assert len(result.detections) == len(centers)
 

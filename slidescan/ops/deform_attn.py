@@ -13,6 +13,7 @@ Invariants of every way
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import warnings
@@ -95,9 +96,12 @@ def deform_attn(
         return node
     if not _runs_triton(backend, value):
         return bags(value, shapes, locations, weights, points)
+    from slidescan.ops.fused import fused
+
     if torch.is_grad_enabled() and (value.requires_grad or locations.requires_grad or weights.requires_grad):
-        return _Fused.apply(value, locations, weights, shapes, points)  # type: ignore[no-any-return, no-untyped-call]
-    return _fused().fused(value, shapes, locations, weights, points)  # type: ignore[no-any-return]
+        out: Tensor = _Fused.apply(value, locations, weights, shapes, points)  # type: ignore[no-untyped-call]
+        return out
+    return fused(value, shapes, locations, weights, points)
 
 
 def _runs_triton(backend: str, value: Tensor) -> bool:
@@ -122,7 +126,7 @@ def _triton_problem() -> str | None:
         problem = "it is not installed"
     else:
         try:
-            _fused()
+            importlib.import_module("slidescan.ops.fused")
         except (ImportError, OSError, RuntimeError) as exc:
             problem = f"it cannot be loaded ({exc})"
     if problem is not None and torch.cuda.is_available():
@@ -130,12 +134,6 @@ def _triton_problem() -> str | None:
             f"deform_attn: Triton: {problem}; the slower torch backend is used on CUDA", RuntimeWarning, stacklevel=4
         )
     return problem
-
-
-def _fused() -> Any:
-    from slidescan.ops import fused
-
-    return fused
 
 
 class _Fused(torch.autograd.Function):
@@ -150,16 +148,20 @@ class _Fused(torch.autograd.Function):
         shapes: Sequence[tuple[int, int]],
         points: Sequence[int],
     ) -> Tensor:
+        from slidescan.ops.fused import fused
+
         ctx.save_for_backward(value, locations, weights)
         ctx.shapes, ctx.points = shapes, points
-        return _fused().fused(value, shapes, locations, weights, points)  # type: ignore[no-any-return]
+        return fused(value, shapes, locations, weights, points)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        from slidescan.ops.fused import fused_backward
+
         value, locations, weights = ctx.saved_tensors
         needs = ctx.needs_input_grad[0], ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
-        return *_fused().fused_backward(grad, value, ctx.shapes, locations, weights, ctx.points, needs), None, None
+        return *fused_backward(grad, value, ctx.shapes, locations, weights, ctx.points, needs), None, None
 
 
 # The same as one node of a graph. Shapes travel flat, for a schema has no pairs.
@@ -181,8 +183,12 @@ def _pairs(flat: Sequence[int]) -> list[tuple[int, int]]:
 def _node(
     value: Tensor, locations: Tensor, weights: Tensor, shapes: list[int], points: list[int], backend: str
 ) -> Tensor:
-    compute = _fused().fused if _runs_triton(backend, value) else bags
-    return compute(value, _pairs(shapes), locations, weights, points)
+    inputs = value, _pairs(shapes), locations, weights, points
+    if not _runs_triton(backend, value):
+        return bags(*inputs)
+    from slidescan.ops.fused import fused
+
+    return fused(*inputs)
 
 
 def _node_backward(
@@ -190,12 +196,16 @@ def _node_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     inputs = value, _pairs(shapes), locations, weights, points
     if _runs_triton(backend, value):
-        found = _fused().fused_backward(grad, *inputs, (True, True))
+        from slidescan.ops.fused import fused_backward
+
+        of_value, of_locations, of_weights = fused_backward(grad, *inputs, (True, True))
+        assert of_value is not None  # all three were asked for
+        assert of_locations is not None
+        assert of_weights is not None
     else:
-        found = gradients(grad, *inputs)
+        of_value, of_locations, of_weights = gradients(grad, *inputs)
     # A graph is promised fresh contiguous tensors.
-    of_value, of_locations, of_weights = (tensor.contiguous() for tensor in found)
-    return of_value, of_locations, of_weights
+    return of_value.contiguous(), of_locations.contiguous(), of_weights.contiguous()
 
 
 def _node_like(
