@@ -3,16 +3,23 @@
 Hides the arithmetic of corners and borders. Exact, on every device torch has, without a compiler; autograd gives all
 three gradients, and repeats them bit for bit.
 
+With a few hundred queries the sum itself is the smaller part of the time. The rest goes into passes over the points, so
+each pass should run over long contiguous memory: x and y stay side by side as they come, what depends on a level is
+tabled for all heads and points of a query, and what is beyond a border loses its share by arithmetic on floats, for
+passes that mix truth values with floats cost several others.
+
 Letters: B batch, Q queries, M heads, K points of all levels, D channels a head, S = sum of H·W.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 __all__ = ["bags", "gradients", "level_table"]
@@ -30,43 +37,87 @@ def bags(
     queries, n_points = locations.shape[1], locations.shape[3]
     # Half types hold neither a pixel coordinate nor a sum of many terms well enough.
     working = torch.promote_types(torch.promote_types(value.dtype, locations.dtype), torch.float32)
-    width, height, start = level_table(tuple(map(tuple, shapes)), tuple(points), value.device)
+    # int32 halves the traffic of the largest tensors here. They count rows of the value, and corners of all points.
+    index = torch.int32 if n * heads * max(length, 4 * queries * n_points) < 2**31 else torch.int64
+    levels = _levels(tuple((h, w) for h, w in shapes), tuple(points), heads, working, index, value.device)
 
-    place = locations.to(working)
-    x, y = place[..., 0] * width - 0.5, place[..., 1] * height - 0.5  # (B, Q, M, K), px of the point's level
-    inside = (x > -1) & (x < width) & (y > -1) & (y < height)  # false for NaN, which no clamp would catch
-    x, y = torch.where(inside, x, 0), torch.where(inside, y, 0)
-    weight = torch.where(inside, weights.to(working), 0)
+    # (B, Q, M·K·2): x and y in px of the point's level. What is out of reach goes to -1 or to the size, where both
+    # corners weigh nothing; NaN is not below the size either.
+    place = locations.to(working).reshape(n, queries, heads * n_points * 2)
+    place = torch.addcmul(levels.half, place, levels.size)
+    place = torch.where(place < levels.size, place, levels.size).clamp(min=-1)
+    first = place.detach().floor().minimum(levels.last)
+    second, after = first + 1, place - first
+    # A corner beyond the border is zero padding: it loses its share and keeps a row that exists.
+    pairs = n, queries, heads * n_points, 2
+    of_first = ((1 - after) * second.clamp(max=1)).view(pairs)
+    of_second = (after * (levels.last - first).clamp(max=1)).view(pairs)
+    share = weights.to(working).reshape(pairs[:3])
+    taps = _corners(
+        torch.mul, (of_first[..., 1] * share, of_second[..., 1] * share), (of_first[..., 0], of_second[..., 0])
+    )
 
-    left, top = x.floor(), y.floor()
-    right, bottom = left + 1, top + 1
-    # A corner beyond the border is zero padding: it keeps a valid row and loses its share.
-    to_left, to_right = (right - x) * (left >= 0), (x - left) * (right < width)
-    to_top, to_bottom = (bottom - y) * (top >= 0) * weight, (y - top) * (bottom < height) * weight
-    taps = torch.cat((to_top * to_left, to_top * to_right, to_bottom * to_left, to_bottom * to_right), -1)
+    at_first, at_second = (
+        (corner.to(index) * levels.step + levels.origin).view(pairs)
+        for corner in (first.clamp(min=0), second.minimum(levels.last.clamp(min=0)))
+    )
+    image = torch.arange(n, device=value.device, dtype=index)[:, None, None] * (length * heads)
+    rows = _corners(
+        torch.add, (at_first[..., 1] + image, at_second[..., 1] + image), (at_first[..., 0], at_second[..., 0])
+    )
 
-    # int32 halves the traffic of the largest tensor here; the limit is that of its largest entry.
-    index = torch.int32 if n * length * heads < 2**31 else torch.int64
-    first = torch.arange(n, device=value.device, dtype=index)[:, None] * (length * heads)
-    first = (first + torch.arange(heads, device=value.device, dtype=index))[:, None, :, None]  # (B, 1, M, 1)
-    in_left, in_right = left.clamp(min=0).to(index) * heads + first, right.minimum(width - 1).to(index) * heads + first
-    line = width.to(index) * heads
-    in_top, in_bottom = top.clamp(min=0).to(index), bottom.minimum(height - 1).to(index)
-    in_top, in_bottom = in_top * line + start.to(index) * heads, in_bottom * line + start.to(index) * heads
-    rows = torch.cat((in_top + in_left, in_top + in_right, in_bottom + in_left, in_bottom + in_right), -1)
-
-    bags = n * queries * heads
-    if bags == 0 or n_points == 0 or length == 0 or depth == 0:
+    n_bags = n * queries * heads
+    if n_bags == 0 or n_points == 0 or length == 0 or depth == 0:
         # embedding_bag rejects some empty inputs; an empty sum keeps the result on the graph.
         nothing = taps.sum() * 0 + value.to(working).sum() * 0
         return (nothing + value.new_zeros((n, queries, heads * depth), dtype=working)).to(value.dtype)
-    out = functional.embedding_bag(
-        rows.reshape(bags, 4 * n_points),
-        value.to(working).reshape(n * length * heads, depth),
-        mode="sum",
-        per_sample_weights=taps.reshape(bags, 4 * n_points),
-    )
+    table = value.to(working).reshape(n * length * heads, depth)
+    rows, taps = rows.view(n_bags, 4 * n_points), taps.view(n_bags, 4 * n_points)
+    out = functional.embedding_bag(rows, table.detach(), mode="sum", per_sample_weights=taps)
+    if torch.is_grad_enabled() and table.requires_grad:
+        out = _WithTable.apply(out, table, rows, taps.detach())  # type: ignore[no-untyped-call]
     return out.view(n, queries, heads * depth).to(value.dtype)
+
+
+class _WithTable(torch.autograd.Function):
+    """The sums of bags as they are, with a gradient of the table they were taken from.
+
+    That gradient is itself a sum of bags: one for each row of the table, of what the row was added to. Sorting the rows
+    makes these bags, and takes a fifth of the time of embedding_bag's own gradient (measured on a CPU). The sort is
+    stable, so the order of every sum is fixed.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, table: Tensor, rows: Tensor, taps: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, taps)
+        ctx.n_rows = len(table)
+        return out.view_as(out)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        rows, taps = ctx.saved_tensors
+        order = rows.flatten().sort(stable=True).indices
+        counts = rows.new_zeros(ctx.n_rows + 1).index_add_(0, rows.flatten() + 1, rows.new_ones(1).expand(rows.numel()))
+        of_table = functional.embedding_bag(
+            order.div(rows.shape[1], rounding_mode="floor").to(rows.dtype),
+            grad.contiguous(),
+            counts.cumsum(0, dtype=rows.dtype),
+            mode="sum",
+            per_sample_weights=taps.flatten()[order],
+            include_last_offset=True,
+        )
+        return grad, of_table, None, None
+
+
+def _corners(combine: Callable[..., Tensor], y: tuple[Tensor, Tensor], x: tuple[Tensor, Tensor]) -> Tensor:
+    """Combine both of y with both of x: (..., 4), written in place where no gradient needs the parts."""
+    if torch.is_grad_enabled() and (y[0].requires_grad or x[0].requires_grad):
+        return torch.stack([combine(one, other) for one in y for other in x], -1)
+    out = y[0].new_empty((*y[0].shape, 4))
+    for i, corner in enumerate(out.unbind(-1)):
+        combine(y[i // 2], x[i % 2], out=corner)
+    return out
 
 
 def gradients(
@@ -84,15 +135,44 @@ def gradients(
         return torch.autograd.grad(out, inputs, grad)  # type: ignore[return-value]  # one a tensor
 
 
-@lru_cache(maxsize=64)  # a run has one or two tile sizes; the tables are a few hundred bytes
 def level_table(
-    shapes: tuple[tuple[int, int], ...], points: tuple[int, ...], device: torch.device
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return width, height and first row of each point's level, int64, (K,) each."""
+    shapes: Sequence[tuple[int, int]], points: Sequence[int], device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """Return width, height and first row of each point's level, (K, 3); zeros where it has no pixels."""
     table, start = [], 0
     for (height, width), count in zip(shapes, points, strict=True):
-        table += [(width, height, start)] * count
-        start += height * width
-    with torch.inference_mode(mode=False):  # cached tensors must serve training too
-        columns = torch.tensor(table, dtype=torch.int64, device=device).reshape(-1, 3)
-        return columns[:, 0].clone(), columns[:, 1].clone(), columns[:, 2].clone()
+        area = height * width
+        table += [(width, height, start) if area else (0, 0, 0)] * count
+        start += area
+    with torch.inference_mode(mode=False):  # it is kept, and must serve training too
+        return torch.tensor(table, dtype=dtype, device=device).reshape(-1, 3)
+
+
+class _Levels(NamedTuple):
+    """What depends on a point's level, x and y by turns, (M·K·2,) each."""
+
+    half: Tensor  # -0.5, of the first pixel's centre
+    size: Tensor  # px
+    last: Tensor  # px
+    step: Tensor  # rows of `value` from one px to the next
+    origin: Tensor  # row of `value` of the level's first px and the head
+
+
+@lru_cache(maxsize=64)  # a run has one or two tile sizes; the tables are a few kilobytes
+def _levels(
+    shapes: tuple[tuple[int, int], ...],
+    points: tuple[int, ...],
+    heads: int,
+    working: torch.dtype,
+    index: torch.dtype,
+    device: torch.device,
+) -> _Levels:
+    with torch.inference_mode(mode=False):
+        table = level_table(shapes, points, device, torch.int64).repeat(heads, 1)
+        head = torch.arange(heads, device=device).repeat_interleave(sum(points))
+        size = table[:, :2]
+        step = torch.stack((torch.full_like(head, heads), size[:, 0] * heads), 1)
+        origin = torch.stack((torch.zeros_like(head), table[:, 2] * heads + head), 1)
+        half = torch.tensor(-0.5, dtype=working, device=device)
+        floats = (each.to(working).flatten() for each in (size, size - 1))
+        return _Levels(half, *floats, *(each.to(index).flatten() for each in (step, origin)))

@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -26,7 +27,7 @@ from torch import Tensor
 from slidescan.ops.bags import gradients, level_table
 from slidescan.ops.kernels import backward_kernel, forward_kernel
 
-__all__ = ["TABLE", "fused", "fused_backward", "launch_shape", "launch_table"]
+__all__ = ["TABLE", "Launch", "fused", "fused_backward", "launch", "launch_key", "launch_table"]
 
 TABLE = Path(__file__).with_name("launch.json")
 
@@ -36,15 +37,12 @@ def fused(
 ) -> Tensor:
     """Compute `slidescan.ops.deform_attn` in one launch; no gradient is recorded."""
     n, _, heads, depth = value.shape
-    queries, n_points = locations.shape[1], locations.shape[3]
-    out = value.new_empty((n, queries, heads * depth))
-    if out.numel() == 0 or n_points == 0 or value.numel() == 0:
+    out = value.new_empty((n, locations.shape[1], heads * depth))
+    if out.numel() == 0 or locations.shape[3] == 0 or value.numel() == 0:
         return out.zero_()
-    call, block_r, warps = _prepared(value, shapes, locations, weights, points, backward=False)
+    call = _Call("forward", value, shapes, locations, weights, points)
     with _on(value):
-        forward_kernel[(triton.cdiv(n * queries * heads, block_r),)](
-            *call.inputs, out, *call.sizes, **call.constants, BLOCK_R=block_r, num_warps=warps
-        )
+        forward_kernel[call.grid](*call.inputs, out, *call.sizes, **call.constants)
     return out
 
 
@@ -59,101 +57,138 @@ def fused_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Return the gradients of value, and of locations and weights, as far as `needs` (value, points) asks for them."""
     for_value, for_points = needs
-    n, length, heads, _ = value.shape
-    queries, n_points = locations.shape[1], locations.shape[3]
+    length, n_points = value.shape[1], locations.shape[3]
     if torch.are_deterministic_algorithms_enabled():
         of_value, of_locations, of_weights = gradients(grad, value, shapes, locations, weights, points)
         return (of_value if for_value else None), *((of_locations, of_weights) if for_points else (None, None))
-    working = torch.promote_types(torch.promote_types(value.dtype, locations.dtype), torch.float32)
-    grad_value = value.new_zeros(value.shape, dtype=working) if for_value else None
+    grad_value = value.new_zeros(value.shape, dtype=_working(value, locations)) if for_value else None
     grad_location = torch.zeros_like(locations, memory_format=torch.contiguous_format) if for_points else None
     grad_weight = torch.zeros_like(weights, memory_format=torch.contiguous_format) if for_points else None
     if grad.numel() and n_points and value.numel() and any(needs):
-        call, block_r, warps = _prepared(value, shapes, locations, weights, points, backward=True)
+        call = _Call("backward", value, shapes, locations, weights, points)
         spare = grad.new_empty(1)  # stands for a result nobody wants
+        results = (spare if result is None else result for result in (grad_value, grad_location, grad_weight))
         with _on(value):
-            backward_kernel[(triton.cdiv(n * queries * heads, block_r),)](
+            backward_kernel[call.grid](
                 *call.inputs,
                 grad.contiguous(),
-                *(spare if result is None else result for result in (grad_value, grad_location, grad_weight)),
+                *results,
                 *call.sizes,
                 length,
                 **call.constants,
+                BLOCK_K=triton.next_power_of_2(n_points),
                 FOR_VALUE=for_value,
                 FOR_POINTS=for_points,
-                BLOCK_R=block_r,
-                num_warps=warps,
             )
     return None if grad_value is None else grad_value.to(value.dtype), grad_location, grad_weight
 
 
-def launch_shape(direction: str, depth: int, item_bytes: int) -> tuple[int, int]:
-    """Return rows a program and warps a program, from the table tuned off line.
+class Launch(NamedTuple):
+    """How a kernel is cut into programs: warps a program, blocks of rows a warp takes at once, points at a time."""
 
-    `direction` is forward or backward, `depth` the channels of a head padded to a power of two. What the table does not
-    hold starts from the width of a load: 16 bytes a lane, one row or more a warp, four warps.
-    """
-    known = launch_table().get(f"{direction} D{depth} {item_bytes}B")
-    if known is not None:
-        return known
-    lanes = max(1, min(32, depth * item_bytes // 16))
-    return 4 * 32 // lanes, 4
+    warps: int
+    blocks: int
+    unroll: int
+
+    def rows(self, direction: str, depth: int, item_bytes: int) -> int:
+        """Return the rows of a program; `depth` is the channels of a head padded to a power of two.
+
+        A lane of the forward kernel has 16 bytes of a row. One of the backward kernel has four channels, because that
+        is what the hardware adds to float32 at once; with more the compiler would move each sum through shared memory.
+        """
+        channels = max(1, 16 // item_bytes) if direction == "forward" else 4
+        return max(1, self.warps * self.blocks * 32 * channels // depth)
+
+
+# What the table does not hold. Chosen by the registers and loads of the machine code, not yet by time.
+_UNTUNED = {"forward": Launch(2, 1, 4), "backward": Launch(2, 1, 2)}
+
+
+def launch(direction: str, depth: int, item_bytes: int) -> Launch:
+    """Return how to launch a kernel, from the table tuned off line; `direction` is forward or backward."""
+    return launch_table().get(launch_key(direction, depth, item_bytes), _UNTUNED[direction])
+
+
+def launch_key(direction: str, depth: int, item_bytes: int) -> str:
+    """Return the name of a launch in the table."""
+    return f"{direction} D{depth} {item_bytes}B"
 
 
 @lru_cache(maxsize=1)
-def launch_table() -> dict[str, tuple[int, int]]:
-    """Return the tuned rows and warps by direction, channels and bytes; a change to it holds for this process."""
-    table: dict[str, Any] = json.loads(TABLE.read_text(encoding="utf-8"))["rows and warps"]
-    return {key: (int(rows), int(warps)) for key, (rows, warps) in table.items()}
+def launch_table() -> dict[str, Launch]:
+    """Return the tuned launches by direction, channels and bytes; a change to it holds for this process."""
+    table: dict[str, Any] = json.loads(TABLE.read_text(encoding="utf-8"))["warps, blocks, unroll"]
+    return {key: Launch(*map(int, launch)) for key, launch in table.items()}
 
 
 class _Call:
-    """The arguments both kernels share."""
+    """What both kernels take: programs, tensors, sizes, and what is compiled in."""
 
-    __slots__ = ("constants", "inputs", "sizes")
+    __slots__ = ("constants", "grid", "inputs", "sizes")
 
-    def __init__(self, inputs: tuple[Tensor, ...], sizes: tuple[int, ...], constants: dict[str, Any]) -> None:
-        self.inputs, self.sizes, self.constants = inputs, sizes, constants
-
-
-def _prepared(
-    value: Tensor,
-    shapes: Sequence[tuple[int, int]],
-    locations: Tensor,
-    weights: Tensor,
-    points: Sequence[int],
-    *,
-    backward: bool,
-) -> tuple[_Call, int, int]:
-    n, length, heads, depth = value.shape
-    queries, n_points = locations.shape[1], locations.shape[3]
-    if value.stride(3) != 1:
-        value = value.contiguous()
-    batch_stride, row_stride, head_stride, _ = value.stride()
-    double = torch.float64 in (value.dtype, locations.dtype)
-    padded = triton.next_power_of_2(depth)
-    block_r, warps = launch_shape("backward" if backward else "forward", padded, value.element_size())
-    table = _level_rows(tuple(map(tuple, shapes)), tuple(points), value.device)
-    call = _Call(
-        (value, locations.contiguous(), weights.contiguous(), table),
-        (n * queries * heads, queries, batch_stride, row_stride, head_stride),
-        {
+    def __init__(
+        self,
+        direction: str,
+        value: Tensor,
+        shapes: Sequence[tuple[int, int]],
+        locations: Tensor,
+        weights: Tensor,
+        points: Sequence[int],
+    ) -> None:
+        n, length, heads, depth = value.shape
+        queries, n_points = locations.shape[1], locations.shape[3]
+        if value.stride(3) != 1:
+            value = value.contiguous()
+        strides = value.stride()[:3]
+        align = math.gcd(8, *strides)  # 8 channels of two bytes are what a lane reads at once
+        padded = triton.next_power_of_2(depth)
+        how = launch(direction, padded, value.element_size())
+        rows = how.rows(direction, padded, value.element_size())
+        reach = max(
+            length * max(strides[1], heads * depth), heads * strides[2], queries * heads * max(2 * n_points, depth)
+        )
+        self.grid = (n * triton.cdiv(queries * heads, rows),)
+        self.inputs = (
+            value,
+            locations.contiguous(),
+            weights.contiguous(),
+            _level_rows(tuple((h, w) for h, w in shapes), tuple(points), value.device),
+        )
+        self.sizes = (queries, *(stride // align for stride in strides))
+        self.constants: dict[str, Any] = {
             "K": n_points,
             "M": heads,
             "D": depth,
+            "ALIGN": align,
+            "WIDE": reach >= 2**31,
+            "WORKING": tl.float64 if _working(value, locations) == torch.float64 else tl.float32,
             "BLOCK_D": padded,
-            "WIDE": length * max(row_stride, heads * depth) >= 2**31,
-            "WORKING": tl.float64 if double else tl.float32,
-        },
-    )
-    return call, block_r, warps
+            "BLOCK_R": rows,
+            "UNROLL": min(how.unroll, n_points),
+            "num_warps": how.warps,
+        }
+
+
+def _working(value: Tensor, locations: Tensor) -> torch.dtype:
+    """Return the type of coordinates and sums: float32, or float64 where one of the inputs is."""
+    return torch.promote_types(torch.promote_types(value.dtype, locations.dtype), torch.float32)
+
+
+def _level_rows(shapes: tuple[tuple[int, int], ...], points: tuple[int, ...], device: torch.device) -> Tensor:
+    """Return width, height and first row of each point's level, int32 (K, 3); made before a graph is captured."""
+    table = _cached_level_rows(shapes, points, device)
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        _captured.add(table)
+    return table
+
+
+# A CUDA graph reads its table for as long as it is replayed, which may be longer than the cache keeps it.
+_captured: set[Tensor] = set()
 
 
 @lru_cache(maxsize=64)
-def _level_rows(shapes: tuple[tuple[int, int], ...], points: tuple[int, ...], device: torch.device) -> Tensor:
-    """Return width, height and first row of each point's level, int32 (K, 3); made before a graph is captured."""
-    with torch.inference_mode(mode=False):
-        return torch.stack(level_table(shapes, points, device), 1).to(torch.int32).contiguous()
+def _cached_level_rows(shapes: tuple[tuple[int, int], ...], points: tuple[int, ...], device: torch.device) -> Tensor:
+    return level_table(shapes, points, device, torch.int32)
 
 
 def _on(value: Tensor) -> contextlib.AbstractContextManager[Any]:

@@ -1,8 +1,14 @@
 """The two Triton kernels of deformable attention; `slidescan.ops.fused` launches them.
 
-A program handles BLOCK_R rows (b, q, m), each with BLOCK_D channels and K points. Letters: M heads, D channels a head.
-`level` holds width, height and first pixel of each point's level, so that levels and their points need no other form.
-WORKING is the type of coordinates and sums; WIDE says that offsets inside an image need 64 bits.
+A program handles BLOCK_R rows (q, m) of one image, each with BLOCK_D channels and K points. Letters: M heads, D
+channels a head. `level` holds width, height and first pixel of each point's level, so that levels need no other form.
+
+What makes them fast is that lanes next to each other read, and add to, 16 bytes of one row each. The compiler sees that
+only while it can prove where a row starts: strides come in units of ALIGN channels, and an offset is never chosen by a
+condition. A corner beyond its level has an offset like any other, and a mask that is false.
+
+WORKING is the type of coordinates and sums; WIDE says that offsets inside an image need 64 bits; UNROLL points are
+computed at a time.
 """
 
 from __future__ import annotations
@@ -14,107 +20,128 @@ __all__ = ["backward_kernel", "forward_kernel"]
 
 
 @triton.jit
-def _point(location, level, at, k, live, WORKING: tl.constexpr):
-    """Corner of one point of each row: px left of and above it, its place between, and its level."""
+def _place(queries, M: tl.constexpr, BLOCK_R: tl.constexpr, WIDE: tl.constexpr):
+    """Image of this program, its rows in it, and which of them there are."""
+    blocks = tl.cdiv(queries * M, BLOCK_R)
+    image = tl.program_id(0) // blocks
+    row = (tl.program_id(0) - image * blocks) * BLOCK_R + tl.arange(0, BLOCK_R)
+    if WIDE:
+        row = row.to(tl.int64)
+    return image.to(tl.int64), row, row < queries * M
+
+
+@triton.jit
+def _point(location, weight, level, at, k, live, WORKING: tl.constexpr, WIDE: tl.constexpr):
+    """Weight of one point of each row, its place between four pixels, the first of them, and which are on the level."""
     width = tl.load(level + 3 * k)
     height = tl.load(level + 3 * k + 1)
     start = tl.load(level + 3 * k + 2)
     x = tl.load(location + 2 * at, mask=live, other=-9.0).to(WORKING) * width.to(WORKING) - 0.5
     y = tl.load(location + 2 * at + 1, mask=live, other=-9.0).to(WORKING) * height.to(WORKING) - 0.5
+    share = tl.load(weight + at, mask=live, other=0.0).to(WORKING)
     # False for NaN, and for what no integer could hold.
-    inside = live & (x > -1) & (x < width.to(WORKING)) & (y > -1) & (y < height.to(WORKING))
+    inside = (x >= -1) & (x < width.to(WORKING)) & (y >= -1) & (y < height.to(WORKING))
     x = tl.where(inside, x, 0.0)
     y = tl.where(inside, y, 0.0)
-    left = tl.floor(x)
-    top = tl.floor(y)
-    return left.to(tl.int32), top.to(tl.int32), x - left, y - top, inside, width, height, start
-
-
-@triton.jit
-def _corner(x, y, inside, width, height, start, row_stride, WIDE: tl.constexpr):
-    """Offset of one corner from the first px of its image and head, and whether it is on the level."""
-    there = inside & (x >= 0) & (x < width) & (y >= 0) & (y < height)
-    row = start + y * width + x
+    share = tl.where(inside, share, 0.0)
+    column = tl.floor(x).to(tl.int32)
+    line = tl.floor(y).to(tl.int32)
+    pixel = start + line * width + column
     if WIDE:
-        row = row.to(tl.int64)
-    return tl.where(there, row * row_stride, 0), there
+        pixel = pixel.to(tl.int64)
+    left = inside & (column >= 0)
+    right = inside & (column + 1 < width)
+    return share, x - tl.floor(x), y - tl.floor(y), pixel, width, height, left, right, line >= 0, line + 1 < height
 
 
 @triton.jit
 def forward_kernel(
-    value, location, weight, level, out, n_rows, queries, batch_stride, row_stride, head_stride,
-    K: tl.constexpr, M: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
-    WIDE: tl.constexpr, WORKING: tl.constexpr,
+    value, location, weight, level, out, queries, batch_stride, row_stride, head_stride,
+    K: tl.constexpr, M: tl.constexpr, D: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr, WORKING: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """Sum the weighted samples of BLOCK_R rows into `out`."""
-    row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    live = row < n_rows
-    channel = tl.arange(0, BLOCK_D)
-    wanted = (channel < D)[None, :]
-    base = value + (row // (M * queries)) * batch_stride + (row % M) * head_stride
+    image, row, live = _place(queries, M, BLOCK_R, WIDE)
+    channel = tl.arange(0, BLOCK_D)[None, :]
+    wanted = channel < D
+    rows_before = image * queries * M
+    location += rows_before * (2 * K)
+    weight += rows_before * K
+    base = (value + image * batch_stride * ALIGN) + ((row % M) * head_stride * ALIGN)[:, None] + channel
     total = tl.zeros([BLOCK_R, BLOCK_D], WORKING)
-    for k in tl.static_range(K):
-        at = row * K + k
-        x, y, right, down, inside, width, height, start = _point(location, level, at, k, live, WORKING)
-        share = tl.load(weight + at, mask=live, other=0.0).to(WORKING)
+    for k in tl.range(K, loop_unroll_factor=UNROLL):
+        share, across, down, pixel, width, _, left, right, upper, lower = _point(
+            location, weight, level, row * K + k, k, live, WORKING, WIDE
+        )
         for j in tl.static_range(2):
             for i in tl.static_range(2):
-                offset, there = _corner(x + i, y + j, inside, width, height, start, row_stride, WIDE)
-                tap = share * (right if i else 1 - right) * (down if j else 1 - down)
-                pixel = tl.load((base + offset)[:, None] + channel[None, :], mask=there[:, None] & wanted, other=0.0)
-                total += tl.where(there, tap, 0.0)[:, None] * pixel.to(WORKING)
-    target = out + row[:, None] * D + channel[None, :]
+                there = (right if i else left) & (lower if j else upper)
+                tap = share * (across if i else 1 - across) * (down if j else 1 - down)
+                offset = (pixel + j * width + i) * row_stride * ALIGN
+                sample = tl.load(base + offset[:, None], mask=there[:, None] & wanted, other=0.0)
+                total += tap[:, None] * sample.to(WORKING)
+    target = out + rows_before * D + row[:, None] * D + channel
     tl.store(target, total.to(out.dtype.element_ty), mask=live[:, None] & wanted)
 
 
 @triton.jit
 def backward_kernel(
-    value, location, weight, level, grad, grad_value, grad_location, grad_weight, n_rows, queries,
-    batch_stride, row_stride, head_stride, pixels,
-    K: tl.constexpr, M: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
-    WIDE: tl.constexpr, WORKING: tl.constexpr, FOR_VALUE: tl.constexpr, FOR_POINTS: tl.constexpr,
+    value, location, weight, level, grad, grad_value, grad_location, grad_weight, queries, batch_stride, row_stride,
+    head_stride, pixels,
+    K: tl.constexpr, M: tl.constexpr, D: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr, WORKING: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, UNROLL: tl.constexpr,
+    BLOCK_K: tl.constexpr, FOR_VALUE: tl.constexpr, FOR_POINTS: tl.constexpr,
 ):  # fmt: skip
     """Add the gradient of the value of BLOCK_R rows, and store those of their locations and weights."""
-    row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    live = row < n_rows
-    channel = tl.arange(0, BLOCK_D)
-    wanted = (channel < D)[None, :]
-    batch = row // (M * queries)
+    image, row, live = _place(queries, M, BLOCK_R, WIDE)
+    channel = tl.arange(0, BLOCK_D)[None, :]
+    wanted = channel < D
+    rows_before = image * queries * M
+    location += rows_before * (2 * K)
+    weight += rows_before * K
     head = row % M
-    base = value + batch * batch_stride + head * head_stride
-    target = grad_value + (batch * pixels * M + head) * D  # contiguous, whatever the value's strides
-    towards = tl.load(grad + row[:, None] * D + channel[None, :], mask=live[:, None] & wanted, other=0.0).to(WORKING)
-    for k in tl.static_range(K):
-        at = row * K + k
-        x, y, right, down, inside, width, height, start = _point(location, level, at, k, live, WORKING)
-        share = tl.load(weight + at, mask=live, other=0.0).to(WORKING)
+    base = (value + image * batch_stride * ALIGN) + (head * head_stride * ALIGN)[:, None] + channel
+    target = (grad_value + image * pixels * (M * D)) + (head * D)[:, None] + channel  # contiguous, unlike the value
+    source = grad + rows_before * D + row[:, None] * D + channel
+    towards = tl.load(source, mask=live[:, None] & wanted, other=0.0).to(WORKING)
+    # Gradients of all points of a row are kept, and stored at the end as whole lines of memory.
+    point = tl.arange(0, BLOCK_K)[None, :]
+    of_weight = tl.zeros([BLOCK_R, BLOCK_K], WORKING)
+    of_x = tl.zeros([BLOCK_R, BLOCK_K], WORKING)
+    of_y = tl.zeros([BLOCK_R, BLOCK_K], WORKING)
+    for k in tl.range(K, loop_unroll_factor=UNROLL):
+        share, across, down, pixel, width, height, left, right, upper, lower = _point(
+            location, weight, level, row * K + k, k, live, WORKING, WIDE
+        )
         by_weight = tl.zeros([BLOCK_R], WORKING)
         by_x = tl.zeros([BLOCK_R], WORKING)
         by_y = tl.zeros([BLOCK_R], WORKING)
         for j in tl.static_range(2):
             for i in tl.static_range(2):
-                across = right if i else 1 - right
-                along = down if j else 1 - down
+                there = (right if i else left) & (lower if j else upper)
+                of_column = across if i else 1 - across
+                of_line = down if j else 1 - down
+                corner = pixel + j * width + i
                 if FOR_POINTS:
-                    offset, there = _corner(x + i, y + j, inside, width, height, start, row_stride, WIDE)
-                    mask = there[:, None] & wanted
-                    pixel = tl.load((base + offset)[:, None] + channel[None, :], mask=mask, other=0.0)
-                    agreement = tl.sum(pixel.to(WORKING) * towards, axis=1)
-                    by_weight += agreement * across * along
-                    by_x += agreement * along * (1 if i else -1)
-                    by_y += agreement * across * (1 if j else -1)
+                    offset = corner * row_stride * ALIGN
+                    sample = tl.load(base + offset[:, None], mask=there[:, None] & wanted, other=0.0)
+                    agreement = tl.sum(sample.to(WORKING) * towards, axis=1)
+                    by_weight += agreement * of_column * of_line
+                    by_x += agreement * of_line * (1 if i else -1)
+                    by_y += agreement * of_column * (1 if j else -1)
                 if FOR_VALUE:
-                    offset, there = _corner(x + i, y + j, inside, width, height, start, M * D, WIDE)
-                    there = there & (share != 0)
-                    # Whole rows of at least four channels under one mask: the hardware adds them as vectors.
-                    tl.atomic_add(
-                        (target + offset)[:, None] + channel[None, :],
-                        (share * across * along)[:, None] * towards,
-                        mask=there[:, None] & wanted,
-                        sem="relaxed",
-                    )
+                    offset = corner * (M * D)
+                    part = (share * of_column * of_line)[:, None] * towards
+                    mask = (there & (share != 0))[:, None] & wanted
+                    tl.atomic_add(target + offset[:, None], part, mask=mask, sem="relaxed")
         if FOR_POINTS:
-            kind = grad_location.dtype.element_ty
-            tl.store(grad_weight + at, by_weight.to(grad_weight.dtype.element_ty), mask=live)
-            tl.store(grad_location + 2 * at, (by_x * share * width.to(WORKING)).to(kind), mask=live)
-            tl.store(grad_location + 2 * at + 1, (by_y * share * height.to(WORKING)).to(kind), mask=live)
+            of_weight = tl.where(point == k, by_weight[:, None], of_weight)
+            of_x = tl.where(point == k, (by_x * share * width.to(WORKING))[:, None], of_x)
+            of_y = tl.where(point == k, (by_y * share * height.to(WORKING))[:, None], of_y)
+    if FOR_POINTS:
+        known = live[:, None] & (point < K)
+        at = row[:, None] * K + point
+        kind = grad_location.dtype.element_ty
+        tl.store(grad_weight + rows_before * K + at, of_weight.to(grad_weight.dtype.element_ty), mask=known)
+        tl.store(grad_location + rows_before * (2 * K) + 2 * at, of_x.to(kind), mask=known)
+        tl.store(grad_location + rows_before * (2 * K) + 2 * at + 1, of_y.to(kind), mask=known)
