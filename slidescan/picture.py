@@ -87,7 +87,8 @@ def detect_image(
     plane = slide.plane(variant.mpp)
     edge = tile_px or variant.input_px
     if max(plane.size_wh) <= edge:
-        width, height = (-(-n // _SIDE_PX) * _SIDE_PX for n in plane.size_wh)
+        # Smaller ones are filled up with white, too: they have fewer places than a detector has queries.
+        width, height = (max(_LEAST_PX, -(-n // _SIDE_PX) * _SIDE_PX) for n in plane.size_wh)
         pixels = slide.read(0, 0, width, height, plane)
         _whole(slide, len(pixels.holes))
         found = variant.detect(pixels.rgb[None], min_score)[0]

@@ -50,7 +50,7 @@ def rt_detr(tmp_path_factory: pytest.TempPathFactory) -> Model:
 def scored_whole(detector: Model, image: NDArray[np.uint8]) -> Detections:
     """What a detector finds on a picture padded with white, without what lies in the padding."""
     height, width = image.shape[:2]
-    padded = np.full((-height % 32 + height, -width % 32 + width, 3), 255, np.uint8)
+    padded = np.full((max(128, -height % 32 + height), max(128, -width % 32 + width), 3), 255, np.uint8)
     padded[:height, :width] = image
     found = detector.detect(padded[None], 1e-3)[0]
     found = found[(found.centers < [width, height]).all(1)]
@@ -64,13 +64,18 @@ def assert_equal(found: Detections, expected: Detections) -> None:
     np.testing.assert_array_equal(found.label, expected.label)
 
 
-@pytest.mark.parametrize(("height", "width"), [(64, 96), (50, 91), (1, 128)])
+@pytest.mark.parametrize(("height", "width"), [(64, 96), (150, 131), (1, 128)])
 def test_a_picture_that_fits_a_tile_is_scored_whole(rt_detr: Model, height: int, width: int) -> None:
-    """It gives what the detector gives on the picture padded to a multiple of 32 px, and nothing beyond its edge."""
+    """It gives what the detector gives on it filled up to a multiple of 32 px, at least 128, and nothing beyond."""
     image = picture(height, width)
-    found = ss.detect_image(image, rt_detr, min_score=1e-3, tile_px=128)
+    found = ss.detect_image(image, rt_detr, min_score=1e-3, tile_px=160)
     assert_equal(found, scored_whole(rt_detr, image))
     assert_equal(found, ss.detect_image(image, rt_detr, min_score=1e-3))
+
+
+def test_a_picture_with_fewer_places_than_queries() -> None:
+    """The smallest pictures are looked at like others: the bundled detector has a hundred queries."""
+    assert len(ss.detect_image(np.full((1, 40, 3), 240, np.uint8), ss.load_detector("mitosis"))) == 0
 
 
 def discs(size_wh: tuple[int, int], n: int) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
