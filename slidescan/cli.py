@@ -36,7 +36,9 @@ app = typer.Typer(
 
 SlideArg = Annotated[Path, typer.Argument(help="Whole-slide image: SVS, OME-TIFF, NDPI, DICOM, OME-Zarr, …")]
 MppOpt = Annotated[float | None, typer.Option(help="µm/px of level 0, overriding the file's own.")]
-ModelOpt = Annotated[str, typer.Option("--model", "-m", help="Detector: `mitosis`, a directory, or a Hugging Face id.")]
+ModelOpt = Annotated[
+    str, typer.Option("--model", "-m", help="Detector: `mitosis`, a directory, a Hugging Face id, or ultralytics:DIR.")
+]
 ConfigOpt = Annotated[Path | None, typer.Option("--config", "-c", help="YAML with settings; see configs/default.yaml.")]
 SetOpt = Annotated[list[str] | None, typer.Option("--set", help="One setting, as section.key=value; repeatable.")]
 CoarseOpt = Annotated[bool, typer.Option("--allow-coarse", help="Scan a slide coarser than the detector's training.")]

@@ -1,7 +1,8 @@
 """The model directory: what transformers reads, and the card that says what a scan must know.
 
 Hides file names and checks. A directory holds ``config.json`` and ``model.safetensors`` (transformers' own; pickles are
-never opened) and ``slidescan.json``, the card. Importing this module does not import torch.
+never opened) and ``slidescan.json``, the card; `slidescan.detect.yolo` says what another library's holds. Importing
+this module does not import torch.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from slidescan.errors import ModelError
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["MODEL_FILES", "Card", "Colours", "digest", "read_card", "read_json", "write_model"]
+__all__ = ["MODEL_FILES", "Card", "Colours", "digest", "read_card", "read_json", "write_card", "write_model"]
 
 MODEL_FILES = ("config.json", "model.safetensors", "slidescan.json", "preprocessor_config.json")
 _PHOTO_PX = 640  # edge of the images most DETR-type models are trained on, where nothing says so
@@ -101,10 +102,10 @@ class Colours:
         return cls(scale, mean, spread)
 
 
-def digest(path: Path) -> str:
-    """Return the SHA-256 over configuration, weights and card of a model directory."""
+def digest(path: Path, names: tuple[str, ...] = MODEL_FILES) -> str:
+    """Return the SHA-256 over the files of a model directory: configuration, weights and card."""
     whole = hashlib.sha256()
-    for name in MODEL_FILES:
+    for name in names:
         file = path / name
         if file.is_file():
             content = hashlib.sha256(file.read_bytes()).hexdigest()
@@ -193,5 +194,10 @@ def write_model(network: nn.Module, card: Card, directory: Path) -> None:
 
     directory.mkdir(parents=True, exist_ok=True)
     save_network(network, directory)
+    write_card(card, directory)
+
+
+def write_card(card: Card, directory: Path) -> None:
+    """Write ``slidescan.json``."""
     text = json.dumps(asdict(card), indent=1)
     (directory / "slidescan.json").write_text(text + "\n", encoding="utf-8")

@@ -1,7 +1,8 @@
-"""A transformers detector in memory: tiles in, boxes in tile px out.
+"""A detector in memory: tiles in, boxes in tile px out.
 
-Hides preprocessing, precision, anchors and post-processing of every object-detection model of transformers that needs
-nothing but an image. transformers' image processors are not used: they would squash each tile to the size of a photo.
+`Network` is what all have in common: batches, checks, the edge of the tile. `Detr` hides preprocessing, precision,
+anchors and post-processing of every object-detection model of transformers that needs nothing but an image.
+transformers' image processors are not used: they would squash each tile to the size of a photo.
 Only what they say of colours is: scale, mean and spread. Invariants:
 
 - Batches have one fixed size a device, padded, so a tile's result does not depend on its neighbours.
@@ -15,7 +16,7 @@ Only what they say of colours is: scale, mean and spread. Invariants:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
@@ -34,6 +35,8 @@ from slidescan.errors import ModelError
 from slidescan.ops import accelerate
 
 __all__ = [
+    "Detr",
+    "Forward",
     "Network",
     "Precision",
     "channels_last",
@@ -45,6 +48,8 @@ __all__ = [
 ]
 
 Precision = Literal["fp32", "bf16"]
+# From tiles of uint8 (B, H, W, 3) to score (B, Q), label (B, Q) and x0, y0, x1, y1 (B, Q, 4) in tile px, best first.
+Forward = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
 
 # Coarsest stride of the models here, px; tiles must be a multiple, or levels would not line up.
 STRIDE_PX = 32
@@ -60,6 +65,61 @@ _GPU_BATCH = 8
 
 
 class Network:
+    """What a network finds on tiles, whatever it is.
+
+    Parameters
+    ----------
+    forward : Forward
+        The network, ready on its device.
+    name : str
+        For errors.
+    device : str
+    """
+
+    def __init__(self, forward: Forward, *, name: str, device: str) -> None:
+        self._forward, self._name, self._device = forward, name, torch.device(device)
+        self._batch = 1 if self._device.type == "cpu" else _GPU_BATCH
+
+    def detect(self, tiles: NDArray[np.uint8], min_score: float) -> list[Detections]:
+        """Score tiles (B, H, W, 3); return one table a tile in tile px, best first, scores >= `min_score`.
+
+        Raises
+        ------
+        ModelError
+            If H or W is no multiple of 32 px, or the network's output is not finite.
+        """
+        if tiles.ndim != 4 or tiles.shape[3] != 3 or tiles.dtype != np.uint8:
+            raise ModelError(
+                f"{self._name}: expected tiles of uint8 with shape (B, H, W, 3), got {tiles.dtype} {tiles.shape}"
+            )
+        height, width = tiles.shape[1:3]
+        if height % STRIDE_PX or width % STRIDE_PX or not height or not width:
+            raise ModelError(
+                f"{self._name}: expected tiles whose sides are a multiple of {STRIDE_PX} px, got {width} x {height}; "
+                "pad the tiles or choose another tile size"
+            )
+        found: list[Detections] = []
+        for start in range(0, len(tiles), self._batch):
+            chunk = tiles[start : start + self._batch]
+            # A copy: torch takes neither read-only nor mirrored arrays.
+            pixels = torch.from_numpy(np.array(chunk)).to(self._device)
+            if len(chunk) < self._batch:
+                pixels = torch.cat((pixels, pixels.new_zeros((self._batch - len(chunk), *pixels.shape[1:]))))
+            with torch.inference_mode():
+                scores, labels, boxes = self._forward(pixels)
+                boxes = boxes.clamp(min=0).minimum(boxes.new_tensor([width, height] * 2))
+                if not (torch.isfinite(scores).all() and torch.isfinite(boxes).all()):
+                    raise ModelError(
+                        f"{self._name}: the network returned NaN; its weights are damaged or too large for fp16"
+                    )
+            score, label, xyxy = (part.cpu().numpy() for part in (scores, labels, boxes))
+            for i in range(len(chunk)):
+                keep = score[i] >= min_score
+                found.append(Detections.build(xyxy[i][keep], score[i][keep], label[i][keep]))
+        return found
+
+
+class Detr:
     """A transformers object-detection model made ready for tiles.
 
     Parameters
@@ -90,97 +150,53 @@ class Network:
         offset: float = 0.0,
         colours: Colours | None = None,
     ) -> None:
-        self._name, self._device = name, torch.device(device)
-        self._temperature, self._offset = temperature, offset
+        self._name, self._temperature, self._offset = name, temperature, offset
         model = model.eval()
         kind = getattr(model.config, "model_type", "")
         self._softmax, self._square = kind in _SOFTMAX, kind in _SQUARE
         self._window = _window_px(model.config)
-        if precision == "bf16" and kind not in _BF16:
-            raise ModelError(f"{name}: expected precision fp32 for a model of type {kind}, got bf16")
         with suppress(ModelError):  # DETR and YOLOS attend to everything: there is nothing to replace
             accelerate(model)
         _fuse(model)
         colours = colours or Colours()
-        self._mean, self._spread = (
-            torch.tensor(c, device=self._device)[:, None, None] for c in colours.mean_and_spread
-        )
+        self._mean, self._spread = (torch.tensor(c, device=device)[:, None, None] for c in colours.mean_and_spread)
         if anchor_px is not None:
             set_anchors(model, anchor_px)
         if precision == "bf16":
-            lower_precision(model, self._device.type)
-        self._model: Any = channels_last(model.to(self._device))
-        self._batch = 1 if self._device.type == "cpu" else _GPU_BATCH
+            lower_precision(model, torch.device(device).type)
+        self._model: Any = channels_last(model.to(device))
 
-    def detect(self, tiles: NDArray[np.uint8], min_score: float) -> list[Detections]:
-        """Score tiles (B, H, W, 3); return one table a tile in tile px, best first, scores >= `min_score`.
-
-        Raises
-        ------
-        ModelError
-            If H or W is no multiple of 32 px, or the network's output is not finite.
-        """
-        if tiles.ndim != 4 or tiles.shape[3] != 3 or tiles.dtype != np.uint8:
-            raise ModelError(
-                f"{self._name}: expected tiles of uint8 with shape (B, H, W, 3), got {tiles.dtype} {tiles.shape}"
-            )
-        height, width = tiles.shape[1:3]
-        if height % STRIDE_PX or width % STRIDE_PX or not height or not width:
-            raise ModelError(
-                f"{self._name}: expected tiles whose sides are a multiple of {STRIDE_PX} px, got {width} x {height}; "
-                "pad the tiles or choose another tile size"
-            )
-        found: list[Detections] = []
-        for start in range(0, len(tiles), self._batch):
-            chunk = tiles[start : start + self._batch]
-            # A copy: torch takes neither read-only nor mirrored arrays.
-            pixels = torch.from_numpy(np.array(chunk)).to(self._device)
-            if len(chunk) < self._batch:
-                pixels = torch.cat((pixels, pixels.new_zeros((self._batch - len(chunk), *pixels.shape[1:]))))
-            score, label, xyxy = self._forward(pixels)
-            for i in range(len(chunk)):
-                keep = score[i] >= min_score
-                found.append(Detections.build(xyxy[i][keep], score[i][keep], label[i][keep]))
-        return found
-
-    def _forward(self, tiles: Tensor) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+    def __call__(self, tiles: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return score (B, Q), label (B, Q) and box (B, Q, 4) in px, best first."""
         tile_wh = tiles.shape[2], tiles.shape[1]
         width, height = self._padded(*tile_wh)
-        with torch.inference_mode():
-            # (B, H, W, 3) permuted is channels_last already: no copy but the conversion to float.
-            pixels = tiles.permute(0, 3, 1, 2).float().sub_(self._mean).div_(self._spread)
-            if (width, height) != tile_wh:
-                pixels = nn.functional.pad(pixels, (0, width - tile_wh[0], 0, height - tile_wh[1]))
-            out = self._model(pixel_values=pixels)
-            boxes = getattr(out, "pred_boxes", None)
-            if boxes is None or boxes.shape[-1] != 4:
-                raise ModelError(
-                    f"{self._name}: expected a network that returns logits and pred_boxes of four numbers, got "
-                    f"{', '.join(out)}; choose another kind of model"
-                )
-            logits, cxcywh = out.logits.float(), boxes.float()
-            if self._softmax:
-                # A query speaks for its best class; the last one is "nothing".
-                share, best = logits.softmax(-1)[..., :-1].max(-1)
-                score, query = share.sort(descending=True, stable=True)
-                label = best.gather(1, query)
-            else:
-                # A query may speak for several classes; the best Q pairs of query and class are the answer.
-                queries, classes = logits.shape[1:]
-                chance = (logits / self._temperature + self._offset).sigmoid().flatten(1)
-                score, pair = (part[:, :queries] for part in chance.sort(descending=True, stable=True))
-                query, label = pair // classes, pair % classes
-            box = cxcywh.gather(1, query[..., None].expand(*query.shape, 4))
-            half = box[..., 2:] / 2
-            size = box.new_tensor([width, height])
-            xyxy = torch.cat(((box[..., :2] - half) * size, (box[..., :2] + half) * size), -1)
-            xyxy = xyxy.clamp(min=0).minimum(size.new_tensor(tile_wh).repeat(2))
-            if not (torch.isfinite(score).all() and torch.isfinite(xyxy).all()):
-                raise ModelError(
-                    f"{self._name}: the network returned NaN; its weights are damaged or too large for fp16"
-                )
-        return score.cpu().numpy(), label.cpu().numpy(), xyxy.cpu().numpy()
+        # (B, H, W, 3) permuted is channels_last already: no copy but the conversion to float.
+        pixels = tiles.permute(0, 3, 1, 2).float().sub_(self._mean).div_(self._spread)
+        if (width, height) != tile_wh:
+            pixels = nn.functional.pad(pixels, (0, width - tile_wh[0], 0, height - tile_wh[1]))
+        out = self._model(pixel_values=pixels)
+        boxes = getattr(out, "pred_boxes", None)
+        if boxes is None or boxes.shape[-1] != 4:
+            raise ModelError(
+                f"{self._name}: expected a network that returns logits and pred_boxes of four numbers, got "
+                f"{', '.join(out)}; choose another kind of model"
+            )
+        logits, cxcywh = out.logits.float(), boxes.float()
+        if self._softmax:
+            # A query speaks for its best class; the last one is "nothing".
+            share, best = logits.softmax(-1)[..., :-1].max(-1)
+            score, query = share.sort(descending=True, stable=True)
+            label = best.gather(1, query)
+        else:
+            # A query may speak for several classes; the best Q pairs of query and class are the answer.
+            queries, classes = logits.shape[1:]
+            chance = (logits / self._temperature + self._offset).sigmoid().flatten(1)
+            score, pair = (part[:, :queries] for part in chance.sort(descending=True, stable=True))
+            query, label = pair // classes, pair % classes
+        box = cxcywh.gather(1, query[..., None].expand(*query.shape, 4))
+        half = box[..., 2:] / 2
+        size = box.new_tensor([width, height])
+        return score, label, torch.cat(((box[..., :2] - half) * size, (box[..., :2] + half) * size), -1)
 
     def _padded(self, width: int, height: int) -> tuple[int, int]:
         """Return the size the network is given: whole windows, the rest filled at the right and the bottom."""
@@ -248,7 +264,7 @@ def resolve(name: str, kind: str, device: str | None, precision: str) -> tuple[s
     Raises
     ------
     ModelError
-        If the device is not there.
+        If the device is not there, or such a model cannot run in bf16.
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -256,6 +272,8 @@ def resolve(name: str, kind: str, device: str | None, precision: str) -> tuple[s
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as exc:  # AssertionError: torch built without CUDA
         raise ModelError(f"{name}: expected a device of this machine, got {device}; use cpu") from exc
+    if precision == "bf16" and kind not in _BF16:
+        raise ModelError(f"{name}: expected precision fp32 for a model of type {kind}, got bf16")
     if precision == "auto":
         return device, "bf16" if torch.device(device).type == "cuda" and kind in _BF16 else "fp32"
     return device, "bf16" if precision == "bf16" else "fp32"

@@ -1,0 +1,301 @@
+"""A detector of one resolution, and a family of such: light until the first tile, then a network in memory.
+
+Hides the card, the choice of a variant and the cache of networks. `Model` is a directory of transformers; what another
+library's directory holds is a subclass that reads the configuration and loads the network, and nothing else.
+
+Invariants: a detector is light (card and digest) until its first tile; it pickles as path, device and precision; a
+process holds each network once, whatever the number of detectors and threads.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from slidescan.detect.card import MODEL_FILES, Card, Colours, digest, read_card, read_json
+from slidescan.detections import Detections
+from slidescan.errors import ModelError, ResolutionError
+
+if TYPE_CHECKING:
+    from slidescan.detect.network import Forward, Network
+
+__all__ = ["Family", "Model", "Precision"]
+
+Precision = Literal["auto", "fp32", "bf16"]
+
+# A slide this many times coarser than a variant still shows what the variant looks for: training varies scale as much.
+_COARSER = 1.25
+
+_networks: dict[tuple[str, str, str], Network] = {}
+_loading = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Model:
+    """A detector of one resolution.
+
+    Parameters
+    ----------
+    path : Path
+        The model directory.
+    device : str, optional
+        Such as ``cpu`` or ``cuda:1``; None takes a GPU if there is one.
+    precision : {"auto", "fp32", "bf16"}
+        Of the convolutions; boxes are computed in float32 always.
+    card_mpp : float, optional
+        µm/px of a model without a card.
+    """
+
+    path: Path
+    device: str | None = None
+    precision: Precision = "auto"
+    card_mpp: float | None = None
+    files: ClassVar[tuple[str, ...]] = MODEL_FILES
+    """What its identity depends on; a directory that holds the first is a model."""
+    _config: dict[str, Any] = field(init=False, repr=False, compare=False)
+    _card: Card = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        config = self._read_config()
+        object.__setattr__(self, "_config", config)
+        object.__setattr__(self, "_card", read_card(self.path, config, self.card_mpp))
+
+    def _read_config(self) -> dict[str, Any]:
+        """Return what config.json says of the network, once it is sure that it can serve."""
+        config = read_json(self.path / "config.json")
+        kinds = [str(kind) for kind in config.get("architectures") or ()]
+        if not any(kind.endswith("ForObjectDetection") for kind in kinds):
+            raise ModelError(
+                f"{self.path.name}: expected an object-detection model of transformers in config.json, found "
+                f"architectures {', '.join(kinds) or 'not named'}"
+            )
+        if "text_config" in config:
+            raise ModelError(
+                f"{self.path.name}: expected a model that needs nothing but an image, found one of type "
+                f"{config.get('model_type')}, which needs a text prompt, too; choose one without text_config in "
+                "config.json"
+            )
+        if not (self.path / "model.safetensors").is_file():
+            raise ModelError(
+                f"{self.path.name}: expected model.safetensors beside config.json, found none; pickled weights are not "
+                "read, convert them with safetensors"
+            )
+        return config
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle as what is needed to load it again, never weights."""
+        return type(self), (self.path, self.device, self.precision, self.card_mpp)
+
+    @property
+    def name(self) -> str:
+        """Short name for people and file metadata."""
+        return self._card.name
+
+    @cached_property
+    def sha256(self) -> str:
+        """Digest over configuration, weights and card."""
+        return digest(self.path, self.files)
+
+    @property
+    def classes(self) -> Sequence[str]:
+        """Class names, indexed by label."""
+        return self._card.classes
+
+    @property
+    def mpp(self) -> float:
+        """µm/px it was trained at."""
+        return self._card.mpp
+
+    @property
+    def input_px(self) -> int:
+        """Best tile edge in px at `mpp`."""
+        return self._card.input_px
+
+    @property
+    def object_um(self) -> float:
+        """Edge of the largest object it reports, µm."""
+        return self._card.object_um
+
+    @property
+    def max_per_tile(self) -> int:
+        """Most detections one tile can return."""
+        counts = [self._config.get(key) for key in ("num_queries", "num_detection_tokens")]  # tokens: YOLOS
+        return next((int(count) for count in counts if count), 300)  # 300: transformers' default in most families
+
+    @property
+    def runs_on(self) -> str:
+        """Device and precision it computes in on this machine, such as ``cpu, fp32``; asking imports torch."""
+        return ", ".join(self._resolved())
+
+    @property
+    def color(self) -> Literal["raw", "srgb"]:
+        """The colours it was trained on."""
+        return self._card.color
+
+    @property
+    def threshold(self) -> float:
+        """Operating score."""
+        return self._card.threshold
+
+    def at(self, slide_mpp: float, *, allow_coarse: bool = False) -> Model:
+        """Return itself, if it can read a slide of `slide_mpp`.
+
+        Raises
+        ------
+        ResolutionError
+            If the slide is more than 1.25 times coarser than the model, unless `allow_coarse`.
+        """
+        return _choose((self,), self.name, slide_mpp, allow_coarse)
+
+    def detect(self, tiles: NDArray[np.uint8], min_score: float) -> list[Detections]:
+        """Score tiles (B, H, W, 3) RGB at `mpp`; the first call in a process loads the weights.
+
+        Parameters
+        ----------
+        tiles : ndarray of uint8, shape (B, H, W, 3)
+            H and W any multiple of 32 px.
+        min_score : float
+            In [0, 1].
+
+        Returns
+        -------
+        list of Detections
+            One a tile, in tile px, best first.
+
+        Raises
+        ------
+        ModelError
+            If the weights cannot be loaded or the tiles have another shape.
+        """
+        return self._network().detect(tiles, min_score)
+
+    def _resolved(self) -> tuple[str, Literal["fp32", "bf16"]]:
+        """Return the device and precision it computes in on this machine."""
+        from slidescan.detect.network import resolve
+
+        return resolve(self.name, str(self._config.get("model_type")), self.device, self.precision)
+
+    def _network(self) -> Network:
+        """Return the network in memory, loaded once a process."""
+        from slidescan.detect.network import Network
+
+        device, precision = self._resolved()
+        key = self.sha256, device, precision
+        with _loading:
+            if key not in _networks:
+                _networks[key] = Network(self._load(device, precision), name=self.name, device=device)
+            return _networks[key]
+
+    def _load(self, device: str, precision: Literal["fp32", "bf16"]) -> Forward:
+        """Load the weights and make them ready for tiles."""
+        from slidescan.detect.network import Detr, load_network
+
+        return Detr(
+            load_network(self.path),
+            name=self.name,
+            device=device,
+            precision=precision,
+            anchor_px=self._card.anchor_px,
+            temperature=self._card.temperature,
+            offset=self._card.offset,
+            colours=Colours.read(self.path),
+        )
+
+
+@dataclass(frozen=True)
+class Family:
+    """A detector in variants for several resolutions; where one is needed it is its finest.
+
+    Parameters
+    ----------
+    title : str
+    variants : tuple of Model
+        Finest first.
+    """
+
+    title: str
+    variants: tuple[Model, ...]
+
+    @property
+    def name(self) -> str:
+        """Name of the finest variant."""
+        return self.variants[0].name
+
+    @property
+    def sha256(self) -> str:
+        """Digest of the finest variant."""
+        return self.variants[0].sha256
+
+    @property
+    def classes(self) -> Sequence[str]:
+        """Class names, indexed by label."""
+        return self.variants[0].classes
+
+    @property
+    def mpp(self) -> float:
+        """µm/px of the finest variant."""
+        return self.variants[0].mpp
+
+    @property
+    def input_px(self) -> int:
+        """Best tile edge of the finest variant."""
+        return self.variants[0].input_px
+
+    @property
+    def object_um(self) -> float:
+        """Edge of the largest object it reports, µm."""
+        return self.variants[0].object_um
+
+    @property
+    def max_per_tile(self) -> int:
+        """Most detections one tile can return."""
+        return self.variants[0].max_per_tile
+
+    @property
+    def runs_on(self) -> str:
+        """Device and precision it computes in on this machine."""
+        return self.variants[0].runs_on
+
+    @property
+    def color(self) -> Literal["raw", "srgb"]:
+        """The colours it was trained on."""
+        return self.variants[0].color
+
+    @property
+    def threshold(self) -> float:
+        """Operating score of the finest variant."""
+        return self.variants[0].threshold
+
+    def at(self, slide_mpp: float, *, allow_coarse: bool = False) -> Model:
+        """Return the finest variant for a slide of `slide_mpp`; the slide may be 1.25 times coarser than the variant.
+
+        Raises
+        ------
+        ResolutionError
+            If the slide is too coarse for every variant, unless `allow_coarse`.
+        """
+        return _choose(self.variants, self.title, slide_mpp, allow_coarse)
+
+    def detect(self, tiles: NDArray[np.uint8], min_score: float) -> list[Detections]:
+        """Score tiles with the finest variant."""
+        return self.variants[0].detect(tiles, min_score)
+
+
+def _choose(variants: Sequence[Model], title: str, slide_mpp: float, allow_coarse: bool) -> Model:
+    for variant in variants:
+        if slide_mpp <= variant.mpp * _COARSER:
+            return variant
+    coarsest = variants[-1]
+    if allow_coarse:
+        return coarsest
+    raise ResolutionError(
+        f"{title}: expected a slide of at most {coarsest.mpp * _COARSER:.3g} µm/px (the model was trained at "
+        f"{coarsest.mpp:g}), got {slide_mpp:.4g}; scan it all the same with --allow-coarse"
+    )
