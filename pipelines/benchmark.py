@@ -3,6 +3,7 @@
 python pipelines/benchmark.py stitch      1,000,000 boxes on one core
 python pipelines/benchmark.py memory      peak memory on a 20,000² and a 60,000² slide
 python pipelines/benchmark.py ops         deformable attention against transformers' own, and others on a GPU
+python pipelines/benchmark.py models      whole detectors, accelerated or not
 python pipelines/benchmark.py grid        the same slide under shifted tile grids, bundled detector
 python pipelines/benchmark.py             all of these; --smoke for tiny sizes
 python pipelines/benchmark.py tune        write the launch shapes of the kernels that are best on this GPU
@@ -22,7 +23,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from benchmark_ops import bench_ops, tune
+from benchmark_models import bench_models
+from benchmark_ops import bench_ops
+from benchmark_tune import tune
 from scipy.spatial import cKDTree
 
 import slidescan as ss
@@ -120,6 +123,7 @@ BENCHES: dict[str, Callable[[bool], str]] = {
     "stitch": bench_stitch,
     "memory": bench_memory,
     "ops": bench_ops,
+    "models": bench_models,
     "grid": bench_grid,
     "tune": tune,
 }

@@ -1,38 +1,40 @@
 """The op against what people use now; ``python pipelines/benchmark.py ops`` prints the table.
 
-Contenders: transformers' own form, the same compiled, and the CUDA kernel of 2020 where torch-ms-deform-attn is
-installed. They take turns on the same inputs, three sets of them, so that a busy moment hits all; on a GPU the
-second-level cache is emptied before each call. Medians.
+Contenders: transformers' own form, the same compiled, and where they are installed the CUDA kernel of 2020
+(torch-ms-deform-attn) and DCNv4's FlashDeformAttn. They take turns on the same inputs, three sets of them, so that a
+busy moment hits all. Medians. On a GPU the second-level cache is emptied before each call, and as that takes longer
+than launching a call, what is timed is the GPU alone. The error is the largest one against float64, as a share of the
+largest result: who computes something else is seen there.
 """
 
 from __future__ import annotations
 
 import importlib
-import itertools
-import json
 import platform
 import statistics
 import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from slidescan.ops import deform_attn
+from slidescan.ops import deform_attn, reference
 
-__all__ = ["bench_ops", "tune"]
+__all__ = ["POINTS", "RT_DETR", "Case", "bench_ops", "timed", "where"]
 
-_HEADS, _DEPTH, _POINTS = 8, 32, 4
-_INPUT_SETS = 3
-_CACHE_BYTES = 256 << 20  # written between calls; the second-level cache of an H200 holds 50 MB
-_L2_BYTES_PER_S = 5.5e12  # from cache to cores on an H200: the floor of a gather (assumed, not measured)
-_RT_DETR = [(80, 80), (40, 40), (20, 20)]  # 640 px at strides 8, 16, 32
+_HEADS, _DEPTH = 8, 32
+POINTS = 4  # on each level
+RT_DETR = [(80, 80), (40, 40), (20, 20)]  # 640 px at strides 8, 16, 32
 _DEFORMABLE_DETR = [(100, 134), (50, 67), (25, 34), (13, 17)]  # 800 x 1066 px, four levels
+_INPUT_SETS = 3
+_CACHE_BYTES = 256 << 20  # written between calls; the second-level cache of an H200 holds 60 MB
+_HEAD_START = 6  # times it is written: about half a millisecond, in which the host launches all that a call launches
+_L2_BYTES_PER_S = 5.5e12  # from cache to cores on an H200: the floor of a gather (assumed, not measured)
 
 Inputs = tuple[Tensor, Tensor, Tensor]
 Op = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -48,6 +50,11 @@ class Case:
     queries: int | None
     dtype: torch.dtype
 
+    @property
+    def points(self) -> list[int]:
+        """Points of each level."""
+        return [POINTS] * len(self.shapes)
+
     def inputs(self, seed: int, device: str) -> Inputs:
         """Return value, locations around random reference points, and softmaxed weights."""
         rng = torch.Generator().manual_seed(seed)
@@ -56,8 +63,8 @@ class Case:
         rows = self.batch, queries, _HEADS
         value = torch.randn(self.batch, length, _HEADS, _DEPTH, generator=rng)
         near = torch.rand(self.batch, queries, 1, 1, 2, generator=rng)
-        locations = near + 0.05 * torch.randn(*rows, len(self.shapes) * _POINTS, 2, generator=rng)
-        weights = torch.randn(*rows, len(self.shapes) * _POINTS, generator=rng).softmax(-1)
+        locations = near + 0.05 * torch.randn(*rows, sum(self.points), 2, generator=rng)
+        weights = torch.randn(*rows, sum(self.points), generator=rng).softmax(-1)
         # Locations stay float32 for us; the others convert as they need.
         return value.to(device, self.dtype), locations.to(device), weights.to(device, self.dtype)
 
@@ -70,71 +77,49 @@ def bench_ops(smoke: bool) -> str:
         cases = [Case("tiny", 1, [(4, 4), (2, 2)], 5, f32)]
     elif cuda:
         cases = [
-            Case("RT-DETR decoder, B32", 32, _RT_DETR, 300, f32),
-            Case("RT-DETR decoder, B32", 32, _RT_DETR, 300, bf16),
+            Case("RT-DETR decoder, B32", 32, RT_DETR, 300, f32),
+            Case("RT-DETR decoder, B32", 32, RT_DETR, 300, bf16),
             Case("Deformable-DETR encoder, B2", 2, _DEFORMABLE_DETR, None, f32),
             Case("Deformable-DETR encoder, B2", 2, _DEFORMABLE_DETR, None, bf16),
         ]
     else:
         cases = [
-            Case("RT-DETR decoder, B1", 1, _RT_DETR, 300, f32),
-            Case("RT-DETR decoder, B4", 4, _RT_DETR, 300, f32),
-            Case("encoder, B1, Q = S = 8400", 1, _RT_DETR, None, f32),
+            Case("RT-DETR decoder, B1", 1, RT_DETR, 300, f32),
+            Case("RT-DETR decoder, B4", 4, RT_DETR, 300, f32),
+            Case("encoder, B1, Q = S = 8400", 1, RT_DETR, None, f32),
         ]
-    lines = [f"ops: {_where()}", "| case | what | forward | forward + backward |", "|---|---|---|---|"]
+    print(f"ops: {where()}")
+    columns = ["case", "what", "error", "forward", "forward + backward"]
+    if cuda:
+        columns += ["extra memory", "of the L2 floor"]
+    print("|", " | ".join(columns), "|")
+    print("|", " | ".join("---" for _ in columns), "|", flush=True)
     for case in cases:
-        lines += _rows(case, "cuda" if cuda else "cpu", rounds=1 if smoke else 15)
-    return "\n".join(lines)
+        for cells in _rows(case, "cuda" if cuda else "cpu", rounds=1 if smoke else 15):
+            print("|", " | ".join(cells[: len(columns)]), "|", flush=True)
+    return "ops: ratios are theirs to ours; " + ("of the time on the GPU alone" if cuda else "of wall time")
 
 
-def tune(smoke: bool) -> str:
-    """Time each launch shape of both kernels on this GPU and write the best into the table that the package ships."""
-    if not torch.cuda.is_available():
-        return "tune: needs a GPU; the table stays as it is"
-    from slidescan.ops import fused
-
-    table = fused.launch_table()
-    table.clear()
-    for dtype in (torch.bfloat16, torch.float32):
-        case = Case("RT-DETR decoder, B32", 2 if smoke else 32, _RT_DETR, 300, dtype)
-        for depth in (16, 32, 64):
-            value, locations, weights = case.inputs(0, "cuda")
-            value = value[..., :1].expand(*value.shape[:3], depth).contiguous()
-            inputs = value, case.shapes, locations, weights, [_POINTS] * len(case.shapes)
-            grad = fused.fused(*inputs)
-            calls: dict[str, Callable[[], object]] = {
-                "forward": partial(fused.fused, *inputs),
-                "backward": partial(fused.fused_backward, grad, *inputs, (True, True)),
-            }
-            for direction, call in calls.items():
-                key = f"{direction} D{depth} {dtype.itemsize}B"
-                times: dict[tuple[int, int], float] = {}
-                for shape in itertools.product((8, 16, 32, 64, 128), (1, 2, 4, 8)):  # rows, warps
-                    table[key] = shape
-                    times[shape] = statistics.median(_time(call, "cuda") for _ in range(2 if smoke else 12))
-                table[key] = min(times, key=lambda shape: times[shape])
-    if not smoke:
-        told = {"measured on": torch.cuda.get_device_name(), "made by": "python pipelines/benchmark.py tune"}
-        fused.TABLE.write_text(json.dumps({**told, "rows and warps": table}, indent=1) + "\n", encoding="utf-8")
-    return f"tune: {len(table)} launch shapes chosen"
-
-
-def _rows(case: Case, device: str, rounds: int) -> list[str]:
+def _rows(case: Case, device: str, rounds: int) -> list[list[str]]:
     contenders = _contenders(case, device)
     sets = [case.inputs(seed, device) for seed in range(_INPUT_SETS)]
+    exact = reference(*_as_double(sets[0], case))
     forward: dict[str, list[float]] = {name: [] for name in contenders}
     both: dict[str, list[float]] = {name: [] for name in contenders}
-    memory = {}
+    error, memory = {}, {}
+    for name, op in contenders.items():
+        with torch.no_grad():
+            error[name] = float((op(*sets[0]).double() - exact).abs().max() / exact.abs().max())
     for round_ in range(rounds + 1):  # the first one compiles and fills caches
         for name, op in contenders.items():
             inputs = sets[round_ % _INPUT_SETS]
             with torch.no_grad():
-                seconds = _time(partial(op, *inputs), device)
+                seconds = timed(partial(op, *inputs), device)
             leaves = [tensor.detach().requires_grad_() for tensor in inputs]
             if device == "cuda":
                 torch.cuda.reset_peak_memory_stats()
                 before = torch.cuda.memory_allocated()
-            train = _time(partial(_train, op, *leaves), device)
+            train = timed(partial(_train, op, *leaves), device)
             if device == "cuda":
                 memory[name] = torch.cuda.max_memory_allocated() - before
             if round_:
@@ -148,13 +133,24 @@ def _rows(case: Case, device: str, rounds: int) -> list[str]:
             f"{t / o:.2f}x" if device == "cpu" else f"{t * 1e6:.0f} µs ({t / o:.2f}x)"
             for t, o in zip(theirs, ours, strict=True)
         ]
-        label = name
-        if device == "cuda":
-            label += f", {memory[name] / 2**20:.0f} MiB"
-            if name == "slidescan":
-                label += f", {_floor_s(case) / ours[0]:.0%} of the L2 floor"
-        rows.append(f"| {case.name}, {str(case.dtype).removeprefix('torch.')} | {label} | {cells[0]} | {cells[1]} |")
+        kind = str(case.dtype).removeprefix("torch.")
+        share = f"{_floor_s(case) / theirs[0]:.0%}"
+        rows.append(
+            [
+                f"{case.name}, {kind}",
+                name,
+                f"{error[name]:.0e}",
+                *cells,
+                f"{memory.get(name, 0) / 2**20:.0f} MiB",
+                share,
+            ]
+        )
     return rows
+
+
+def _as_double(inputs: Inputs, case: Case) -> tuple[Tensor, list[tuple[int, int]], Tensor, Tensor, list[int]]:
+    value, locations, weights = (tensor.double() for tensor in inputs)
+    return value, case.shapes, locations, weights, case.points
 
 
 def _train(op: Op, *leaves: Tensor) -> None:
@@ -164,13 +160,13 @@ def _train(op: Op, *leaves: Tensor) -> None:
 def _contenders(case: Case, device: str) -> dict[str, Op]:
     from transformers.models.rt_detr.modeling_rt_detr import MultiScaleDeformableAttention
 
-    shapes, points = case.shapes, [_POINTS] * len(case.shapes)
+    shapes, points = case.shapes, case.points
     table = torch.tensor(shapes, device=device)
     starts = torch.cat((table.new_zeros(1), table.prod(1).cumsum(0)[:-1]))
     module = MultiScaleDeformableAttention()
 
     def levels(tensor: Tensor) -> Tensor:
-        return tensor.reshape(*tensor.shape[:3], len(shapes), _POINTS, *tensor.shape[4:])
+        return tensor.reshape(*tensor.shape[:3], len(shapes), POINTS, *tensor.shape[4:])
 
     def theirs(value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
         places = levels(locations.to(value.dtype))  # grid_sample takes one dtype
@@ -183,27 +179,55 @@ def _contenders(case: Case, device: str) -> dict[str, Op]:
     if device == "cpu":
         return found
     found["transformers, compiled"] = torch.compile(theirs)
-    try:
-        kernel: Any = importlib.import_module("torch_ms_deform_attn").ms_deform_attn
-    except ImportError:
-        return found
 
-    def packaged(value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
-        return kernel(value, table, starts, levels(locations.to(value.dtype)), levels(weights))  # type: ignore[no-any-return]
+    kernel = _installed("torch_ms_deform_attn")
+    if kernel is not None:
 
-    found["CUDA kernel of 2020 (torch-ms-deform-attn)"] = packaged
+        def packaged(value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
+            places = levels(locations.to(value.dtype))
+            return kernel.ms_deform_attn(value, table, starts, places, levels(weights))  # type: ignore[no-any-return]
+
+        found["CUDA kernel of 2020 (torch-ms-deform-attn)"] = packaged
+
+    flash = _installed("DCNv4.functions.flash_deform_attn_func")
+    if flash is not None:
+
+        def dcnv4(value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
+            # It takes logits after the locations of a head, and 16 bits are float16.
+            kind = torch.float32 if value.dtype == torch.float32 else torch.float16
+            packed = torch.cat((locations.flatten(3), weights.log()), -1).to(kind)
+            out = flash.FlashDeformAttnFunction.apply(value.to(kind), table, starts, packed, 64, POINTS)
+            return out.to(value.dtype)  # type: ignore[no-any-return]
+
+        found["DCNv4 (FlashDeformAttn)"] = dcnv4
     return found
 
 
-def _time(call: Callable[[], object], device: str) -> float:
-    """Return the seconds of one call, with a cold cache on a GPU."""
+@cache
+def _installed(name: str) -> Any:
+    """Return a rival's module, or None, saying why."""
+    try:
+        return importlib.import_module(name)
+    except (ImportError, NotImplementedError, RuntimeError) as exc:  # DCNv4 refuses GPUs it does not know on import
+        print(f"ops: {name.split('.')[0]} is left out: {str(exc) or type(exc).__name__}")
+        return None
+
+
+@cache
+def _scratch() -> Tensor:
+    return torch.empty(_CACHE_BYTES, dtype=torch.uint8, device="cuda")
+
+
+def timed(call: Callable[[], object], device: str) -> float:
+    """Return the seconds of one call; on a GPU with a cold cache, and without those in which it is launched."""
     if device == "cpu":
         started = time.perf_counter()
         call()
         return time.perf_counter() - started
-    torch.empty(_CACHE_BYTES, dtype=torch.uint8, device=device).zero_()
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     torch.cuda.synchronize()
+    for _ in range(_HEAD_START):
+        _scratch().zero_()
     start.record()
     call()
     end.record()
@@ -214,15 +238,17 @@ def _time(call: Callable[[], object], device: str) -> float:
 def _floor_s(case: Case) -> float:
     """Return the least seconds a forward can take: four corners of every point come through the second-level cache."""
     length = sum(height * width for height, width in case.shapes)
-    samples = case.batch * (case.queries or length) * _HEADS * len(case.shapes) * _POINTS
+    samples = case.batch * (case.queries or length) * _HEADS * sum(case.points)
     return samples * 4 * _DEPTH * case.dtype.itemsize / _L2_BYTES_PER_S
 
 
-def _where() -> str:
+def where() -> str:
+    """Return device, threads, versions and commit: what a number means nothing without."""
     root = Path(__file__).resolve().parent
     told = subprocess.run(
         ["git", "-C", root, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
     )
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
     commit = told.stdout.strip() or "unknown"
-    return f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, commit {commit}"
+    versions = f"torch {torch.__version__}, transformers {importlib.import_module('transformers').__version__}"
+    return f"{device}, {torch.get_num_threads()} threads, {versions}, commit {commit}"

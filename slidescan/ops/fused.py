@@ -166,6 +166,7 @@ class _Call:
             "BLOCK_R": rows,
             "UNROLL": min(how.unroll, n_points),
             "num_warps": how.warps,
+            "enable_fp_fusion": True,  # what it was before Triton 3.9 began to warn of a change
         }
 
 

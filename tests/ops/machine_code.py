@@ -34,7 +34,7 @@ class Launched:
 
     def compiled(self, architecture: int) -> Any:
         """Compile as the launch would: divisibility of sizes by 16 is what Triton looks at."""
-        warps = self.constants.pop("num_warps")
+        options = {name: self.constants.pop(name) for name in ("num_warps", "enable_fp_fusion")}
         signature, constants, known = {}, {}, {}
         for i, name in enumerate(self.kernel.arg_names):
             if name in self.constants:
@@ -49,7 +49,7 @@ class Launched:
                 if argument % 16 == 0:
                     known[(i,)] = [["tt.divisibility", 16]]
         source = ASTSource(self.kernel, signature, constants, known)
-        return compile(source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": warps})
+        return compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
 
 
 def report(architecture: int, dtype: torch.dtype, depth: int, points: int, *, far: bool = False) -> None:

@@ -1,0 +1,178 @@
+"""Whole detectors with the op in them and without; ``python pipelines/benchmark.py models`` prints the table.
+
+What a user of `accelerate` gains: the op is a part of a model, small in some and large in others. Random weights, for
+speed does not depend on them. Wall time with everything in it, host included; the variants of a model take turns, and a
+row is a median. The score threshold, resizing and post-processing are no part of it.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import transformers as hf
+from benchmark_ops import where
+from torch import Tensor, nn
+
+from slidescan.ops import accelerate
+
+__all__ = ["bench_models"]
+
+_PX = 640  # edge of an image
+_OBJECTS = 16  # an image, in training
+
+
+@dataclass(frozen=True)
+class Model:
+    """One detector: how it is made, and how many images it takes at once on a GPU; on a CPU it takes one."""
+
+    name: str
+    make: Callable[[bool], nn.Module]
+    batch: int
+
+
+def rt_detr_v2(smoke: bool) -> nn.Module:
+    """RT-DETRv2 on a ResNet-18."""
+    backbone = hf.RTDetrResNetConfig(
+        embedding_size=64,
+        hidden_sizes=[64, 128, 256, 512],
+        depths=[1, 1, 1, 1] if smoke else [2, 2, 2, 2],
+        layer_type="basic",
+        out_indices=[2, 3, 4],
+    )
+    config = hf.RTDetrV2Config(
+        backbone_config=backbone,
+        encoder_in_channels=[128, 256, 512],
+        hidden_expansion=0.5,
+        decoder_layers=2 if smoke else 3,
+        freeze_backbone_batch_norms=False,
+    )
+    return hf.RTDetrV2ForObjectDetection(config)  # type: ignore[no-any-return]
+
+
+def d_fine(smoke: bool) -> nn.Module:
+    """D-FINE-S: HGNetV2-B0, points [3, 6, 3]."""
+    channels = [64, 256, 512, 1024]
+    backbone = hf.HGNetV2Config(
+        stem_channels=[3, 16, 16],
+        stage_in_channels=[16, *channels[:-1]],
+        stage_mid_channels=[16, 32, 64, 128],
+        stage_out_channels=channels,
+        stage_num_blocks=[1, 1, 2, 1],
+        stage_downsample=[False, True, True, True],
+        stage_light_block=[False, False, True, True],
+        stage_kernel_size=[3, 3, 5, 5],
+        stage_numb_of_layers=[3, 3, 3, 3],
+        depths=[1, 1, 2, 1],
+        hidden_sizes=channels,
+        embedding_size=16,
+        out_indices=[2, 3, 4],
+    )
+    config = hf.DFineConfig(
+        backbone_config=backbone,
+        encoder_in_channels=[256, 512, 1024],
+        hidden_expansion=0.5,
+        depth_mult=0.34,
+        decoder_layers=2 if smoke else 3,
+        decoder_n_points=[3, 6, 3],
+        freeze_backbone_batch_norms=False,
+    )
+    return hf.DFineForObjectDetection(config)  # type: ignore[no-any-return]
+
+
+def deformable_detr(smoke: bool) -> nn.Module:
+    """Deformable DETR on a ResNet-50: in its encoder every pixel is a query."""
+    layers = 2 if smoke else 6
+    config = hf.DeformableDetrConfig(
+        backbone_config=hf.ResNetConfig(out_indices=[2, 3, 4]), encoder_layers=layers, decoder_layers=layers
+    )
+    return hf.DeformableDetrForObjectDetection(config)  # type: ignore[no-any-return]
+
+
+MODELS = (
+    Model("RT-DETRv2-R18", rt_detr_v2, 16),
+    Model("D-FINE-S", d_fine, 16),
+    Model("Deformable-DETR-R50", deformable_detr, 4),
+)
+
+
+def bench_models(smoke: bool) -> str:
+    """Print images and training steps a second of each model: as it is, accelerated, and both compiled."""
+    cuda = torch.cuda.is_available()
+    device = "cuda" if cuda else "cpu"
+    print(f"models: {where()}, float32" + (" with bfloat16 autocast" if cuda else ""))
+    print("| model | variant | images/s | training steps/s |\n|---|---|---|---|", flush=True)
+    for model in MODELS[:1] if smoke else MODELS:
+        for row in _rows(model, device, smoke):
+            print(row, flush=True)
+    return "models: in brackets the ratio to transformers as it is"
+
+
+def _rows(model: Model, device: str, smoke: bool) -> list[str]:
+    batch, px = (model.batch, _PX) if device == "cuda" else (1, 128 if smoke else _PX)
+    rng = torch.Generator().manual_seed(0)
+    pixels = torch.rand(batch, 3, px, px, generator=rng).to(device)
+    boxes = 0.1 + 0.8 * torch.rand(_OBJECTS, 4, generator=rng) * torch.tensor([1, 1, 0.2, 0.2])
+    labels = [{"class_labels": torch.zeros(_OBJECTS, dtype=torch.long, device=device), "boxes": boxes.to(device)}]
+    variants = {"transformers": _made(model, smoke, device), "accelerated": _made(model, smoke, device)}
+    accelerate(variants["accelerated"])
+    inference: dict[str, Callable[[], Any]] = {
+        name: partial(_infer, network, pixels) for name, network in variants.items()
+    }
+    training: dict[str, Callable[[], Any]] = {
+        name: partial(_step, network, pixels, labels * batch) for name, network in variants.items()
+    }
+    if device == "cuda":
+        # Training is left uncompiled: transformers' matching of boxes breaks the graph wherever it is met.
+        compiled = {f"{name}, compiled": torch.compile(network) for name, network in variants.items()}
+        inference |= {name: partial(_infer, network, pixels) for name, network in compiled.items()}
+    forward = _medians(inference, rounds=1 if smoke else 9)
+    steps = _medians(training, rounds=1 if smoke else 5)
+    rows = []
+    for name, seconds in forward.items():
+        images = f"{batch / seconds:.2f} ({forward['transformers'] / seconds:.2f}x)"
+        step = f"{1 / steps[name]:.2f} ({steps['transformers'] / steps[name]:.2f}x)" if name in steps else ""
+        rows.append(f"| {model.name}, B{batch}, {px} px | {name} | {images} | {step} |")
+    return rows
+
+
+def _made(model: Model, smoke: bool, device: str) -> nn.Module:
+    torch.manual_seed(0)
+    return model.make(smoke).to(device)
+
+
+def _medians(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+    """Return the median seconds of each; the first round compiles and fills caches."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds + 1):
+        for name, call in calls.items():
+            _wait()
+            started = time.perf_counter()
+            call()
+            _wait()
+            seconds[name].append(time.perf_counter() - started)
+    return {name: statistics.median(each[1:]) for name, each in seconds.items()}
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _infer(network: Any, pixels: Tensor) -> None:
+    network.eval()
+    with torch.inference_mode(), torch.autocast(pixels.device.type, torch.bfloat16, enabled=pixels.is_cuda):
+        network(pixel_values=pixels)
+
+
+def _step(network: Any, pixels: Tensor, labels: list[dict[str, Tensor]]) -> None:
+    network.train()
+    network.zero_grad()
+    with torch.autocast(pixels.device.type, torch.bfloat16, enabled=pixels.is_cuda):
+        loss = network(pixel_values=pixels, labels=labels).loss
+    loss.backward()

@@ -1,0 +1,122 @@
+"""All that needs a GPU, in ten minutes: ``python pipelines/gpu.py -o runs/gpu``, or ``make gpu``.
+
+tune        the launches of the kernels that are best on this GPU, written into the package
+tests       the op and accelerated models, with kernels compiled for this GPU
+memcheck    compute-sanitizer: accesses out of bounds, on a small case
+racecheck   compute-sanitizer: hazards in shared memory, on the same
+ops         the op against transformers' own and the CUDA kernels there are
+models      whole detectors, accelerated or not
+
+A step that takes longer than its share is ended; what it printed until then is kept, and the report says so. Name steps
+to run these alone. Needs a CUDA build of torch, and slidescan[test]; rivals are measured where they are installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from benchmark_ops import where
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Step:
+    """A command, and the seconds it may take."""
+
+    name: str
+    command: list[str]
+    limit_s: int
+
+
+def steps(smoke: bool) -> list[Step]:
+    """Return the steps in the order in which each profits of those before."""
+    python, here = sys.executable, Path(__file__).resolve()
+    benchmark = [python, str(here.with_name("benchmark.py")), *(["--smoke"] if smoke else [])]
+    sanitizer = [shutil.which("compute-sanitizer") or "compute-sanitizer", "--error-exitcode", "1", "--tool"]
+    tests = [str(ROOT / "tests" / "ops"), *(["-k", "definition"] if smoke else [])]
+    case = [python, str(here), "case"]
+    return [
+        Step("tune", [*benchmark, "tune"], 100),
+        Step("tests", [python, "-m", "pytest", "-q", *tests], 200),
+        Step("memcheck", [*sanitizer, "memcheck", *case], 60),
+        Step("racecheck", [*sanitizer, "racecheck", *case], 60),
+        Step("ops", [*benchmark, "ops"], 90),
+        Step("models", [*benchmark, "models"], 90),
+    ]
+
+
+def main() -> int:
+    """Run the steps, print what they print, and write it down."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("which", nargs="*", help="steps; default: all")
+    parser.add_argument("-o", "--out", type=Path, default=Path("runs/gpu"), help="directory of report.md")
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes, and without a GPU")
+    arguments = parser.parse_args()
+    if arguments.which == ["case"]:
+        return case()
+    known = steps(arguments.smoke)
+    names = [step.name for step in known]
+    for name in arguments.which:
+        if name not in names:
+            parser.error(f"expected steps of {', '.join(names)}, got {name}")
+    if not torch.cuda.is_available() and not arguments.smoke:
+        print(f"gpu: expected a CUDA GPU, torch {torch.__version__} sees none", file=sys.stderr)
+        return 2
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    report = arguments.out / "report.md"
+    report.write_text(f"# {where()}\n", encoding="utf-8")
+    failed = [step.name for step in known if step.name in (arguments.which or names) and not ran(step, report)]
+    print(f"gpu: {report}; " + (f"failed: {', '.join(failed)}" if failed else "all went well"))
+    return 1 if failed else 0
+
+
+def ran(step: Step, report: Path) -> bool:
+    """Run one step; add what it printed and how it ended to the report."""
+    if step.name.endswith("check") and (not torch.cuda.is_available() or not shutil.which(step.command[0])):
+        outcome, text = "left out: compute-sanitizer and a GPU are needed", ""
+    else:
+        log, started = report.with_name(f"{step.name}.log"), time.monotonic()
+        with log.open("w", encoding="utf-8") as file:
+            try:
+                code = subprocess.run(
+                    step.command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, timeout=step.limit_s, check=False
+                ).returncode
+            except subprocess.TimeoutExpired:
+                code = None
+        ended = (
+            f"ended after its {step.limit_s} s" if code is None else "passed" if code == 0 else f"failed, exit {code}"
+        )
+        outcome, text = f"{ended} ({time.monotonic() - started:.0f} s)", log.read_text(encoding="utf-8")
+    with report.open("a", encoding="utf-8") as file:
+        file.write(f"\n## {step.name}: {outcome}\n\n{text}")
+    print(f"{text}{step.name}: {outcome}\n", flush=True)
+    return not outcome.startswith("failed")
+
+
+def case() -> int:
+    """Run both kernels on odd sizes and places of every kind: what the sanitizer looks at, ``gpu.py case``."""
+    from slidescan.ops import deform_attn
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for dtype, depth in ((torch.float32, 32), (torch.bfloat16, 24), (torch.float16, 5)):
+        value = torch.randn(2, 13, 3, depth, device=device).to(dtype).requires_grad_()
+        locations = (torch.rand(2, 7, 3, 5, 2, device=device) * 3 - 1).requires_grad_()
+        weights = torch.rand(2, 7, 3, 5, device=device).requires_grad_()
+        out = deform_attn(value, [(3, 4), (1, 1)], locations, weights, [3, 2])
+        torch.autograd.backward(out.float().square().sum())
+    if device == "cuda":
+        torch.cuda.synchronize()
+    print(f"case: both kernels ran on {device}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
