@@ -16,6 +16,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import subprocess
 import warnings
 from collections.abc import Sequence
 from functools import lru_cache
@@ -106,34 +107,46 @@ def deform_attn(
 
 def _runs_triton(backend: str, value: Tensor) -> bool:
     """Return whether this call goes to Triton and not to torch's own operators."""
-    if backend == "auto":
-        return value.is_cuda and _triton_problem() is None
-    if backend == "torch":
+    if backend == "torch" or (backend == "auto" and not value.is_cuda):
         return False
-    problem = _triton_problem()
-    if problem is None and not value.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
-        problem = f"the tensors are on {value.device.type}"
-    if problem is not None:
-        raise ValueError(f"deform_attn: backend triton needs CUDA tensors and Triton: {problem}; use torch or auto")
-    return True
-
-
-@lru_cache(maxsize=1)
-def _triton_problem() -> str | None:
-    """Return why Triton cannot be used, or None; said once where it would have been."""
-    problem = None
-    if importlib.util.find_spec("triton") is None:
-        problem = "it is not installed"
+    if value.is_cuda or os.environ.get("TRITON_INTERPRET") == "1":
+        problem = _triton_problem(value.device)
     else:
-        try:
-            importlib.import_module("slidescan.ops.fused")
-        except (ImportError, OSError, RuntimeError) as exc:
-            problem = f"it cannot be loaded ({exc})"
-    if problem is not None and torch.cuda.is_available():
-        warnings.warn(
-            f"deform_attn: Triton: {problem}; the slower torch backend is used on CUDA", RuntimeWarning, stacklevel=4
-        )
-    return problem
+        problem = f"the tensors are on {value.device.type}"
+    if problem is None:
+        return True
+    if backend == "auto":
+        _announce(problem)
+        return False
+    raise ValueError(f"deform_attn: backend triton needs CUDA tensors and Triton: {problem}; use torch or auto")
+
+
+@lru_cache(maxsize=16)  # devices of a machine
+def _triton_problem(device: torch.device) -> str | None:
+    """Return why Triton cannot be used on this device, or None: it is tried on the smallest case there is."""
+    if importlib.util.find_spec("triton") is None:
+        return "it is not installed"
+    try:
+        fused = importlib.import_module("slidescan.ops.fused")
+    except (ImportError, OSError, RuntimeError) as exc:
+        return f"it cannot be loaded ({_first_line(exc)})"
+    one = torch.ones(1, 1, 1, 1, 1, device=device)
+    try:
+        fused.fused(one[0], [(1, 1)], one.expand(1, 1, 1, 1, 2), one[0], [1])
+    # No C compiler, no headers of Python, a GPU it does not know: it raises as many kinds.
+    except (RuntimeError, OSError, subprocess.SubprocessError, fused.TritonError) as exc:
+        return f"it cannot run on {device} ({_first_line(exc)})"
+    return None
+
+
+def _first_line(exc: BaseException) -> str:
+    return next(iter(str(exc).strip().splitlines()), type(exc).__name__)
+
+
+@lru_cache(maxsize=16)
+def _announce(problem: str) -> None:
+    """Say once that the slower way is taken."""
+    warnings.warn(f"deform_attn: Triton: {problem}; torch is used on CUDA, slower", RuntimeWarning, stacklevel=4)
 
 
 class _Fused(torch.autograd.Function):

@@ -23,11 +23,12 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.errors import TritonError
 
 from slidescan.ops.bags import gradients, level_table
 from slidescan.ops.kernels import backward_kernel, forward_kernel
 
-__all__ = ["TABLE", "Launch", "fused", "fused_backward", "launch", "launch_key", "launch_table"]
+__all__ = ["TABLE", "Launch", "TritonError", "fused", "fused_backward", "launch", "launch_key", "launch_table"]
 
 TABLE = Path(__file__).with_name("launch.json")
 

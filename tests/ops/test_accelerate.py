@@ -10,6 +10,7 @@ import copy
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,7 +21,9 @@ from torch import Tensor, nn
 from slidescan.errors import ModelError
 from slidescan.ops import accelerate, deform_attn
 from slidescan.ops.deform_attn import Backend
-from tests.families import DETECTORS, HIDDEN, SIDE, Case, grounding, pixels, randomised, rf_detr, swin
+from tests.families import DETECTORS, HIDDEN, SIDE, Case, grounding, network, pixels, randomised, rf_detr, swin
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def omdet_turbo() -> Case:
@@ -113,8 +116,9 @@ WAYS = {
 
 
 def build(family: str, seed: int = 0) -> Case:
-    """A random model of the family, in float64."""
-    return randomised(FAMILIES[family], seed)
+    """A random model of the family, in float64, with its inputs."""
+    model, inputs, modules = randomised(FAMILIES[family], seed)
+    return Case(model.to(DEVICE), {name: tensor.to(DEVICE) for name, tensor in inputs.items()}, modules)
 
 
 def floats(output: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -295,3 +299,29 @@ def test_compiled_layers_keep_outputs_and_gradients(family: str, layers: str) ->
             assert_same_gradients(gradients, expected_gradients)
     finally:
         torch.compiler.reset()
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.* is deprecated:FutureWarning")  # torch's exporter itself
+def test_an_accelerated_model_exports_to_onnx(tmp_path: Path) -> None:
+    """Another runtime finds what the model finds: the export holds nothing of ours."""
+    runtime = pytest.importorskip("onnxruntime")
+
+    class Plain(nn.Module):
+        """Two tensors instead of transformers' output."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = network(DETECTORS["RT-DETR"], spread=0.3)  # nearer to zero it scores places alike
+            accelerate(self.model)
+
+        def forward(self, values: Tensor) -> tuple[Tensor, Tensor]:
+            out = self.model(pixel_values=values)
+            return out.logits, out.pred_boxes
+
+    plain, values = Plain().eval(), pixels()["pixel_values"].float()
+    torch.onnx.export(plain, (values,), tmp_path / "model.onnx", dynamo=True, verbose=False)
+    session = runtime.InferenceSession(tmp_path / "model.onnx")
+    found = session.run(None, {session.get_inputs()[0].name: values.numpy()})
+    with torch.no_grad():
+        for got, expected in zip(found, plain(values), strict=True):
+            torch.testing.assert_close(torch.from_numpy(got), expected, rtol=1e-4, atol=1e-4)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import io
 from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
 
 import hypothesis.strategies as st
 import pytest
@@ -276,11 +279,69 @@ def test_export_keeps_the_node() -> None:
     torch.testing.assert_close(again(value, locations, weights), layer(value, locations, weights))
 
 
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.* is deprecated:FutureWarning")  # torch's exporter itself
+def test_a_graph_of_onnx_gives_the_same(tmp_path: Path) -> None:
+    """An ONNX export holds operators of ONNX alone; another runtime computes the same from it."""
+    runtime = pytest.importorskip("onnxruntime")
+    value, _, locations, weights, _ = (
+        tensor.cpu() if isinstance(tensor, Tensor) else tensor
+        for tensor in inputs([(4, 6), (1, 3)], [2, 1], dtype=torch.float32)
+    )
+    layer, path = _Layer("auto").eval(), tmp_path / "layer.onnx"
+    torch.onnx.export(layer, (value, locations, weights), path, dynamo=True, verbose=False)
+    session = runtime.InferenceSession(path)
+    names = [each.name for each in session.get_inputs()]
+    arrays = (tensor.numpy() for tensor in (value, locations, weights))
+    (found,) = session.run(None, dict(zip(names, arrays, strict=True)))
+    torch.testing.assert_close(torch.from_numpy(found), layer(value, locations, weights))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+def test_a_cuda_graph_captures_it_and_outlives_the_tables() -> None:
+    """Replayed on other inputs, after the cache of levels has turned over, a captured call gives the eager result."""
+    value, shapes, locations, weights, points = inputs([(4, 6), (1, 3)], [2, 1], dtype=torch.float32)
+    deform_attn(value, shapes, locations, weights, points)  # compiles, and makes the table
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = deform_attn(value, shapes, locations, weights, points)
+    for width in range(1, 100):  # more than the cache holds
+        deform_attn(*inputs([(1, width)], [1], dtype=torch.float32))
+    value.neg_()
+    locations.copy_(locations.flip(1))
+    graph.replay()
+    torch.testing.assert_close(out, deform_attn(value, shapes, locations, weights, points, backend="torch"))
+
+
 def test_shapes_that_do_not_fit_are_named() -> None:
     """A value of the wrong length raises an error that shows what was expected."""
     value, shapes, locations, weights, points = inputs([(2, 3)], [2])
     with pytest.raises(ValueError, match=r"expected value \(B, 6, M, D\)"):
         deform_attn(value[:, :-1], shapes, locations, weights, points)
+
+
+@needs_triton
+def test_a_gpu_without_a_compiler_falls_back_and_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton is tried before it is trusted; asked for by name it is an error that gives the reason."""
+    op, fused = (importlib.import_module(f"slidescan.ops.{name}") for name in ("deform_attn", "fused"))
+
+    def broken(*_: object) -> Tensor:
+        raise RuntimeError("Failed to find C compiler.\nMore lines")
+
+    monkeypatch.setattr(fused, "fused", broken)
+    op._triton_problem.cache_clear()
+    op._announce.cache_clear()
+    on_gpu = SimpleNamespace(is_cuda=True, device=torch.device(DEVICE))  # all that is looked at
+    try:
+        with pytest.warns(
+            RuntimeWarning, match=r"cannot run on .* \(Failed to find C compiler\.\); torch is used"
+        ) as said:
+            assert [op._runs_triton("auto", on_gpu) for _ in range(3)] == [False] * 3
+        assert len(said) == 1
+        with pytest.raises(ValueError, match=r"Failed to find C compiler\.\); use torch or auto"):
+            deform_attn(*inputs([(2, 3)], [2]), backend="triton")
+    finally:
+        op._triton_problem.cache_clear()
+        op._announce.cache_clear()
 
 
 def test_an_unknown_backend_is_named() -> None:
