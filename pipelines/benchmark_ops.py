@@ -2,9 +2,11 @@
 
 Contenders: transformers' own form, the same compiled, and where they are installed the CUDA kernel of 2020
 (torch-ms-deform-attn) and DCNv4's FlashDeformAttn. They take turns on the same inputs, three sets of them, so that a
-busy moment hits all. Medians. On a GPU the second-level cache is emptied before each call, and as that takes longer
-than launching a call, what is timed is the GPU alone. The error is the largest one against float64, as a share of the
-largest result: who computes something else is seen there.
+busy moment hits all; each begins as often as any other, for who begins finds the inputs in no cache. Medians.
+
+On a GPU the second-level cache is emptied before each call, and as that takes longer than launching a call, what is
+timed is the GPU alone. The error is the largest one against float64, as a share of the largest result: who computes
+something else is seen there.
 """
 
 from __future__ import annotations
@@ -95,7 +97,7 @@ def bench_ops(smoke: bool) -> str:
     print("|", " | ".join(columns), "|")
     print("|", " | ".join("---" for _ in columns), "|", flush=True)
     for case in cases:
-        for cells in _rows(case, "cuda" if cuda else "cpu", rounds=1 if smoke else 15):
+        for cells in _rows(case, "cuda" if cuda else "cpu", rounds=1 if smoke else 45):
             print("|", " | ".join(cells[: len(columns)]), "|", flush=True)
     return "ops: ratios are theirs to ours; " + ("of the time on the GPU alone" if cuda else "of wall time")
 
@@ -110,25 +112,24 @@ def _rows(case: Case, device: str, rounds: int) -> list[list[str]]:
     for name, op in contenders.items():
         with torch.no_grad():
             error[name] = float((op(*sets[0]).double() - exact).abs().max() / exact.abs().max())
+    turns = list(contenders.items())
     for round_ in range(rounds + 1):  # the first one compiles and fills caches
-        for name, op in contenders.items():
-            inputs = sets[round_ % _INPUT_SETS]
+        for name, op in _rotated(turns, round_):
             with torch.no_grad():
-                seconds = timed(partial(op, *inputs), device)
-            leaves = [tensor.detach().requires_grad_() for tensor in inputs]
+                forward[name].append(timed(partial(op, *sets[round_ % _INPUT_SETS]), device))
+    for round_ in range(rounds + 1):
+        for name, op in _rotated(turns, round_):
+            leaves = [tensor.detach().requires_grad_() for tensor in sets[round_ % _INPUT_SETS]]
             if device == "cuda":
                 torch.cuda.reset_peak_memory_stats()
                 before = torch.cuda.memory_allocated()
-            train = timed(partial(_train, op, *leaves), device)
+            both[name].append(timed(partial(_train, op, *leaves), device))
             if device == "cuda":
                 memory[name] = torch.cuda.max_memory_allocated() - before
-            if round_:
-                forward[name].append(seconds)
-                both[name].append(train)
-    ours = [statistics.median(times["slidescan"]) for times in (forward, both)]
+    ours = [statistics.median(times["slidescan"][1:]) for times in (forward, both)]
     rows = []
     for name in contenders:
-        theirs = [statistics.median(times[name]) for times in (forward, both)]
+        theirs = [statistics.median(times[name][1:]) for times in (forward, both)]
         cells = [
             f"{t / o:.2f}x" if device == "cpu" else f"{t * 1e6:.0f} µs ({t / o:.2f}x)"
             for t, o in zip(theirs, ours, strict=True)
@@ -146,6 +147,10 @@ def _rows(case: Case, device: str, rounds: int) -> list[list[str]]:
             ]
         )
     return rows
+
+
+def _rotated(turns: list[tuple[str, Op]], by: int) -> list[tuple[str, Op]]:
+    return turns[by % len(turns) :] + turns[: by % len(turns)]
 
 
 def _as_double(inputs: Inputs, case: Case) -> tuple[Tensor, list[tuple[int, int]], Tensor, Tensor, list[int]]:

@@ -3,10 +3,10 @@
 Hides the arithmetic of corners and borders. Exact, on every device torch has, without a compiler; autograd gives all
 three gradients, and repeats them bit for bit.
 
-With a few hundred queries the sum itself is the smaller part of the time. The rest goes into passes over the points, so
-each pass should run over long contiguous memory: x and y stay side by side as they come, what depends on a level is
-tabled for all heads and points of a query, and what is beyond a border loses its share by arithmetic on floats, for
-passes that mix truth values with floats cost several others.
+With a few hundred queries the sum itself is the smaller part of the time. The rest goes into passes over the points,
+which should each run over long contiguous memory: x and y are one tensor, first all x, then all y; what depends on a
+level is tabled for all heads and points of a query; and what is beyond a border loses its share by arithmetic on
+floats, for passes that mix truth values with floats cost several others.
 
 Letters: B batch, Q queries, M heads, K points of all levels, D channels a head, S = sum of H·W.
 """
@@ -41,30 +41,25 @@ def bags(
     index = torch.int32 if n * heads * max(length, 4 * queries * n_points) < 2**31 else torch.int64
     levels = _levels(tuple((h, w) for h, w in shapes), tuple(points), heads, working, index, value.device)
 
-    # (B, Q, M·K·2): x and y in px of the point's level. What is out of reach goes to -1 or to the size, where both
-    # corners weigh nothing; NaN is not below the size either.
-    place = locations.to(working).reshape(n, queries, heads * n_points * 2)
-    place = torch.addcmul(levels.half, place, levels.size)
-    place = torch.where(place < levels.size, place, levels.size).clamp(min=-1)
-    first = place.detach().floor().minimum(levels.last)
+    # (2, B, Q, M·K): x and y in px of the point's level.
+    places = locations.to(working).reshape(n, queries, heads * n_points, 2).movedim(-1, 0).contiguous()
+    place = _within_reach(torch.addcmul(levels.half, places, levels.size), levels.size)
+    first = place.detach().floor().clamp_(max=levels.last)
     second, after = first + 1, place - first
     # A corner beyond the border is zero padding: it loses its share and keeps a row that exists.
-    pairs = n, queries, heads * n_points, 2
-    of_first = ((1 - after) * second.clamp(max=1)).view(pairs)
-    of_second = (after * (levels.last - first).clamp(max=1)).view(pairs)
-    share = weights.to(working).reshape(pairs[:3])
-    taps = _corners(
-        torch.mul, (of_first[..., 1] * share, of_second[..., 1] * share), (of_first[..., 0], of_second[..., 0])
-    )
+    x_share, y_share = (1 - after).mul_(second.clamp(max=1))
+    x_share_2, y_share_2 = after.mul_((levels.last - first).clamp_(max=1))
+    share = weights.to(working).reshape(n, queries, heads * n_points)
+    taps = _corners(torch.mul, (y_share * share, y_share_2 * share), (x_share, x_share_2), weights.shape)
 
-    at_first, at_second = (
-        (corner.to(index) * levels.step + levels.origin).view(pairs)
-        for corner in (first.clamp(min=0), second.minimum(levels.last.clamp(min=0)))
+    (x_row, y_row), (x_row_2, y_row_2) = (
+        corner.to(index).mul_(levels.step).add_(levels.origin)
+        for corner in (first.clamp_(min=0), second.clamp_(max=levels.last.clamp(min=0)))
     )
-    image = torch.arange(n, device=value.device, dtype=index)[:, None, None] * (length * heads)
-    rows = _corners(
-        torch.add, (at_first[..., 1] + image, at_second[..., 1] + image), (at_first[..., 0], at_second[..., 0])
-    )
+    if n > 1:
+        image = torch.arange(n, device=value.device, dtype=index)[:, None, None] * (length * heads)
+        y_row, y_row_2 = y_row + image, y_row_2 + image
+    rows = _corners(torch.add, (y_row, y_row_2), (x_row, x_row_2), weights.shape)
 
     n_bags = n * queries * heads
     if n_bags == 0 or n_points == 0 or length == 0 or depth == 0:
@@ -110,12 +105,22 @@ class _WithTable(torch.autograd.Function):
         return grad, of_table, None, None
 
 
-def _corners(combine: Callable[..., Tensor], y: tuple[Tensor, Tensor], x: tuple[Tensor, Tensor]) -> Tensor:
-    """Combine both of y with both of x: (..., 4), written in place where no gradient needs the parts."""
+def _within_reach(place: Tensor, size: Tensor) -> Tensor:
+    """Move what no corner reaches, NaN included, to -1 or to the size, where both corners weigh nothing."""
+    if place.requires_grad:  # three times slower, and without a gradient at the size itself
+        return torch.where(place < size, place, size).clamp(min=-1)
+    return place.nan_to_num_(nan=-1.0).minimum(size).clamp_(min=-1)
+
+
+def _corners(
+    combine: Callable[..., Tensor], y: tuple[Tensor, Tensor], x: tuple[Tensor, Tensor], shape: tuple[int, ...]
+) -> Tensor:
+    """Combine both of y with both of x: (B, Q, M, 4, K), written in place where no gradient needs the parts."""
+    y, x = ((one.view(shape), other.view(shape)) for one, other in (y, x))
     if torch.is_grad_enabled() and (y[0].requires_grad or x[0].requires_grad):
-        return torch.stack([combine(one, other) for one in y for other in x], -1)
-    out = y[0].new_empty((*y[0].shape, 4))
-    for i, corner in enumerate(out.unbind(-1)):
+        return torch.stack([combine(one, other) for one in y for other in x], -2)
+    out = y[0].new_empty((*shape[:3], 4, shape[3]))
+    for i, corner in enumerate(out.unbind(-2)):
         combine(y[i // 2], x[i % 2], out=corner)
     return out
 
@@ -149,7 +154,7 @@ def level_table(
 
 
 class _Levels(NamedTuple):
-    """What depends on a point's level, x and y by turns, (M·K·2,) each."""
+    """What depends on a point's level, of x and of y, (2, 1, 1, M·K) each."""
 
     half: Tensor  # -0.5, of the first pixel's centre
     size: Tensor  # px
@@ -168,11 +173,10 @@ def _levels(
     device: torch.device,
 ) -> _Levels:
     with torch.inference_mode(mode=False):
-        table = level_table(shapes, points, device, torch.int64).repeat(heads, 1)
+        width, height, start = level_table(shapes, points, device, torch.int64).repeat(heads, 1).unbind(1)
         head = torch.arange(heads, device=device).repeat_interleave(sum(points))
-        size = table[:, :2]
-        step = torch.stack((torch.full_like(head, heads), size[:, 0] * heads), 1)
-        origin = torch.stack((torch.zeros_like(head), table[:, 2] * heads + head), 1)
+        size = torch.stack((width, height))[:, None, None]
+        step = torch.stack((torch.full_like(head, heads), width * heads))[:, None, None]
+        origin = torch.stack((torch.zeros_like(head), start * heads + head))[:, None, None]
         half = torch.tensor(-0.5, dtype=working, device=device)
-        floats = (each.to(working).flatten() for each in (size, size - 1))
-        return _Levels(half, *floats, *(each.to(index).flatten() for each in (step, origin)))
+        return _Levels(half, size.to(working), (size - 1).to(working), step.to(index), origin.to(index))
