@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check bench gpu clean
 
 demo: $(VENV)/.installed
 	$(BIN)/slidescan demo -o demo
@@ -21,6 +21,10 @@ check: $(VENV)/.installed-test
 
 bench: $(VENV)/.installed
 	$(BIN)/python pipelines/benchmark.py
+
+# All that needs a GPU, in ten minutes after the installation; the report is runs/gpu/report.md.
+gpu: $(VENV)/.installed-test
+	$(BIN)/python pipelines/gpu.py -o runs/gpu
 
 $(VENV)/bin/pip:
 	$(PYTHON) -c "import sys; sys.exit('slidescan needs Python 3.11 or newer, this is ' + sys.version.split()[0]) if sys.version_info < (3, 11) else None"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from slidescan.ops import accelerate
 
 __all__ = ["bench_models"]
+
+Calls = dict[str, Callable[[], Any]]
 
 _PX = 640  # edge of an image
 _OBJECTS = 16  # an image, in training
@@ -113,7 +115,7 @@ def bench_models(smoke: bool) -> str:
     return "models: in brackets the ratio to transformers as it is"
 
 
-def _rows(model: Model, device: str, smoke: bool) -> list[str]:
+def _rows(model: Model, device: str, smoke: bool) -> Iterator[str]:
     batch, px = (model.batch, _PX) if device == "cuda" else (1, 128 if smoke else _PX)
     rng = torch.Generator().manual_seed(0)
     pixels = torch.rand(batch, 3, px, px, generator=rng).to(device)
@@ -121,24 +123,22 @@ def _rows(model: Model, device: str, smoke: bool) -> list[str]:
     labels = [{"class_labels": torch.zeros(_OBJECTS, dtype=torch.long, device=device), "boxes": boxes.to(device)}]
     variants = {"transformers": _made(model, smoke, device), "accelerated": _made(model, smoke, device)}
     accelerate(variants["accelerated"])
-    inference: dict[str, Callable[[], Any]] = {
-        name: partial(_infer, network, pixels) for name, network in variants.items()
-    }
-    training: dict[str, Callable[[], Any]] = {
-        name: partial(_step, network, pixels, labels * batch) for name, network in variants.items()
-    }
+    training: Calls = {name: partial(_step, network, pixels, labels * batch) for name, network in variants.items()}
+    inference: Calls = {name: partial(_infer, network, pixels) for name, network in variants.items()}
+    steps = _medians(training, rounds=1 if smoke else 5)
+    forward = _medians(inference, rounds=1 if smoke else 9)
+    start = f"| {model.name}, B{batch}, {px} px"
+    plain = forward["transformers"]
+    for name, seconds in forward.items():
+        step = f"{1 / steps[name]:.2f} ({steps['transformers'] / steps[name]:.2f}x)"
+        yield f"{start} | {name} | {batch / seconds:.2f} ({plain / seconds:.2f}x) | {step} |"
     if device == "cuda":
         # Training is left uncompiled: transformers' matching of boxes breaks the graph wherever it is met.
-        compiled = {f"{name}, compiled": torch.compile(network) for name, network in variants.items()}
-        inference |= {name: partial(_infer, network, pixels) for name, network in compiled.items()}
-    forward = _medians(inference, rounds=1 if smoke else 9)
-    steps = _medians(training, rounds=1 if smoke else 5)
-    rows = []
-    for name, seconds in forward.items():
-        images = f"{batch / seconds:.2f} ({forward['transformers'] / seconds:.2f}x)"
-        step = f"{1 / steps[name]:.2f} ({steps['transformers'] / steps[name]:.2f}x)" if name in steps else ""
-        rows.append(f"| {model.name}, B{batch}, {px} px | {name} | {images} | {step} |")
-    return rows
+        compiled: Calls = {
+            f"{name}, compiled": partial(_infer, torch.compile(network), pixels) for name, network in variants.items()
+        }
+        for name, seconds in _medians(compiled, rounds=9).items():
+            yield f"{start} | {name} | {batch / seconds:.2f} ({plain / seconds:.2f}x) | |"
 
 
 def _made(model: Model, smoke: bool, device: str) -> nn.Module:
@@ -146,7 +146,7 @@ def _made(model: Model, smoke: bool, device: str) -> nn.Module:
     return model.make(smoke).to(device)
 
 
-def _medians(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+def _medians(calls: Calls, rounds: int) -> dict[str, float]:
     """Return the median seconds of each; the first round compiles and fills caches."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds + 1):

@@ -44,12 +44,12 @@ def steps(smoke: bool) -> list[Step]:
     tests = [str(ROOT / "tests" / "ops"), *(["-k", "definition"] if smoke else [])]
     case = [python, str(here), "case"]
     return [
-        Step("tune", [*benchmark, "tune"], 100),
-        Step("tests", [python, "-m", "pytest", "-q", *tests], 200),
-        Step("memcheck", [*sanitizer, "memcheck", *case], 60),
-        Step("racecheck", [*sanitizer, "racecheck", *case], 60),
+        Step("tune", [*benchmark, "tune"], 60),
+        Step("tests", [python, "-m", "pytest", "-q", *tests], 180),
+        Step("memcheck", [*sanitizer, "memcheck", *case], 40),
+        Step("racecheck", [*sanitizer, "racecheck", *case], 40),
         Step("ops", [*benchmark, "ops"], 90),
-        Step("models", [*benchmark, "models"], 90),
+        Step("models", [*benchmark, "models"], 190),
     ]
 
 
