@@ -61,8 +61,9 @@ assert not [name for name in sys.modules if name.partition(".")[0] == "ultralyti
 
 def test_a_plain_directory_does_not_ask_for_it(tmp_path: Path) -> None:
     """The error says what to write, and under which licence the package is; so it does for a family."""
-    described(tmp_path)
-    for path in (tmp_path, tmp_path.parent):
+    family = tmp_path / "family"
+    (family / "fine").mkdir(parents=True)
+    for path in (described(family / "fine"), family):
         with pytest.raises(ModelError, match=rf"write ultralytics:{re.escape(str(path))} .*AGPL-3\.0"):
             load_detector(path)
 

@@ -14,15 +14,17 @@ Letters: B batch, Q queries, M heads, K points of all levels, D channels a head,
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
-from typing import Any, NamedTuple
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, partial
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-__all__ = ["bags", "gradients", "level_table"]
+__all__ = ["bags", "gradients", "level_table", "refuse_second_derivative"]
+
+Built = TypeVar("Built")
 
 
 def bags(
@@ -83,14 +85,19 @@ class _WithTable(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, out: Tensor, table: Tensor, rows: Tensor, taps: Tensor) -> Tensor:
-        ctx.save_for_backward(rows, taps)
-        ctx.n_rows = len(table)
-        return out.view_as(out)
+    def forward(out: Tensor, table: Tensor, rows: Tensor, taps: Tensor) -> Tensor:
+        return out
 
     @staticmethod
-    @once_differentiable
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        _, table, rows, taps = inputs
+        ctx.mark_dirty(output)  # the sums themselves, not a view of them: a caller may change them in place
+        ctx.save_for_backward(rows, taps)
+        ctx.n_rows = len(table)
+
+    @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative()
         rows, taps = ctx.saved_tensors
         order = rows.flatten().sort(stable=True).indices
         counts = rows.new_zeros(ctx.n_rows + 1).index_add_(0, rows.flatten() + 1, rows.new_ones(1).expand(rows.numel()))
@@ -103,6 +110,14 @@ class _WithTable(torch.autograd.Function):
             include_last_offset=True,
         )
         return grad, of_table, None, None
+
+
+def refuse_second_derivative() -> None:
+    """Raise an error in a backward that is to be differentiated again: parts of that would be missing, silently."""
+    if torch.is_grad_enabled():
+        raise NotImplementedError(
+            "deform_attn: it has no second derivative; leave out create_graph=True (torch.func sets it, too)"
+        )
 
 
 def _within_reach(place: Tensor, size: Tensor) -> Tensor:
@@ -140,17 +155,36 @@ def gradients(
         return torch.autograd.grad(out, inputs, grad)  # type: ignore[return-value]  # one a tensor
 
 
+def _kept(build: Callable[..., Built]) -> Callable[..., Built]:
+    """Keep what `build` returns for as long as the process lives, one for each set of arguments: a few kilobytes.
+
+    For a CUDA graph reads a table whenever it is replayed. It is built in a thread of its own, which knows nothing of
+    inference mode, of fake tensors, nor of the memory pool of a graph that is being recorded.
+    """
+
+    @cache
+    def once(*arguments: Any) -> Built:
+        with ThreadPoolExecutor(1) as thread:
+            return thread.submit(partial(build, *arguments)).result()
+
+    return once
+
+
+@_kept
 def level_table(
-    shapes: Sequence[tuple[int, int]], points: Sequence[int], device: torch.device, dtype: torch.dtype
+    shapes: tuple[tuple[int, int], ...], points: tuple[int, ...], device: torch.device, dtype: torch.dtype
 ) -> Tensor:
     """Return width, height and first row of each point's level, (K, 3); zeros where it has no pixels."""
+    return _table(shapes, points).to(dtype).to(device)
+
+
+def _table(shapes: tuple[tuple[int, int], ...], points: tuple[int, ...]) -> Tensor:
     table, start = [], 0
     for (height, width), count in zip(shapes, points, strict=True):
         area = height * width
         table += [(width, height, start) if area else (0, 0, 0)] * count
         start += area
-    with torch.inference_mode(mode=False):  # it is kept, and must serve training too
-        return torch.tensor(table, dtype=dtype, device=device).reshape(-1, 3)
+    return torch.tensor(table, dtype=torch.int64).reshape(-1, 3)
 
 
 class _Levels(NamedTuple):
@@ -163,7 +197,7 @@ class _Levels(NamedTuple):
     origin: Tensor  # row of `value` of the level's first px and the head
 
 
-@lru_cache(maxsize=64)  # a run has one or two tile sizes; the tables are a few kilobytes
+@_kept
 def _levels(
     shapes: tuple[tuple[int, int], ...],
     points: tuple[int, ...],
@@ -172,11 +206,11 @@ def _levels(
     index: torch.dtype,
     device: torch.device,
 ) -> _Levels:
-    with torch.inference_mode(mode=False):
-        width, height, start = level_table(shapes, points, device, torch.int64).repeat(heads, 1).unbind(1)
-        head = torch.arange(heads, device=device).repeat_interleave(sum(points))
-        size = torch.stack((width, height))[:, None, None]
-        step = torch.stack((torch.full_like(head, heads), width * heads))[:, None, None]
-        origin = torch.stack((torch.zeros_like(head), start * heads + head))[:, None, None]
-        half = torch.tensor(-0.5, dtype=working, device=device)
-        return _Levels(half, size.to(working), (size - 1).to(working), step.to(index), origin.to(index))
+    width, height, start = _table(shapes, points).repeat(heads, 1).unbind(1)
+    head = torch.arange(heads).repeat_interleave(sum(points))
+    size = torch.stack((width, height))[:, None, None]
+    step = torch.stack((torch.full_like(head, heads), width * heads))[:, None, None]
+    origin = torch.stack((torch.zeros_like(head), start * heads + head))[:, None, None]
+    half = torch.tensor(-0.5, dtype=working)
+    tables = half, size.to(working), (size - 1).to(working), step.to(index), origin.to(index)
+    return _Levels(*(each.to(device) for each in tables))

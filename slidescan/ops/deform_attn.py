@@ -7,7 +7,8 @@ Invariants of every way
 -----------------------
 - Coordinates and sums are in float32 or better whatever the dtype of the inputs: in bfloat16 a location on a 128 px
   wide level is off by up to 1 px.
-- A location that is NaN, infinite or outside its level contributes nothing: no value, no gradient.
+- A location that is NaN, infinite or outside its level contributes nothing: no value, no gradient; as long as values
+  and weights are finite.
 - Where torch is asked for deterministic algorithms, gradients repeat bit for bit.
 """
 
@@ -24,9 +25,8 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from slidescan.ops.bags import bags, gradients
+from slidescan.ops.bags import bags, gradients, refuse_second_derivative
 from slidescan.ops.reference import reference
 
 __all__ = ["Backend", "deform_attn"]
@@ -91,7 +91,7 @@ def deform_attn(
         raise ValueError(f"deform_attn: expected backend {', '.join(get_args(Backend))}, got {backend}")
     if backend == "reference" or (backend == "auto" and torch.onnx.is_in_onnx_export()):
         return reference(value, shapes, locations, weights, points)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or type(value) not in (Tensor, torch.nn.Parameter):  # others, such as fake ones
         flat = [side for shape in shapes for side in shape]
         node: Tensor = torch.ops.slidescan.deform_attn(value, locations, weights, flat, list(points), backend)
         return node
@@ -126,6 +126,10 @@ def _triton_problem(device: torch.device) -> str | None:
     """Return why Triton cannot be used on this device, or None: it is tried on the smallest case there is."""
     if importlib.util.find_spec("triton") is None:
         return "it is not installed"
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "deform_attn: expected a call before the one that a CUDA graph captures: it compiles kernels"
+        )
     try:
         fused = importlib.import_module("slidescan.ops.fused")
     except (ImportError, OSError, RuntimeError) as exc:
@@ -133,6 +137,8 @@ def _triton_problem(device: torch.device) -> str | None:
     one = torch.ones(1, 1, 1, 1, 1, device=device)
     try:
         fused.fused(one[0], [(1, 1)], one.expand(1, 1, 1, 1, 2), one[0], [1])
+    except torch.OutOfMemoryError:  # another time there may be room
+        raise
     # No C compiler, no headers of Python, a GPU it does not know: it raises as many kinds.
     except (RuntimeError, OSError, subprocess.SubprocessError, fused.TritonError) as exc:
         return f"it cannot run on {device} ({_first_line(exc)})"
@@ -168,10 +174,10 @@ class _Fused(torch.autograd.Function):
         return fused(value, shapes, locations, weights, points)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         from slidescan.ops.fused import fused_backward
 
+        refuse_second_derivative()
         value, locations, weights = ctx.saved_tensors
         needs = ctx.needs_input_grad[0], ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
         return *fused_backward(grad, value, ctx.shapes, locations, weights, ctx.points, needs), None, None

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 from triton.errors import TritonError
@@ -77,7 +76,7 @@ def fused_backward(
                 *call.sizes,
                 length,
                 **call.constants,
-                BLOCK_K=triton.next_power_of_2(n_points),
+                BLOCK_K=_power_of_2(n_points),
                 FOR_VALUE=for_value,
                 FOR_POINTS=for_points,
             )
@@ -142,18 +141,18 @@ class _Call:
             value = value.contiguous()
         strides = value.stride()[:3]
         align = math.gcd(8, *strides)  # 8 channels of two bytes are what a lane reads at once
-        padded = triton.next_power_of_2(depth)
-        how = launch(direction, padded, value.element_size())
-        rows = how.rows(direction, padded, value.element_size())
+        padded, item = _power_of_2(depth), value.element_size()
+        how = launch(direction, padded, item)
+        rows = how.rows(direction, padded, item)
         reach = max(
             length * max(strides[1], heads * depth), heads * strides[2], queries * heads * max(2 * n_points, depth)
         )
-        self.grid = (n * triton.cdiv(queries * heads, rows),)
+        self.grid = (n * -(-queries * heads // rows),)
         self.inputs = (
             value,
             locations.contiguous(),
             weights.contiguous(),
-            _level_rows(tuple((h, w) for h, w in shapes), tuple(points), value.device),
+            level_table(tuple((h, w) for h, w in shapes), tuple(points), value.device, torch.int32),
         )
         self.sizes = (queries, *(stride // align for stride in strides))
         self.constants: dict[str, Any] = {
@@ -165,32 +164,21 @@ class _Call:
             "WORKING": tl.float64 if _working(value, locations) == torch.float64 else tl.float32,
             "BLOCK_D": padded,
             "BLOCK_R": rows,
-            "UNROLL": min(how.unroll, n_points),
+            # Rows that no lane can read 8 bytes of at once need many registers a point.
+            "UNROLL": min(how.unroll, n_points) if align * item >= 8 else 1,
             "num_warps": how.warps,
             "enable_fp_fusion": True,  # what it was before Triton 3.9 began to warn of a change
         }
 
 
+def _power_of_2(n: int) -> int:
+    """Return the least power of two that is no less."""
+    return 1 << (n - 1).bit_length()
+
+
 def _working(value: Tensor, locations: Tensor) -> torch.dtype:
-    """Return the type of coordinates and sums: float32, or float64 where one of the inputs is."""
+    """Return the type of coordinates and sums: float32, or float64 where value or locations are."""
     return torch.promote_types(torch.promote_types(value.dtype, locations.dtype), torch.float32)
-
-
-def _level_rows(shapes: tuple[tuple[int, int], ...], points: tuple[int, ...], device: torch.device) -> Tensor:
-    """Return width, height and first row of each point's level, int32 (K, 3); made before a graph is captured."""
-    table = _cached_level_rows(shapes, points, device)
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        _captured.add(table)
-    return table
-
-
-# A CUDA graph reads its table for as long as it is replayed, which may be longer than the cache keeps it.
-_captured: set[Tensor] = set()
-
-
-@lru_cache(maxsize=64)
-def _cached_level_rows(shapes: tuple[tuple[int, int], ...], points: tuple[int, ...], device: torch.device) -> Tensor:
-    return level_table(shapes, points, device, torch.int32)
 
 
 def _on(value: Tensor) -> contextlib.AbstractContextManager[Any]:

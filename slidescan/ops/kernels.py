@@ -113,31 +113,32 @@ def backward_kernel(
         share, across, down, pixel, width, height, left, right, upper, lower = _point(
             location, weight, level, row * K + k, k, live, WORKING, WIDE
         )
-        by_weight = tl.zeros([BLOCK_R], WORKING)
-        by_x = tl.zeros([BLOCK_R], WORKING)
-        by_y = tl.zeros([BLOCK_R], WORKING)
-        for j in tl.static_range(2):
-            for i in tl.static_range(2):
-                there = (right if i else left) & (lower if j else upper)
-                of_column = across if i else 1 - across
-                of_line = down if j else 1 - down
-                corner = pixel + j * width + i
-                if FOR_POINTS:
-                    offset = corner * row_stride * ALIGN
+        if FOR_POINTS:  # before anything is added: no load could be moved before an atomic one
+            by_weight = tl.zeros([BLOCK_R], WORKING)
+            by_x = tl.zeros([BLOCK_R], WORKING)
+            by_y = tl.zeros([BLOCK_R], WORKING)
+            for j in tl.static_range(2):
+                for i in tl.static_range(2):
+                    there = (right if i else left) & (lower if j else upper)
+                    of_column = across if i else 1 - across
+                    of_line = down if j else 1 - down
+                    offset = (pixel + j * width + i) * row_stride * ALIGN
                     sample = tl.load(base + offset[:, None], mask=there[:, None] & wanted, other=0.0)
                     agreement = tl.sum(sample.to(WORKING) * towards, axis=1)
                     by_weight += agreement * of_column * of_line
                     by_x += agreement * of_line * (1 if i else -1)
                     by_y += agreement * of_column * (1 if j else -1)
-                if FOR_VALUE:
-                    offset = corner * (M * D)
-                    part = (share * of_column * of_line)[:, None] * towards
-                    mask = (there & (share != 0))[:, None] & wanted
-                    tl.atomic_add(target + offset[:, None], part, mask=mask, sem="relaxed")
-        if FOR_POINTS:
             of_weight = tl.where(point == k, by_weight[:, None], of_weight)
             of_x = tl.where(point == k, (by_x * share * width.to(WORKING))[:, None], of_x)
             of_y = tl.where(point == k, (by_y * share * height.to(WORKING))[:, None], of_y)
+        if FOR_VALUE:
+            for j in tl.static_range(2):
+                for i in tl.static_range(2):
+                    there = (right if i else left) & (lower if j else upper) & (share != 0)
+                    tap = share * (across if i else 1 - across) * (down if j else 1 - down)
+                    offset = (pixel + j * width + i) * (M * D)
+                    part = tap[:, None] * towards
+                    tl.atomic_add(target + offset[:, None], part, mask=there[:, None] & wanted, sem="relaxed")
     if FOR_POINTS:
         known = live[:, None] & (point < K)
         at = row[:, None] * K + point

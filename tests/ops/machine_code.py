@@ -33,7 +33,7 @@ class Launched:
         return launch
 
     def compiled(self, architecture: int) -> Any:
-        """Compile as the launch would: divisibility of sizes by 16 is what Triton looks at."""
+        """Compile as a launch would, which looks whether 16 divides a size; sizes of 1 are none of ours."""
         options = {name: self.constants.pop(name) for name in ("num_warps", "enable_fp_fusion")}
         signature, constants, known = {}, {}, {}
         for i, name in enumerate(self.kernel.arg_names):
