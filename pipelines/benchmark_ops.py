@@ -17,10 +17,12 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, partial
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,7 +41,16 @@ _HEAD_START = 6  # times it is written: about half a millisecond, in which the h
 _L2_BYTES_PER_S = 5.5e12  # from cache to cores on an H200: the floor of a gather (assumed, not measured)
 
 Inputs = tuple[Tensor, Tensor, Tensor]
-Op = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+Turn = tuple[str, Callable[..., Tensor], list[tuple[Tensor, ...]]]
+
+
+class Contender(NamedTuple):
+    """An op, and what makes its inputs of ours, which is not timed."""
+
+    op: Callable[..., Tensor]
+    prepared: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True)
@@ -65,6 +76,8 @@ class Case:
         rows = self.batch, queries, _HEADS
         value = torch.randn(self.batch, length, _HEADS, _DEPTH, generator=rng)
         near = torch.rand(self.batch, queries, 1, 1, 2, generator=rng)
+        if self.queries is None:  # an encoder's queries are the pixels themselves
+            near = torch.cat([_centres(height, width) for height, width in self.shapes])[None, :, None, None]
         locations = near + 0.05 * torch.randn(*rows, sum(self.points), 2, generator=rng)
         weights = torch.randn(*rows, sum(self.points), generator=rng).softmax(-1)
         # Locations stay float32 for us; the others convert as they need.
@@ -102,55 +115,64 @@ def bench_ops(smoke: bool) -> str:
     return "ops: ratios are theirs to ours; " + ("of the time on the GPU alone" if cuda else "of wall time")
 
 
+def _centres(height: int, width: int) -> Tensor:
+    """Return x, y in [0, 1] of the pixels' centres, (H·W, 2)."""
+    y, x = torch.meshgrid((torch.arange(height) + 0.5) / height, (torch.arange(width) + 0.5) / width, indexing="ij")
+    return torch.stack((x, y), -1).flatten(0, 1)
+
+
 def _rows(case: Case, device: str, rounds: int) -> list[list[str]]:
-    contenders = _contenders(case, device)
+    kind = f"{case.name}, {str(case.dtype).removeprefix('torch.')}"
     sets = [case.inputs(seed, device) for seed in range(_INPUT_SETS)]
     exact = reference(*_as_double(sets[0], case))
-    forward: dict[str, list[float]] = {name: [] for name in contenders}
-    both: dict[str, list[float]] = {name: [] for name in contenders}
-    error, memory = {}, {}
-    for name, op in contenders.items():
-        with torch.no_grad():
-            error[name] = float((op(*sets[0]).double() - exact).abs().max() / exact.abs().max())
-    turns = list(contenders.items())
-    for round_ in range(rounds + 1):  # the first one compiles and fills caches
-        for name, op in _rotated(turns, round_):
+    torch.compiler.reset()  # or a second case would be compiled for any size
+    turns: list[Turn] = []
+    error, grads, memory, rows = {}, {}, {}, []
+    for name, contender in _contenders(case, device).items():
+        prepared = [contender.prepared(*inputs) for inputs in sets]
+        try:
             with torch.no_grad():
-                forward[name].append(timed(partial(op, *sets[round_ % _INPUT_SETS]), device))
-    for round_ in range(rounds + 1):
-        for name, op in _rotated(turns, round_):
-            leaves = [tensor.detach().requires_grad_() for tensor in sets[round_ % _INPUT_SETS]]
+                out = contender.op(*prepared[0])
+            error[name] = float((out.double() - exact).abs().max() / exact.abs().max())
+            grads[name] = torch.ones_like(out)
+            _train(contender.op, grads[name], *_leaves(prepared[0]))
+        except (RuntimeError, TypeError, ValueError) as exc:  # a rival that cannot do a case loses that case alone
+            rows.append([kind, name, f"cannot: {str(exc).splitlines()[0]}", "", "", "", ""])
+        else:
+            turns.append((name, contender.op, prepared))
+    forward: dict[str, list[float]] = {name: [] for name, _, _ in turns}
+    both: dict[str, list[float]] = {name: [] for name, _, _ in turns}
+    for round_ in range(rounds):
+        for name, op, prepared in _rotated(turns, round_):
+            with torch.no_grad():
+                forward[name].append(timed(partial(op, *prepared[round_ % _INPUT_SETS]), device))
+    for round_ in range(rounds):
+        for name, op, prepared in _rotated(turns, round_):
+            leaves = _leaves(prepared[round_ % _INPUT_SETS])
             if device == "cuda":
                 torch.cuda.reset_peak_memory_stats()
                 before = torch.cuda.memory_allocated()
-            both[name].append(timed(partial(_train, op, *leaves), device))
+            both[name].append(timed(partial(_train, op, grads[name], *leaves), device))
             if device == "cuda":
                 memory[name] = torch.cuda.max_memory_allocated() - before
-    ours = [statistics.median(times["slidescan"][1:]) for times in (forward, both)]
-    rows = []
-    for name in contenders:
-        theirs = [statistics.median(times[name][1:]) for times in (forward, both)]
+    ours = [statistics.median(times["slidescan"]) for times in (forward, both)]
+    for name, _, _ in turns:
+        theirs = [statistics.median(times[name]) for times in (forward, both)]
         cells = [
             f"{t / o:.2f}x" if device == "cpu" else f"{t * 1e6:.0f} µs ({t / o:.2f}x)"
             for t, o in zip(theirs, ours, strict=True)
         ]
-        kind = str(case.dtype).removeprefix("torch.")
-        share = f"{_floor_s(case) / theirs[0]:.0%}"
-        rows.append(
-            [
-                f"{case.name}, {kind}",
-                name,
-                f"{error[name]:.0e}",
-                *cells,
-                f"{memory.get(name, 0) / 2**20:.0f} MiB",
-                share,
-            ]
-        )
+        extra, share = f"{memory.get(name, 0) / 2**20:.0f} MiB", f"{_floor_s(case) / theirs[0]:.0%}"
+        rows.append([kind, name, f"{error[name]:.0e}", *cells, extra, share])
     return rows
 
 
-def _rotated(turns: list[tuple[str, Op]], by: int) -> list[tuple[str, Op]]:
+def _rotated(turns: list[Turn], by: int) -> list[Turn]:
     return turns[by % len(turns) :] + turns[: by % len(turns)]
+
+
+def _leaves(prepared: tuple[Tensor, ...]) -> list[Tensor]:
+    return [tensor.detach().requires_grad_() for tensor in prepared]
 
 
 def _as_double(inputs: Inputs, case: Case) -> tuple[Tensor, list[tuple[int, int]], Tensor, Tensor, list[int]]:
@@ -158,11 +180,11 @@ def _as_double(inputs: Inputs, case: Case) -> tuple[Tensor, list[tuple[int, int]
     return value, case.shapes, locations, weights, case.points
 
 
-def _train(op: Op, *leaves: Tensor) -> None:
-    torch.autograd.backward(op(*leaves).square().sum())
+def _train(op: Callable[..., Tensor], grad: Tensor, *leaves: Tensor) -> None:
+    torch.autograd.grad(op(*leaves), leaves, grad)
 
 
-def _contenders(case: Case, device: str) -> dict[str, Op]:
+def _contenders(case: Case, device: str) -> dict[str, Contender]:
     from transformers.models.rt_detr.modeling_rt_detr import MultiScaleDeformableAttention
 
     shapes, points = case.shapes, case.points
@@ -170,41 +192,46 @@ def _contenders(case: Case, device: str) -> dict[str, Op]:
     starts = torch.cat((table.new_zeros(1), table.prod(1).cumsum(0)[:-1]))
     module = MultiScaleDeformableAttention()
 
-    def levels(tensor: Tensor) -> Tensor:
-        return tensor.reshape(*tensor.shape[:3], len(shapes), POINTS, *tensor.shape[4:])
+    def ours(value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
+        return deform_attn(value, shapes, locations, weights, points)
+
+    def by_level(value: Tensor, locations: Tensor, weights: Tensor) -> tuple[Tensor, ...]:
+        # The others want one type, and levels and points as two axes.
+        per_level = *weights.shape[:3], len(shapes), POINTS
+        return value, locations.to(value.dtype).reshape(*per_level, 2), weights.reshape(per_level)
 
     def theirs(value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
-        places = levels(locations.to(value.dtype))  # grid_sample takes one dtype
-        return module(value, table, shapes, starts, places, levels(weights), 64)  # type: ignore[no-any-return]
+        return module(value, table, shapes, starts, locations, weights, 64)  # type: ignore[no-any-return]
 
-    found: dict[str, Op] = {
-        "slidescan": lambda value, locations, weights: deform_attn(value, shapes, locations, weights, points),
-        "transformers (grid_sample)": theirs,
+    found = {
+        "slidescan": Contender(ours, lambda *inputs: inputs),
+        "transformers (grid_sample)": Contender(theirs, by_level),
     }
     if device == "cpu":
         return found
-    found["transformers, compiled"] = torch.compile(theirs)
+    found["transformers, compiled"] = Contender(torch.compile(theirs, dynamic=False), by_level)
 
     kernel = _installed("torch_ms_deform_attn")
     if kernel is not None:
 
         def packaged(value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
-            places = levels(locations.to(value.dtype))
-            return kernel.ms_deform_attn(value, table, starts, places, levels(weights))  # type: ignore[no-any-return]
+            return kernel.ms_deform_attn(value, table, starts, locations, weights)  # type: ignore[no-any-return]
 
-        found["CUDA kernel of 2020 (torch-ms-deform-attn)"] = packaged
+        found["CUDA kernel of 2020 (torch-ms-deform-attn)"] = Contender(packaged, by_level)
 
     flash = _installed("DCNv4.functions.flash_deform_attn_func")
     if flash is not None:
 
-        def dcnv4(value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
-            # It takes logits after the locations of a head, and 16 bits are float16.
+        def packed(value: Tensor, locations: Tensor, weights: Tensor) -> tuple[Tensor, ...]:
+            # It takes logits, after the locations of a head, and 16 bits are float16.
             kind = torch.float32 if value.dtype == torch.float32 else torch.float16
-            packed = torch.cat((locations.flatten(3), weights.log()), -1).to(kind)
-            out = flash.FlashDeformAttnFunction.apply(value.to(kind), table, starts, packed, 64, POINTS)
-            return out.to(value.dtype)  # type: ignore[no-any-return]
+            return value.to(kind), torch.cat((locations.flatten(3), weights.float().log()), -1).to(kind)
 
-        found["DCNv4 (FlashDeformAttn)"] = dcnv4
+        def dcnv4(value: Tensor, locations_and_logits: Tensor) -> Tensor:
+            function = flash.FlashDeformAttnFunction
+            return function.apply(value, table, starts, locations_and_logits, 64, POINTS)  # type: ignore[no-any-return]
+
+        found["DCNv4 (FlashDeformAttn)"] = Contender(dcnv4, packed)
     return found
 
 
@@ -251,9 +278,15 @@ def where() -> str:
     """Return device, threads, versions and commit: what a number means nothing without."""
     root = Path(__file__).resolve().parent
     told = subprocess.run(
-        ["git", "-C", root, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+        ["git", "-C", root, "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
     )
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
-    commit = told.stdout.strip() or "unknown"
-    versions = f"torch {torch.__version__}, transformers {importlib.import_module('transformers').__version__}"
-    return f"{device}, {torch.get_num_threads()} threads, {versions}, commit {commit}"
+    device = f"{platform.machine()} CPU"
+    if torch.cuda.is_available():
+        device = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
+    versions = []
+    for package in ("torch", "triton", "transformers", "torch-ms-deform-attn", "DCNv4"):
+        with suppress(PackageNotFoundError):
+            versions.append(f"{package} {version(package)}")
+    return ", ".join(
+        [device, f"{torch.get_num_threads()} threads", *versions, f"commit {told.stdout.strip() or 'unknown'}"]
+    )

@@ -81,16 +81,22 @@ def test_benchmark_smoke() -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, env=dict(os.environ))
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stdout.splitlines()[1:] if not line.startswith("|")]  # the rows of a table
-    assert [line.split(":")[0] for line in lines] == [
-        "stitch",
-        "memory",
-        "ops",
-        "ops",
-        "models",
-        "models",
-        "grid",
-        "tune",
+    assert [line.split(":")[0] for line in lines] == "stitch memory ops ops models models grid tune".split()
+
+
+def test_gpu_smoke(tmp_path: Path) -> None:
+    """What needs a GPU says so, the rest runs, and the report holds what each step printed and how it ended."""
+    command = [sys.executable, ROOT / "pipelines" / "gpu.py", "tune", "memcheck", "ops", "--smoke", "-o", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    report = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert re.findall(r"^## (\w+): (passed|left out)", report, re.MULTILINE) == [
+        ("tune", "passed"),
+        ("memcheck", "left out"),
+        ("ops", "passed"),
     ]
+    assert "| tiny, float32 | slidescan |" in report
+    assert (tmp_path / "launch.json").is_file()
 
 
 def test_every_public_name_is_documented() -> None:
