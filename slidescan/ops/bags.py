@@ -47,7 +47,7 @@ def bags(
     places = locations.to(working).reshape(n, queries, heads * n_points, 2).movedim(-1, 0).contiguous()
     place = _within_reach(torch.addcmul(levels.half, places, levels.size), levels.size)
     first = place.detach().floor().clamp_(max=levels.last)
-    second, after = first + 1, place - first
+    second, after = first + 1, place.sub_(first)
     # A corner beyond the border is zero padding: it loses its share and keeps a row that exists.
     x_share, y_share = (1 - after).mul_(second.clamp(max=1))
     x_share_2, y_share_2 = after.mul_((levels.last - first).clamp_(max=1))
@@ -124,7 +124,7 @@ def _within_reach(place: Tensor, size: Tensor) -> Tensor:
     """Move what no corner reaches, NaN included, to -1 or to the size, where both corners weigh nothing."""
     if place.requires_grad:  # three times slower, and without a gradient at the size itself
         return torch.where(place < size, place, size).clamp(min=-1)
-    return place.nan_to_num_(nan=-1.0).minimum(size).clamp_(min=-1)
+    return place.nan_to_num_(nan=-1.0).clamp_(max=size).clamp_(min=-1)
 
 
 def _corners(
