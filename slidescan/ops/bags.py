@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["bags", "gradients", "level_table", "refuse_second_derivative"]
+__all__ = ["bags", "gradients", "level_table", "refuse_second_derivative", "working_type"]
 
 Built = TypeVar("Built")
 
@@ -37,8 +37,7 @@ def bags(
     """Compute `slidescan.ops.deform_attn` with torch's own operators."""
     n, length, heads, depth = value.shape
     queries, n_points = locations.shape[1], locations.shape[3]
-    # Half types hold neither a pixel coordinate nor a sum of many terms well enough.
-    working = torch.promote_types(torch.promote_types(value.dtype, locations.dtype), torch.float32)
+    working = working_type(value, locations)
     # int32 halves the traffic of the largest tensors here. They count rows of the value, and corners of all points.
     index = torch.int32 if n * heads * max(length, 4 * queries * n_points) < 2**31 else torch.int64
     levels = _levels(tuple((h, w) for h, w in shapes), tuple(points), heads, working, index, value.device)
@@ -110,6 +109,14 @@ class _WithTable(torch.autograd.Function):
             include_last_offset=True,
         )
         return grad, of_table, None, None
+
+
+def working_type(value: Tensor, locations: Tensor) -> torch.dtype:
+    """Return the type of coordinates and sums: float64 where value or locations are, float32 otherwise.
+
+    Half types hold neither a pixel coordinate nor a sum of many terms well enough.
+    """
+    return torch.promote_types(torch.promote_types(value.dtype, locations.dtype), torch.float32)
 
 
 def refuse_second_derivative() -> None:

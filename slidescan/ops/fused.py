@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.errors import TritonError
 
-from slidescan.ops.bags import gradients, level_table
+from slidescan.ops.bags import gradients, level_table, working_type
 from slidescan.ops.kernels import backward_kernel, forward_kernel
 
 __all__ = ["TABLE", "Launch", "TritonError", "fused", "fused_backward", "launch", "launch_key", "launch_table"]
@@ -61,7 +61,7 @@ def fused_backward(
     if torch.are_deterministic_algorithms_enabled():
         of_value, of_locations, of_weights = gradients(grad, value, shapes, locations, weights, points)
         return (of_value if for_value else None), *((of_locations, of_weights) if for_points else (None, None))
-    grad_value = value.new_zeros(value.shape, dtype=_working(value, locations)) if for_value else None
+    grad_value = value.new_zeros(value.shape, dtype=working_type(value, locations)) if for_value else None
     grad_location = torch.zeros_like(locations, memory_format=torch.contiguous_format) if for_points else None
     grad_weight = torch.zeros_like(weights, memory_format=torch.contiguous_format) if for_points else None
     if grad.numel() and n_points and value.numel() and any(needs):
@@ -161,7 +161,7 @@ class _Call:
             "D": depth,
             "ALIGN": align,
             "WIDE": reach >= 2**31,
-            "WORKING": tl.float64 if _working(value, locations) == torch.float64 else tl.float32,
+            "WORKING": tl.float64 if working_type(value, locations) == torch.float64 else tl.float32,
             "BLOCK_D": padded,
             "BLOCK_R": rows,
             # Rows that no lane can read 8 bytes of at once need many registers a point.
@@ -174,11 +174,6 @@ class _Call:
 def _power_of_2(n: int) -> int:
     """Return the least power of two that is no less."""
     return 1 << (n - 1).bit_length()
-
-
-def _working(value: Tensor, locations: Tensor) -> torch.dtype:
-    """Return the type of coordinates and sums: float32, or float64 where value or locations are."""
-    return torch.promote_types(torch.promote_types(value.dtype, locations.dtype), torch.float32)
 
 
 def _on(value: Tensor) -> contextlib.AbstractContextManager[Any]:

@@ -1,13 +1,11 @@
-"""The deformable-attention op: every backend against the same truths, at its limits, and as a node of a graph."""
+"""The deformable-attention op: every backend against the same truths, and at its limits."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
-import io
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
 import hypothesis.strategies as st
@@ -15,45 +13,9 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from slidescan.ops import deform_attn, reference
-
-Shapes = list[tuple[int, int]]
-Inputs = tuple[Tensor, Shapes, Tensor, Tensor, list[int]]
-
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
-OURS = ["torch", pytest.param("triton", marks=needs_triton)]
-EVERY = [*OURS, "reference"]
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def inputs(
-    shapes: Shapes,
-    points: list[int],
-    n: int = 2,
-    q: int = 5,
-    m: int = 3,
-    d: int = 4,
-    *,
-    seed: int = 0,
-    dtype: torch.dtype = torch.float64,
-) -> Inputs:
-    """Random inputs, locations up to a level's width beyond its borders."""
-    rng = torch.Generator().manual_seed(seed)
-    length, k = sum(h * w for h, w in shapes), sum(points)
-    value = torch.randn(n, length, m, d, generator=rng, dtype=torch.float64)
-    locations = torch.rand(n, q, m, k, 2, generator=rng, dtype=torch.float64) * 3 - 1
-    weights = torch.rand(n, q, m, k, generator=rng, dtype=torch.float64)
-    return value.to(DEVICE, dtype), shapes, locations.to(DEVICE, dtype), weights.to(DEVICE, dtype), points
-
-
-def all_gradients(args: Inputs, backend: str) -> list[Tensor]:
-    """Result, and gradients of value, locations and weights."""
-    value, shapes, locations, weights, points = args
-    leaves = [tensor.detach().clone().requires_grad_() for tensor in (value, locations, weights)]
-    out = deform_attn(leaves[0], shapes, leaves[1], leaves[2], points, backend=backend)
-    return [out.detach(), *torch.autograd.grad(out.double().square().sum(), leaves)]
+from tests.ops.cases import DEVICE, EVERY, OURS, Shapes, all_gradients, inputs, needs_triton
 
 
 def by_hand(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor, points: Sequence[int]) -> Tensor:
@@ -148,15 +110,6 @@ def test_a_result_may_be_changed_in_place(backend: str) -> None:
     found, value.grad = value.grad, None
     deform_attn(value, shapes, locations, weights, points, backend=backend).sum().backward()
     torch.testing.assert_close(found, 3 * value.grad)
-
-
-def test_fake_tensors_leave_nothing_behind() -> None:
-    """After shapes were propagated without data, a real call of the same shapes works."""
-    value, shapes, locations, weights, points = inputs([(3, 7)], [2])
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        fakes = [mode.from_tensor(tensor) for tensor in (value, locations, weights)]
-        assert deform_attn(fakes[0], shapes, *fakes[1:], points).shape == (2, 5, 12)
-    assert torch.isfinite(deform_attn(value, shapes, locations, weights, points)).all()
 
 
 @pytest.mark.parametrize("wanted", [(True, False), (False, True)])
@@ -278,107 +231,6 @@ def test_offsets_beyond_32_bits() -> None:
     torch.testing.assert_close(
         deform_attn(far, *args, backend="triton"), deform_attn(far.contiguous(), *args, backend="torch")
     )
-
-
-@pytest.mark.parametrize("backend", OURS)
-def test_the_registered_node_is_sound(backend: str) -> None:
-    """Schema, fake tensors, autograd registration and dynamic shapes pass torch's own checks."""
-    value, _, locations, weights, points = inputs([(4, 6), (1, 3)], [2, 1])
-    leaves = [tensor.requires_grad_() for tensor in (value, locations, weights)]
-    torch.library.opcheck(torch.ops.slidescan.deform_attn.default, (*leaves, [4, 6, 1, 3], points, backend))
-
-
-class _Layer(torch.nn.Module):
-    """The op between other operators, with its shapes built in."""
-
-    def __init__(self, backend: str) -> None:
-        super().__init__()
-        self.backend = backend
-
-    def forward(self, value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
-        logits = deform_attn(value, [(4, 6), (1, 3)], locations, weights.softmax(-1), [2, 1], backend=self.backend)
-        return logits * 2
-
-
-@pytest.mark.parametrize("backend", OURS)
-def test_compiles_without_a_break(backend: str) -> None:
-    """A compiled layer is one graph and gives the eager result and gradients."""
-    value, _, locations, weights, _ = inputs([(4, 6), (1, 3)], [2, 1])
-    leaves = [tensor.requires_grad_() for tensor in (value, locations, weights)]
-    layer = _Layer(backend)
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    for got, expected in zip(
-        *([out, *torch.autograd.grad(out.square().sum(), leaves)] for out in (compiled(*leaves), layer(*leaves))),
-        strict=True,
-    ):
-        torch.testing.assert_close(got, expected)
-
-
-def test_export_keeps_the_node() -> None:
-    """An exported layer holds one `slidescan::deform_attn`, and gives the same after saving and loading."""
-    value, _, locations, weights, _ = inputs([(4, 6), (1, 3)], [2, 1])
-    layer = _Layer("auto")
-    program = torch.export.export(layer, (value, locations, weights))
-    assert [str(node.target) for node in program.graph.nodes].count("slidescan.deform_attn.default") == 1
-    file = io.BytesIO()
-    torch.export.save(program, file)
-    file.seek(0)
-    again = torch.export.load(file).module()
-    torch.testing.assert_close(again(value, locations, weights), layer(value, locations, weights))
-
-
-@pytest.mark.filterwarnings("ignore:.*LeafSpec.* is deprecated:FutureWarning")  # torch's exporter itself
-def test_a_graph_of_onnx_gives_the_same(tmp_path: Path) -> None:
-    """An ONNX export holds operators of ONNX alone; another runtime computes the same from it."""
-    runtime = pytest.importorskip("onnxruntime")
-    value, _, locations, weights, _ = (
-        tensor.cpu() if isinstance(tensor, Tensor) else tensor
-        for tensor in inputs([(4, 6), (1, 3)], [2, 1], dtype=torch.float32)
-    )
-    layer, path = _Layer("auto").eval(), tmp_path / "layer.onnx"
-    torch.onnx.export(layer, (value, locations, weights), path, dynamo=True, verbose=False)
-    session = runtime.InferenceSession(path)
-    names = [each.name for each in session.get_inputs()]
-    arrays = (tensor.numpy() for tensor in (value, locations, weights))
-    (found,) = session.run(None, dict(zip(names, arrays, strict=True)))
-    torch.testing.assert_close(torch.from_numpy(found), layer(value, locations, weights))
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
-def test_a_cuda_graph_captures_it_and_outlives_the_tables() -> None:
-    """Replayed on other inputs, after calls of many other shapes, a captured call gives the eager result."""
-    value, shapes, locations, weights, points = inputs([(4, 6), (1, 3)], [2, 1], dtype=torch.float32)
-    deform_attn(value, shapes, locations, weights, points)  # compiles, and makes the table
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = deform_attn(value, shapes, locations, weights, points)
-    for width in range(1, 100):
-        deform_attn(*inputs([(1, width)], [1], dtype=torch.float32))
-    value.neg_()
-    locations.copy_(locations.flip(1))
-    graph.replay()
-    torch.testing.assert_close(out, deform_attn(value, shapes, locations, weights, points, backend="torch"))
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
-@pytest.mark.parametrize("backend", ["auto", "torch"])
-def test_compiled_with_cuda_graphs(backend: str) -> None:
-    """Inductor records graphs of a layer it has never run, forward and backward, and replays them rightly."""
-    torch.compiler.reset()
-    value, _, locations, weights, _ = inputs([(4, 6), (1, 3)], [2, 1], dtype=torch.float32)
-    leaves = [tensor.requires_grad_() for tensor in (value, locations, weights)]
-    layer = _Layer(backend)
-    compiled = torch.compile(layer, fullgraph=True, mode="reduce-overhead")
-    for _ in range(4):
-        torch.compiler.cudagraph_mark_step_begin()
-        got, *gradients = (tensor.clone() for tensor in _learn(compiled, leaves))
-    for found, expected in zip((got, *gradients), _learn(layer, leaves), strict=True):
-        torch.testing.assert_close(found, expected)
-
-
-def _learn(layer: torch.nn.Module, leaves: list[Tensor]) -> list[Tensor]:
-    out = layer(*leaves)
-    return [out.detach(), *torch.autograd.grad(out.square().sum(), leaves)]
 
 
 def test_shapes_that_do_not_fit_are_named() -> None:
