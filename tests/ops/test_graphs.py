@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from slidescan.ops import deform_attn
 from tests.ops.cases import OURS, inputs
+
+of_the_compiler = pytest.mark.filterwarnings("ignore")  # inductor warns of its own deprecations, and of TF32
+needs_a_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="inductor wants a C++ compiler, on a CPU")
 
 
 def test_fake_tensors_leave_nothing_behind() -> None:
@@ -43,17 +47,22 @@ class _Layer(torch.nn.Module):
         return logits * 2
 
 
+def _learn(layer: torch.nn.Module, leaves: list[Tensor]) -> list[Tensor]:
+    out = layer(*leaves)
+    return [out.detach(), *torch.autograd.grad(out.square().sum(), leaves)]
+
+
+@of_the_compiler
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=needs_a_compiler)])
 @pytest.mark.parametrize("backend", OURS)
-def test_compiles_without_a_break(backend: str) -> None:
+def test_compiles_without_a_break(backend: str, compiler: str) -> None:
     """A compiled layer is one graph and gives the eager result and gradients."""
+    torch.compiler.reset()
     value, _, locations, weights, _ = inputs([(4, 6), (1, 3)], [2, 1])
     leaves = [tensor.requires_grad_() for tensor in (value, locations, weights)]
     layer = _Layer(backend)
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    for got, expected in zip(
-        *([out, *torch.autograd.grad(out.square().sum(), leaves)] for out in (compiled(*leaves), layer(*leaves))),
-        strict=True,
-    ):
+    compiled = torch.compile(layer, fullgraph=True, backend=compiler)
+    for got, expected in zip(_learn(compiled, leaves), _learn(layer, leaves), strict=True):
         torch.testing.assert_close(got, expected)
 
 
@@ -103,6 +112,7 @@ def test_a_cuda_graph_captures_it_and_outlives_the_tables() -> None:
     torch.testing.assert_close(out, deform_attn(value, shapes, locations, weights, points, backend="torch"))
 
 
+@of_the_compiler
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 @pytest.mark.parametrize("backend", ["auto", "torch"])
 def test_compiled_with_cuda_graphs(backend: str) -> None:
@@ -117,8 +127,3 @@ def test_compiled_with_cuda_graphs(backend: str) -> None:
         got, *gradients = (tensor.clone() for tensor in _learn(compiled, leaves))
     for found, expected in zip((got, *gradients), _learn(layer, leaves), strict=True):
         torch.testing.assert_close(found, expected)
-
-
-def _learn(layer: torch.nn.Module, leaves: list[Tensor]) -> list[Tensor]:
-    out = layer(*leaves)
-    return [out.detach(), *torch.autograd.grad(out.square().sum(), leaves)]
