@@ -57,6 +57,11 @@ def test_a_model_directory_is_a_detector(tiny: Path) -> None:
     assert len(detector.sha256) == 64
 
 
+def test_who_may_read_the_card_may_read_the_weights(tiny: Path) -> None:
+    """A model on a shared disk is for all who see its directory."""
+    assert len({(tiny / name).stat().st_mode for name in ("config.json", "slidescan.json", "model.safetensors")}) == 1
+
+
 @pytest.mark.parametrize(("height", "width"), [(96, 96), (64, 160)])
 def test_detections_are_sorted_inside_and_above_the_threshold(tiny: Path, height: int, width: int) -> None:
     """Tiles of any multiple of 32 give boxes within the tile, best first, none below the least score asked for."""

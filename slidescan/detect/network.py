@@ -315,7 +315,8 @@ def save_network(model: nn.Module, path: Path) -> None:
     file = path / "model.safetensors"
     tensors = safetensors.torch.load_file(file)
     small = {key: t.half() if t.ndim > 1 and t.is_floating_point() else t for key, t in tensors.items()}
-    safetensors.torch.save_file(small, file, {"format": "pt"})
+    file.unlink()  # save_pretrained's, which none but its owner may read
+    file.write_bytes(safetensors.torch.save(small, {"format": "pt"}))
 
 
 @contextmanager

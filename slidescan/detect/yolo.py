@@ -195,7 +195,8 @@ def convert_yolo(
     out.mkdir(parents=True, exist_ok=True)
     text = yaml.safe_dump(architecture, sort_keys=False, default_flow_style=None)
     (out / "model.yaml").write_text(text, encoding="utf-8")
-    safetensors.torch.save_file(tensors, out / "model.safetensors", {"format": "pt"})
+    # Not save_file, whose files none but their owner may read.
+    (out / "model.safetensors").write_bytes(safetensors.torch.save(tensors, {"format": "pt"}))
     write_card(card, out)
     return Yolo(out.resolve())
 
