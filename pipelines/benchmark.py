@@ -6,7 +6,7 @@ python pipelines/benchmark.py ops         deformable attention against transform
 python pipelines/benchmark.py models      whole detectors, accelerated or not
 python pipelines/benchmark.py grid        the same slide under shifted tile grids, bundled detector
 python pipelines/benchmark.py             all of these; --smoke for tiny sizes
-python pipelines/benchmark.py tune        write the launch shapes of the kernels that are best on this GPU
+python pipelines/benchmark.py tune        write the launches of the kernels that are best on this GPU
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Deformable attention on a GPU in one kernel each way, written in Triton.
 
-Hides launch shapes and the accumulation of gradients. A program handles a block of rows (b, q, m) and all their points:
+Hides launches and the accumulation of gradients. A program handles rows (q, m) of one image and all their points:
 coordinates are computed once a point in float32, the four corners are gathered as whole rows of channels, and nothing
 of the size of all samples is ever in memory. Backward forms the gradients of locations and weights without atomics;
 that of the value is summed by atomic adds into float32, whose order is not fixed: where torch is asked for
