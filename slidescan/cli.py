@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 import yaml
 
+from slidescan import cli_train
 from slidescan.errors import ConfigError, ResultError, SlideError, SlidescanError
 
 if TYPE_CHECKING:
@@ -211,9 +212,11 @@ def detect(
 
     detector = load_detector(model, mpp=1.0)  # where the model names no µm/px, a px is its unit
     found = detect_image(image, detector, min_score=min_score, tile_px=tile_px, mpp=mpp)
-    for box, score, label in zip(found.xyxy.tolist(), found.score.tolist(), found.label.tolist(), strict=True):
+    columns = (found.xyxy.tolist(), found.score.tolist(), found.label.tolist(), found.attributes.tolist())
+    for box, score, label, said in zip(*columns, strict=True):
         corners = ", ".join(f"{edge:.1f}" for edge in box)
-        typer.echo(f"{detector.classes[label]}: {score:.3f} at [{corners}]")
+        more = "".join(f", {name} {share:.2f}" for name, share in zip(detector.attributes, said, strict=True))
+        typer.echo(f"{detector.classes[label]}: {score:.3f} at [{corners}]{more}")
     typer.echo(f"{len(found)} found with a score of at least {min_score:g}", err=True)
 
 
@@ -240,6 +243,10 @@ def demo(
     typer.echo(f"on tile and region seams: planted {outcome.planted_on_seams}   found {outcome.found_on_seams}")
     typer.echo("seconds     " + "   ".join(f"{k} {v:.1f}" for k, v in result.provenance["seconds"].items()))
     _report(result)
+
+
+app.command()(cli_train.train)
+app.command()(cli_train.evaluate)
 
 
 def _settings(config: Path | None, assignments: list[str] | None) -> ScanConfig:

@@ -7,7 +7,7 @@ returns tile px, everything after the region task is level-0 px.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
@@ -28,6 +28,8 @@ class Detections:
         In [0, 1].
     label : ndarray of int16, shape (N,)
         Index into the detector's `classes`.
+    attributes : ndarray of float32, shape (N, A)
+        Probability of each of the detector's `attributes`; A is 0 for most detectors, and where it is not given.
 
     Raises
     ------
@@ -44,22 +46,30 @@ class Detections:
     xyxy: NDArray[np.float64]
     score: NDArray[np.float32]
     label: NDArray[np.int16]
+    attributes: NDArray[np.float32] = field(default_factory=lambda: np.empty((0, 0), np.float32))
 
     def __post_init__(self) -> None:
         n = len(self.xyxy)
-        if self.xyxy.shape != (n, 4) or self.score.shape != (n,) or self.label.shape != (n,):
+        if self.attributes.shape == (0, 0):  # not given
+            object.__setattr__(self, "attributes", np.empty((n, 0), np.float32))
+        columns = self.score.shape, self.label.shape, self.attributes.shape[:-1]
+        if self.xyxy.shape != (n, 4) or columns != ((n,),) * 3:
             raise ValueError(
-                f"Detections: xyxy must be (N, 4) and score, label (N,), "
-                f"got {self.xyxy.shape}, {self.score.shape}, {self.label.shape}"
+                f"Detections: xyxy must be (N, 4), score, label (N,) and attributes (N, A), "
+                f"got {self.xyxy.shape}, {self.score.shape}, {self.label.shape}, {self.attributes.shape}"
             )
 
     @classmethod
-    def build(cls, xyxy: object, score: object, label: object | None = None) -> Detections:
+    def build(
+        cls, xyxy: object, score: object, label: object | None = None, attributes: object | None = None
+    ) -> Detections:
         """Build from anything array-like, cast to the column types; `label` defaults to 0."""
         boxes = np.asarray(xyxy, np.float64).reshape(-1, 4)
         scores = np.asarray(score, np.float32).reshape(-1)
         labels = np.zeros(len(boxes), np.int16) if label is None else np.asarray(label, np.int16).reshape(-1)
-        return cls(boxes, scores, labels)
+        if attributes is None or not len(boxes):
+            return cls(boxes, scores, labels)
+        return cls(boxes, scores, labels, np.asarray(attributes, np.float32).reshape(len(boxes), -1))
 
     @classmethod
     def empty(cls) -> Detections:
@@ -69,13 +79,14 @@ class Detections:
     @classmethod
     def concat(cls, parts: Iterable[Detections]) -> Detections:
         """Stack tables in order."""
-        items = list(parts)
+        items = [part for part in parts if len(part)]
         if not items:
             return cls.empty()
         return cls(
             np.concatenate([p.xyxy for p in items]),
             np.concatenate([p.score for p in items]),
             np.concatenate([p.label for p in items]),
+            np.concatenate([p.attributes for p in items]),
         )
 
     def __len__(self) -> int:
@@ -83,7 +94,7 @@ class Detections:
 
     def __getitem__(self, rows: NDArray[np.bool_] | NDArray[np.intp] | slice) -> Detections:
         """Return the chosen rows (mask, index array or slice)."""
-        return Detections(self.xyxy[rows], self.score[rows], self.label[rows])
+        return Detections(self.xyxy[rows], self.score[rows], self.label[rows], self.attributes[rows])
 
     @property
     def centers(self) -> NDArray[np.float64]:
@@ -92,7 +103,7 @@ class Detections:
 
     def moved(self, scale: float, dx: float, dy: float) -> Detections:
         """Return the table with boxes multiplied by `scale` and then shifted by (`dx`, `dy`)."""
-        return Detections(self.xyxy * scale + np.array([dx, dy, dx, dy]), self.score, self.label)
+        return replace(self, xyxy=self.xyxy * scale + np.array([dx, dy, dx, dy]))
 
 
 @runtime_checkable
@@ -115,6 +126,11 @@ class Detector(Protocol):
     @property
     def classes(self) -> Sequence[str]:
         """Class names, indexed by label."""
+        ...
+
+    @property
+    def attributes(self) -> Sequence[str]:
+        """What it says of each object besides its class, such as ``atypical``; most say nothing."""
         ...
 
     @property

@@ -6,6 +6,7 @@ seam of two tiles is found once.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -124,4 +125,4 @@ def _inside(found: Detections, width: int, height: int) -> Detections:
     """Drop what lies beyond the image and cut boxes at its edge."""
     x, y = found.centers.T
     kept = found[(x < width) & (y < height)]
-    return Detections(np.minimum(kept.xyxy, [width, height, width, height]), kept.score, kept.label)
+    return replace(kept, xyxy=np.minimum(kept.xyxy, [width, height, width, height]))

@@ -34,8 +34,8 @@ __all__ = ["RegionPart", "RegionTask", "commit", "disk_error", "give_back_memory
 _SATURATED_SHARE = 0.8
 # A full tile is quartered, and its quarters once more: 16 times the queries for the same tissue.
 _MOST_SPLITS = 2
-# Steps to which boxes (per px) and scores are rounded: finer than any detector's jitter, and coarser by far than the
-# float noise (1e-8) between numbers of threads, so that it does not show in the result.
+# Steps to which boxes (per px), scores and attributes are rounded: finer than any detector's jitter, and coarser by far
+# than the float noise (1e-8) between numbers of threads, so that it does not show in the result.
 _BOX_STEPS_PER_PX = 64
 _SCORE_STEPS = 10_000
 # Scoring uses every core by itself: two regions scored at once in one process would only fight for them, while the
@@ -70,6 +70,7 @@ class RegionPart:
                     xyxy=self.detections.xyxy,
                     score=self.detections.score,
                     label=self.detections.label,
+                    attributes=self.detections.attributes,
                     tile=self.tile,
                     cores=self.cores,
                     failed=self.failed,
@@ -88,7 +89,7 @@ class RegionPart:
             # np.load leaves a damaged file open when given its path.
             with path.open("rb") as file, np.load(file, allow_pickle=False) as data:
                 return cls(
-                    Detections(data["xyxy"], data["score"], data["label"]),
+                    Detections(data["xyxy"], data["score"], data["label"], data["attributes"]),
                     data["tile"],
                     data["cores"],
                     data["failed"],
@@ -177,11 +178,11 @@ class RegionTask:
         x, y = kept.centers.T
         kept = kept[np.asarray((x >= 0) & (y >= 0) & (x < bounds.x1) & (y < bounds.y1))]
         xyxy = np.clip(kept.xyxy, 0, [bounds.x1, bounds.y1, bounds.x1, bounds.y1])
-        return Detections(
-            np.round(xyxy * _BOX_STEPS_PER_PX) / _BOX_STEPS_PER_PX,
-            np.round(kept.score.astype(np.float64) * _SCORE_STEPS).astype(np.float32) / np.float32(_SCORE_STEPS),
-            kept.label,
+        score, attributes = (
+            np.round(column.astype(np.float64) * _SCORE_STEPS).astype(np.float32) / np.float32(_SCORE_STEPS)
+            for column in (kept.score, kept.attributes)
         )
+        return Detections(np.round(xyxy * _BOX_STEPS_PER_PX) / _BOX_STEPS_PER_PX, score, kept.label, attributes)
 
 
 def give_back_memory() -> None:

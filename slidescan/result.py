@@ -85,6 +85,11 @@ class ScanResult:
         return float(self.provenance["threshold"])
 
     @property
+    def attributes(self) -> tuple[str, ...]:
+        """Names of the columns of `detections.attributes`."""
+        return tuple(self.provenance["detector"].get("attributes", ()))
+
+    @property
     def coverage(self) -> np.ndarray[Any, np.dtype[np.uint8]]:
         """What was analysed: a `slidescan.anomaly.Coverage` value per map pixel."""
         return self.anomaly.coverage
@@ -163,7 +168,10 @@ class ScanResult:
                 yield from region_features(self.regions[:top_k], run_namespace=self._namespace, offset_l0=offset)
             if what != "regions":
                 chosen = self.detections[slice(n)]
-                yield from detection_features(chosen, classes=self.classes, ids=self.ids[:n], offset_l0=offset)
+                more = {name: column[:n] for name, column in self._said.items()}
+                yield from detection_features(
+                    chosen, classes=self.classes, ids=self.ids[:n], offset_l0=offset, measurements=more
+                )
 
         properties = {"origin": origin, "offset_l0": list(offset), "mpp": self.frame.mpp, "min_score": lowest}
         return write_geojson(Path(path), features(), properties=properties)
@@ -241,11 +249,19 @@ class ScanResult:
     def _namespace(self) -> str:
         return f"{self.provenance['slide']['fingerprint']}:{self.provenance['detector']['sha256']}"
 
+    @property
+    def _said(self) -> dict[str, np.ndarray[Any, np.dtype[np.float32]]]:
+        """Return the attributes by name; without detections there are no columns to take them from."""
+        columns = (
+            self.detections.attributes.T if len(self.detections) else np.empty((len(self.attributes), 0), np.float32)
+        )
+        return dict(zip(self.attributes, columns, strict=True))
+
     def _table(self) -> pa.Table:
         """Return the detections as an Arrow table, best first."""
         names = pa.DictionaryArray.from_arrays(pa.array(self.detections.label.astype(np.int32)), pa.array(self.classes))
         boxes = {name: self.detections.xyxy[:, i] for i, name in enumerate(_COLUMNS)}
-        return pa.table({"id": self.ids, **boxes, "score": self.detections.score, "label": names})
+        return pa.table({"id": self.ids, **boxes, "score": self.detections.score, "label": names, **self._said})
 
 
 def load_result(path: str | Path, *, verify: bool = True) -> ScanResult:
@@ -286,6 +302,7 @@ def _load(out: Path, manifest: dict[str, Any]) -> ScanResult:
         (int(manifest["frame"]["size_wh"][0]), int(manifest["frame"]["size_wh"][1])), manifest["frame"]["mpp"]
     )
     classes = tuple(manifest["classes"])
+    attributes = manifest["detector"].get("attributes", ())
     table = pq.read_table(out / "detections.parquet")
     label = table["label"].combine_chunks()
     names = label.dictionary.to_pylist()
@@ -294,6 +311,7 @@ def _load(out: Path, manifest: dict[str, Any]) -> ScanResult:
         np.column_stack([table[c].to_numpy() for c in _COLUMNS]),
         table["score"].to_numpy(),
         to_class[label.indices.to_numpy()] if len(table) else np.empty(0),
+        np.stack([table[name].to_numpy() for name in attributes], -1) if attributes else None,
     )
     levels, _ = read_ngff(out / "anomaly.ome.zarr")
     provenance = {k: v for k, v in manifest.items() if k not in ("schema", "classes", "frame", "summary", "files")}

@@ -194,6 +194,7 @@ def _assemble(
             "name": detector.name,
             "sha256": detector.sha256,
             "mpp": detector.mpp,
+            "attributes": list(detector.attributes),
             "plane_mpp": plane.mpp,
             "object_um": detector.object_um,
         },

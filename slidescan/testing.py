@@ -62,6 +62,11 @@ class OracleDetector:
     threshold: float = 0.5
 
     @property
+    def attributes(self) -> tuple[str, ...]:
+        """It says nothing of an object but its class."""
+        return ()
+
+    @property
     def name(self) -> str:
         """Name for people."""
         return f"oracle-{self.mpp:g}"

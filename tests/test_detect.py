@@ -174,6 +174,7 @@ def test_the_slide_chooses_the_variant() -> None:
         "name",
         "sha256",
         "classes",
+        "attributes",
         "mpp",
         "input_px",
         "object_um",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-import runpy
+import shutil
 from pathlib import Path
 
 import hypothesis.strategies as st
@@ -20,11 +20,16 @@ from scipy import ndimage
 from slidescan.detect import Family, load_detector
 from slidescan.detections import Detections
 from slidescan.errors import ConfigError, ModelError
+from slidescan.slides import memory_slide
+from slidescan.testing import OracleDetector, disc_image
 from slidescan.train import metrics
+from slidescan.train.agreement import grid_shift_agreement
 from slidescan.train.augment import augment, jitter_stain
 from slidescan.train.crops import Crop, cover, load_crops
+from slidescan.train.evaluate import balanced_accuracy, best_cut
 from slidescan.train.fields import FieldMaker
-from slidescan.train.settings import TrainSettings, load_settings
+from slidescan.train.run import train_detector
+from slidescan.train.settings import TrainSettings, VariantSettings, load_settings
 
 ROOT = Path(__file__).resolve().parents[1]
 POINTS = hnp.arrays(np.float64, st.tuples(st.integers(0, 5), st.just(2)), elements=st.floats(0, 20))
@@ -45,7 +50,7 @@ def marked_crops(n: int = 12, edge: int = 128, *, off_centre: bool = False) -> l
         centre = np.full(2, edge / 2) + (rng.uniform(-8, 8, 2).round() if off_centre else 0)
         y, x = np.mgrid[:edge, :edge] + 0.5
         image[np.hypot(x - centre[0], y - centre[1]) <= 4.5] = GREEN
-        crops.append(Crop(image, 0.25, centre[None], f"p{i % 4}"))
+        crops.append(Crop(image, 0.25, np.array([[*centre, i % 2]]), f"p{i % 4}"))
     return crops
 
 
@@ -65,10 +70,13 @@ def fake_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder.mkdir(parents=True)
     images, annotations = [], []
     for i, crop in enumerate(marked_crops(24)):
-        Picture.fromarray(crop.image).save(folder / f"{i}.png")
+        Picture.fromarray(crop.image).save(folder / f"MIDOG21_{i}.png")
         split = "test" if i % 4 == 0 else "train"
-        images.append({"id": i, "file_name": f"{i}.png", "slide": f"{i % 12}", "benchmark_split": split})
-        annotations.append({"image_id": i, "category_id": 1, "bbox": [39, 39, 50, 50]})
+        row = {"id": i, "file_name": f"MIDOG21_{i}.png", "slide": f"{i % 12}", "benchmark_split": split}
+        images.append(
+            {**row, "x0": 1000.0 * i, "y0": 0.0, "majority": ("Normal", "Atypical")[i % 3 == 0], "scanner": "s"}
+        )
+        annotations.append({"image_id": i, "category_id": 1, "bbox": [39, 39, 50, 50], "source": f"MIDOG++ #{i}"})
     table = {"images": images, "annotations": annotations}
     (root / "midog21" / "annotations.coco.json").write_text(json.dumps(table))
     return root
@@ -166,6 +174,7 @@ def test_fields_put_figures_where_they_say(seed: int, size: int, n: int) -> None
     assert image.shape == (size, size, 3)
     assert len(figures) <= n
     assert_dots_match(image, figures, size)
+    assert set(figures[:, 2]) <= {0.0, 1.0}
 
 
 @given(seed=st.integers(0, 500), roll=st.booleans())
@@ -179,6 +188,7 @@ def test_mosaics_put_figures_where_they_say(seed: int, roll: bool) -> None:
 def assert_dots_match(image: NDArray[np.uint8], figures: NDArray[np.float64], size: int) -> None:
     """Compare dots and truth, leaving out those cut by the border."""
     border = 7.0
+    figures = figures[:, :2]
     whole = figures[((figures > border) & (figures < size - border)).all(1)]
     seen = dots(image)
     for centre in whole:
@@ -203,7 +213,7 @@ def test_bare_glass_has_no_figure() -> None:
     image, figures = MAKER.bare(np.random.default_rng(0), 128)
     assert image.dtype == np.uint8
     assert image.shape == (128, 128, 3)
-    assert figures.shape == (0, 2)
+    assert figures.shape == (0, 3)
 
 
 @given(seed=st.integers(0, 100))
@@ -261,40 +271,173 @@ def test_missing_crops_are_named(tmp_path: Path) -> None:
         load_crops(tmp_path, "train")
 
 
-def test_the_pipeline_writes_loadable_variants_and_resumes(
-    fake_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """A smoke run goes from crops to two model directories; run again it resumes and changes nothing."""
-    main = runpy.run_path(str(ROOT / "pipelines" / "train_mitosis.py"))["main"]
-    config = str(ROOT / "configs" / "train_mitosis.yaml")
-    arguments = [config, "-o", str(tmp_path / "out"), "--data", str(fake_data), "--smoke"]
-    assert main(arguments) == 0
-    family = load_detector(tmp_path / "out" / "mitosis")
+@pytest.mark.data
+def test_figures_beyond_the_edge_of_a_crop_are_known(shared: Path) -> None:
+    """A figure that another crop of the slide shows whole is no tissue here; experts judged all but a few."""
+    crops = load_crops(shared / "data", "train", limit=2000) + load_crops(shared / "data", "validation", limit=2000)
+    cut = np.concatenate([crop.cut for crop in crops])[:, :2]
+    assert len(cut) > 20
+    assert ((cut < 0) | (cut >= 128)).any(1).all()
+    assert ((cut > -20) & (cut < 148)).all()
+    said = np.concatenate([crop.figures[:, 2] for crop in crops])
+    assert np.isnan(said).mean() < 0.05
+    assert 0.15 < np.nanmean(said) < 0.35
+
+
+def test_a_survey_shows_every_figure_once() -> None:
+    """Over the fields of all patients each figure comes once, and fields are of one patient."""
+    shown: dict[str, int] = {}
+    for i, (make, crop) in enumerate(MAKER.survey(np.random.default_rng(0), 256, 500.0)):
+        image, figures = make(np.random.default_rng(i))
+        assert_dots_match(image, figures, 256)
+        shown[crop.patient] = shown.get(crop.patient, 0) + len(figures)
+    assert set(shown) == {"p0", "p1", "p2", "p3"}
+    # A figure is left out only where there is no room for it.
+    assert 9 <= sum(shown.values()) <= 12
+    assert max(shown.values()) <= 3
+
+
+@pytest.mark.parametrize("nucleus", [False, True])
+def test_covered_figures_are_gone(nucleus: bool) -> None:
+    """Whatever covers them, no dot is left, and the places are told."""
+    for seed in range(4):
+        image, places = MAKER.covered(np.random.default_rng(seed), 256, 3, nucleus=nucleus)
+        assert len(dots(image)) == 0
+        assert 1 <= len(places) <= 3
+
+
+def run(fake_data: Path, out: Path, **changes: object) -> list[str]:
+    """Train the smoke version of the shipped settings; return what was said."""
+    settings = load_settings(ROOT / "configs" / "train_mitosis.yaml").smoke()
+    said: list[str] = []
+    train_detector(settings.model_copy(update={"data": fake_data, **changes}), out, said.append)
+    return said
+
+
+def weights(path: Path) -> dict[str, NDArray[np.generic]]:
+    """The weights of a model directory."""
+    return safetensors.numpy.load_file(path / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def trained(fake_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a whole smoke run."""
+    out = tmp_path_factory.mktemp("runs") / "train"
+    run(fake_data, out)
+    return out
+
+
+def test_a_run_is_a_detector_with_its_numbers(trained: Path) -> None:
+    """Both resolutions load as one family from the run's directory; logs, curves and metrics lie beside them."""
+    family = load_detector(trained)
     assert isinstance(family, Family)
     assert [v.mpp for v in family.variants] == [0.25, 0.5]
-    found = family.at(0.5).detect(np.zeros((1, 96, 96, 3), np.uint8), 0.0)
-    assert len(found[0]) == family.max_per_tile
-    report = json.loads((tmp_path / "out" / "metrics.json").read_text())
-    assert set(report) == {"0.25", "0.5"}
-    assert {"mosaic", "field", "empty_field", "bare"} <= set(report["0.25"])
+    assert family.attributes == ("atypical",)
+    found = family.at(0.5).detect(np.zeros((1, 96, 96, 3), np.uint8), 0.0)[0]
+    assert len(found) == family.max_per_tile
+    assert found.attributes.shape == (len(found), 1)
+    report = json.loads((trained / "0.25" / "metrics.json").read_text())
+    assert {
+        "field",
+        "sparse",
+        "mosaic",
+        "bare",
+        "covered by a nucleus",
+        "covered by other tissue",
+        "grid_shift",
+    } <= set(report)
+    for name in ("0.25/pr.png", "0.25/froc.png", "0.25/reliability.png", "0.25/worst.png", "losses-0.5.png"):
+        with Picture.open(trained / name) as picture:
+            picture.verify()
+    assert (trained / "losses-0.25.csv").read_text().startswith("step,minutes,lr,loss")
 
-    before = safetensors.numpy.load_file(family.variants[0].path / "model.safetensors")
-    assert main(arguments) == 0
-    after = safetensors.numpy.load_file(family.variants[0].path / "model.safetensors")
+
+def test_a_run_that_ended_is_not_done_again(fake_data: Path, trained: Path) -> None:
+    """Run again, it changes no weight."""
+    before = weights(trained / "0.25")
+    run(fake_data, trained)
+    after = weights(trained / "0.25")
     assert all(np.array_equal(before[key], after[key]) for key in before)
 
-    capsys.readouterr()
-    (tmp_path / "out" / "checkpoint-0.25.safetensors").write_bytes(b"broken")
-    assert main(arguments) == 2
-    assert "checkpoint" in capsys.readouterr().err
-    assert main(["nowhere.yaml", "-o", str(tmp_path)]) == 2
+
+def test_a_killed_run_goes_on_to_the_same_weights(
+    fake_data: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped after the third of four steps, with a checkpoint after the second: nothing tells it afterwards."""
+    from slidescan.train import loop
+
+    average, steps = loop._average, 0
+
+    def stop(*arguments: object) -> None:
+        nonlocal steps
+        steps += 1
+        if steps == 3:
+            raise KeyboardInterrupt
+        average(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(loop, "_average", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(fake_data, tmp_path)
+    assert not (tmp_path / "0.25").exists()
+    monkeypatch.undo()
+    run(fake_data, tmp_path)
+    for variant in ("0.25", "0.5"):
+        whole, resumed = weights(trained / variant), weights(tmp_path / variant)
+        assert all(np.array_equal(whole[key], resumed[key]) for key in whole)
+
+
+def test_a_broken_checkpoint_is_named(fake_data: Path, tmp_path: Path) -> None:
+    """It is not read as far as it goes."""
+    (tmp_path / "losses-0.25.safetensors").write_bytes(b"broken")
+    with pytest.raises(ModelError, match="expected a checkpoint"):
+        run(fake_data, tmp_path)
 
 
 def test_start_weights_must_exist(fake_data: Path, tmp_path: Path) -> None:
     """A variant that starts from one not trained yet is an error that says so."""
-    from slidescan.train.mitosis import train_mitosis
-    from slidescan.train.settings import VariantSettings
-
-    settings = TrainSettings(data=fake_data, variants=[VariantSettings(mpp=0.5, start_mpp=0.25)]).smoke()
     with pytest.raises(ModelError, match="start from"):
-        train_mitosis(settings, tmp_path, lambda line: None)
+        run(fake_data, tmp_path, variants=[VariantSettings(mpp=0.5, start_mpp=0.25, steps=1)])
+
+
+def test_what_is_found_on_empty_tissue_is_unlearned(fake_data: Path, trained: Path, tmp_path: Path) -> None:
+    """Windows around false alarms are kept and trained on, and the card says how many."""
+    shutil.copytree(trained, tmp_path / "run")
+    before = weights(tmp_path / "run" / "0.5")
+    settings = load_settings(ROOT / "configs" / "train_mitosis.yaml").smoke().model_copy(update={"data": fake_data})
+    tissue = np.random.default_rng(0).normal(180, 30, (256, 320, 3)).clip(0, 255).astype(np.uint8)
+    said: list[str] = []
+    train_detector(settings, tmp_path / "run", said.append, mine_slides=[memory_slide(tissue, 0.5)])
+    count = len(list((tmp_path / "run" / "mined-0.5").glob("*.png")))
+    assert count > 0
+    assert any(f"mined {count} false alarms on 1 slides" in line for line in said)
+    card = json.loads((tmp_path / "run" / "0.5" / "slidescan.json").read_text())
+    assert (card["training"]["mined"], card["training"]["mined_slides"]) == (count, 1)
+    after = weights(tmp_path / "run" / "0.5")
+    assert any(not np.array_equal(before[key], after[key]) for key in before)
+
+
+# --- agreement and attributes ----------------------------------------------------------------------------------------
+
+
+def test_a_grid_that_does_not_matter_agrees_wholly() -> None:
+    """An oracle sees discs wherever the tiles lie; one that shakes its boxes by more than 2 px does not agree."""
+    spots = [(x + 0.5, y + 0.5) for x in range(60, 760, 70) for y in range(60, 760, 70)]
+    image = disc_image((800, 800), spots, 5)
+    steady = grid_shift_agreement(image, OracleDetector(), shifts=3)  # type: ignore[arg-type]
+    assert steady.compared > 100
+    assert steady.share == 1.0
+    shaken = grid_shift_agreement(image, OracleDetector(jitter_px=6.0), shifts=3)  # type: ignore[arg-type]
+    assert shaken.share < 0.7
+    assert shaken.moved_px > 2
+
+
+def test_balanced_accuracy_of_a_known_table() -> None:
+    """Two of three atypical and one of two typical ones are said right; the one nobody judged is left out."""
+    xy = np.arange(6)[:, None] * np.array([10.0, 0.0])
+    said = np.array([0.9, 0.8, 0.2, 0.1, 0.7, 0.9])[:, None]
+    true = np.array([1, 1, 1, 0, 0, np.nan])[:, None]
+    found = Detections.build(np.concatenate((xy - 1, xy + 1), 1), np.ones(6), attributes=said)
+    images = [metrics.Image(found, xy, 2.0, 100, attributes=true)]
+    assert balanced_accuracy(images, 0.5, 0) == (round((2 / 3 + 1 / 2) / 2, 4), 5)
+    assert balanced_accuracy([metrics.Image(found, xy[:0], 2.0, 100)], 0.5, 0) is None
+    assert balanced_accuracy(images, 0.5, 0, best_cut(images, 0.5, 0)) == (round((2 / 3 + 1) / 2, 4), 5)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -48,6 +48,12 @@ class Card:
         Edge of its anchors; None where they are transformers' own.
     color : {"raw", "srgb"}
         Colours it was trained on: the scanner's own, or converted to sRGB by the slide's ICC profile.
+    attributes : tuple of str
+        What it says of each object besides its class, as a probability; its last logits, after those of the classes.
+    attribute_cuts : tuple of float
+        Probability from which each attribute is best said, chosen on validation data.
+    training : dict
+        How it was trained: steps, seed, windows mined.
     """
 
     name: str
@@ -60,6 +66,9 @@ class Card:
     offset: float = 0.0
     anchor_px: float | None = None
     color: Literal["raw", "srgb"] = "raw"
+    attributes: tuple[str, ...] = ()
+    attribute_cuts: tuple[float, ...] = ()
+    training: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +134,8 @@ def read_card(path: Path, config: dict[str, Any], mpp: float | None) -> Card:
         table = read_json(path / "slidescan.json")
         known = set(Card.__dataclass_fields__)
         try:
-            table = {**table, "classes": tuple(table["classes"])}
+            lists = {key: tuple(table.get(key, ())) for key in ("attributes", "attribute_cuts")}
+            table = {**table, "classes": tuple(table["classes"]), **lists}
             card = Card(**{key: value for key, value in table.items() if key in known})
             numbers = card.mpp, card.input_px, card.object_um, card.temperature
             if not (

@@ -109,6 +109,16 @@ class Model:
         return self._card.classes
 
     @property
+    def attributes(self) -> Sequence[str]:
+        """What it says of each object besides its class."""
+        return self._card.attributes
+
+    @property
+    def attribute_cuts(self) -> Sequence[float]:
+        """Probability from which each attribute is best said; a half where nothing was chosen."""
+        return self._card.attribute_cuts or (0.5,) * len(self._card.attributes)
+
+    @property
     def mpp(self) -> float:
         """µm/px it was trained at."""
         return self._card.mpp
@@ -206,6 +216,7 @@ class Model:
             temperature=self._card.temperature,
             offset=self._card.offset,
             colours=Colours.read(self.path),
+            attributes=len(self._card.attributes),
         )
 
 
@@ -237,6 +248,11 @@ class Family:
     def classes(self) -> Sequence[str]:
         """Class names, indexed by label."""
         return self.variants[0].classes
+
+    @property
+    def attributes(self) -> Sequence[str]:
+        """What it says of each object besides its class."""
+        return self.variants[0].attributes
 
     @property
     def mpp(self) -> float:

@@ -48,8 +48,9 @@ __all__ = [
 ]
 
 Precision = Literal["fp32", "bf16"]
-# From tiles of uint8 (B, H, W, 3) to score (B, Q), label (B, Q) and x0, y0, x1, y1 (B, Q, 4) in tile px, best first.
-Forward = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
+# From tiles of uint8 (B, H, W, 3) to score (B, Q), label (B, Q), x0, y0, x1, y1 (B, Q, 4) in tile px and probability of
+# each attribute (B, Q, A), best first.
+Forward = Callable[[Tensor], tuple[Tensor, Tensor, Tensor, Tensor]]
 
 # Coarsest stride of the models here, px; tiles must be a multiple, or levels would not line up.
 STRIDE_PX = 32
@@ -106,16 +107,16 @@ class Network:
             if len(chunk) < self._batch:
                 pixels = torch.cat((pixels, pixels.new_zeros((self._batch - len(chunk), *pixels.shape[1:]))))
             with torch.inference_mode():
-                scores, labels, boxes = self._forward(pixels)
+                scores, labels, boxes, attributes = self._forward(pixels)
                 boxes = boxes.clamp(min=0).minimum(boxes.new_tensor([width, height] * 2))
-                if not (torch.isfinite(scores).all() and torch.isfinite(boxes).all()):
+                if not all(torch.isfinite(part).all() for part in (scores, boxes, attributes)):
                     raise ModelError(
                         f"{self._name}: the network returned NaN; its weights are damaged or too large for fp16"
                     )
-            score, label, xyxy = (part.cpu().numpy() for part in (scores, labels, boxes))
+            columns = [part.cpu().numpy() for part in (boxes, scores, labels, attributes)]
             for i in range(len(chunk)):
-                keep = score[i] >= min_score
-                found.append(Detections.build(xyxy[i][keep], score[i][keep], label[i][keep]))
+                keep = columns[1][i] >= min_score
+                found.append(Detections.build(*(column[i][keep] for column in columns)))
         return found
 
 
@@ -136,6 +137,8 @@ class Detr:
         A score is sigmoid(logit / temperature + offset).
     colours : Colours, optional
         How grey levels become the model's input; default: 0 to 1.
+    attributes : int
+        How many of the last logits are no classes but attributes of the object.
     """
 
     def __init__(
@@ -149,7 +152,9 @@ class Detr:
         temperature: float = 1.0,
         offset: float = 0.0,
         colours: Colours | None = None,
+        attributes: int = 0,
     ) -> None:
+        self._attributes = attributes
         self._name, self._temperature, self._offset = name, temperature, offset
         model = model.eval()
         kind = getattr(model.config, "model_type", "")
@@ -166,8 +171,8 @@ class Detr:
             lower_precision(model, torch.device(device).type)
         self._model: Any = channels_last(model.to(device))
 
-    def __call__(self, tiles: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return score (B, Q), label (B, Q) and box (B, Q, 4) in px, best first."""
+    def __call__(self, tiles: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return score (B, Q), label (B, Q), box (B, Q, 4) in px and attributes (B, Q, A), best first."""
         tile_wh = tiles.shape[2], tiles.shape[1]
         width, height = self._padded(*tile_wh)
         # (B, H, W, 3) permuted is channels_last already: no copy but the conversion to float.
@@ -182,6 +187,7 @@ class Detr:
                 f"{', '.join(out)}; choose another kind of model"
             )
         logits, cxcywh = out.logits.float(), boxes.float()
+        logits, asked = logits.split((logits.shape[-1] - self._attributes, self._attributes), -1)
         if self._softmax:
             # A query speaks for its best class; the last one is "nothing".
             share, best = logits.softmax(-1)[..., :-1].max(-1)
@@ -193,10 +199,12 @@ class Detr:
             chance = (logits / self._temperature + self._offset).sigmoid().flatten(1)
             score, pair = (part[:, :queries] for part in chance.sort(descending=True, stable=True))
             query, label = pair // classes, pair % classes
-        box = cxcywh.gather(1, query[..., None].expand(*query.shape, 4))
+        box, attributes = (
+            part.gather(1, query[..., None].expand(*query.shape, part.shape[-1])) for part in (cxcywh, asked.sigmoid())
+        )
         half = box[..., 2:] / 2
         size = box.new_tensor([width, height])
-        return score, label, torch.cat(((box[..., :2] - half) * size, (box[..., :2] + half) * size), -1)
+        return score, label, torch.cat(((box[..., :2] - half) * size, (box[..., :2] + half) * size), -1), attributes
 
     def _padded(self, width: int, height: int) -> tuple[int, int]:
         """Return the size the network is given: whole windows, the rest filled at the right and the bottom."""

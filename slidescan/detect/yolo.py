@@ -114,7 +114,7 @@ class _Boxes:
         self._network: Any = channels_last(network.to(device))
         self._alone = threading.Lock()
 
-    def __call__(self, tiles: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def __call__(self, tiles: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         import torch
         from torch.nn import functional
 
@@ -128,7 +128,7 @@ class _Boxes:
             score = (score.logit() / self._temperature + self._offset).sigmoid()
         # YOLO26's edges are plain numbers, so a left one may lie at the right of the right one.
         xyxy = torch.cat((low_xy.minimum(high_xy), low_xy.maximum(high_xy)), -1)
-        return score[..., 0], label[..., 0].long(), xyxy
+        return score[..., 0], label[..., 0].long(), xyxy, xyxy[..., :0]
 
 
 def convert_yolo(

@@ -11,7 +11,9 @@ gives the same image.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,12 +22,12 @@ from scipy import ndimage
 from scipy.spatial import cKDTree
 
 from slidescan.train.augment import Rgb
-from slidescan.train.crops import FIGURE_RADIUS_UM, Crop, blend, cover, disc
+from slidescan.train.crops import FIGURE_RADIUS_UM, NO_FIGURES, Crop, Figures, blend, cover, disc
 
 __all__ = ["FieldMaker", "Sample"]
 
 F32 = NDArray[np.float32]
-Sample = tuple[Rgb, NDArray[np.float64]]  # image and the centres (n, 2) of the figures in it
+Sample = tuple[Rgb, Figures]  # image and the figures in it
 
 _NEIGHBOURS = 24  # crops of similar stain a field is laid from: about one field of 512 px at 0.25 µm/px
 
@@ -48,6 +50,7 @@ class FieldMaker:
         self._edge = crops[0].image.shape[0]
         covered = [cover(rng, crop) for crop in crops]
         self._tissue = [image for image in covered if image is not None]
+        self._tissue_of = [crop for crop, image in zip(crops, covered, strict=True) if image is not None]
         self._with_figure = [i for i, crop in enumerate(crops) if len(crop.figures)]
         # Crops of like stain, by mean and spread of colour; each figure's neighbours are found through the same tree.
         tissue_stain = _stain(self._tissue)
@@ -64,29 +67,49 @@ class FieldMaker:
         Fewer come where there is no room for so many.
         """
         start = int(rng.integers(len(self._tissue)))
+        near = self._near_figures[start]
+        figures = [self.crops[self._with_figure[int(near[rng.integers(len(near))])]] for _ in range(n_figures)]
+        return self._field(rng, size, start, figures, n_figures if n_decoys is None else n_decoys)
+
+    def survey(
+        self, rng: np.random.Generator, size: int, per_mm2: float
+    ) -> Iterator[tuple[Callable[[np.random.Generator], Sample], Crop]]:
+        """Yield what makes a field, and a crop of its patient, until every crop's figure was shown once.
+
+        A field is of one patient: all its figures, and the stain of its tissue. There are `per_mm2` figures on average.
+        """
+        expected = per_mm2 * (size * self.mpp * 1e-3) ** 2
+        for patient in sorted({crop.patient for crop in self.crops}):
+            own = [crop for crop in self.crops if crop.patient == patient]
+            starts = [i for i, crop in enumerate(self._tissue_of) if crop.patient == patient]
+            left = [own[i] for i in rng.permutation(len(own)) if len(own[i].figures)]
+            while left and starts:
+                n, start = int(rng.poisson(expected)), starts[int(rng.integers(len(starts)))]
+                yield partial(self._field, size=size, start=start, shown=left[:n], decoys=n), own[0]
+                left = left[n:]
+
+    def _field(self, rng: np.random.Generator, size: int, start: int, shown: Sequence[Crop], decoys: int) -> Sample:
         canvas = self._lay_tissue(rng, size, self._near_tissue[start])
         figure_px = FIGURE_RADIUS_UM / self.mpp
         spots: list[NDArray[np.float64]] = []
         figures: list[NDArray[np.float64]] = []
-        decoys = n_figures if n_decoys is None else n_decoys
-        for i in rng.permutation(n_figures + decoys):
+        for i in rng.permutation(len(shown) + decoys):
             spot = rng.uniform(0, size, 2)
             # A disc must not reach over a figure that is already there.
             room = min((float(np.hypot(*(spot - other))) - figure_px for other in spots), default=np.inf)
-            if i < n_figures:
-                near = self._near_figures[start]
-                crop = self.crops[self._with_figure[int(near[rng.integers(len(near))])]]
-                if not self._paste(rng, canvas, crop.image, crop.figures, spot, room):
+            if i < len(shown):
+                crop = shown[i]
+                atypical = self._paste(rng, canvas, crop.image, crop.figures, spot, room)
+                if atypical is None:
                     continue
-                figures.append(spot)
+                figures.append(np.array([*spot, atypical]))
             else:
                 near = self._near_tissue[start]
-                nothing = np.empty((0, 2))
                 image = self._tissue[int(near[rng.integers(len(near))])]
-                if not self._paste(rng, canvas, image, nothing, spot, room):
+                if self._paste(rng, canvas, image, NO_FIGURES, spot, room) is None:
                     continue
             spots.append(spot)
-        return (canvas + 0.5).astype(np.uint8), np.array(figures, np.float64).reshape(-1, 2)
+        return (canvas + 0.5).astype(np.uint8), np.array(figures, np.float64).reshape(-1, 3)
 
     def mosaic(self, rng: np.random.Generator, size: int, empty: float = 0.4, *, roll: bool = False) -> Sample:
         """Return crops side by side, a share `empty` of them figure-free, shifted by a random offset.
@@ -101,27 +124,59 @@ class FieldMaker:
         for y in range(cells):
             for x in range(cells):
                 if rng.random() < empty:
-                    image, inside = self._tissue[int(rng.integers(len(self._tissue)))], np.empty((0, 2))
+                    image, inside = self._tissue[int(rng.integers(len(self._tissue)))], NO_FIGURES
                 else:
                     crop = self.crops[self._with_figure[int(rng.integers(len(self._with_figure)))]]
                     image, inside = crop.image, crop.figures
                 image, inside = _turn(rng, image, inside)
                 canvas[y * edge : (y + 1) * edge, x * edge : (x + 1) * edge] = image
-                figures.append(inside + np.array([x * edge, y * edge]))
+                figures.append(inside + np.array((x * edge, y * edge, 0)))
         centres = np.concatenate(figures)
         dx, dy = (int(v) for v in rng.integers(0, edge, 2))
         if roll:
             canvas = np.roll(canvas, (-dy, -dx), (0, 1))
-            centres = (centres - (dx, dy)) % (cells * edge)
+            centres = centres - (dx, dy, 0)
+            centres[:, :2] %= cells * edge
         else:
             canvas = canvas[dy : dy + size, dx : dx + size]
-            centres = centres - (dx, dy)
-            centres = centres[((centres >= 0) & (centres < size)).all(1)]
+            centres = centres - (dx, dy, 0)
+            centres = centres[((centres >= 0) & (centres < size))[:, :2].all(1)]
         return np.ascontiguousarray(canvas), centres
+
+    def covered(self, rng: np.random.Generator, size: int, n: int, *, nucleus: bool) -> Sample:
+        """Return a field in which figures were covered in another way than any that is trained on.
+
+        What is returned as its figures are the `n` places where one was: a network that finds something there has
+        learned the cover, the seam or the crop's surroundings and not the figure.
+
+        Parameters
+        ----------
+        rng, size, n
+            As for `field`.
+        nucleus : bool
+            Cover with a nucleus of the crop's own margin in the middle; else with the tissue of another crop.
+        """
+        start = int(rng.integers(len(self._tissue)))
+        near = self._near_tissue[start]
+        covers = []
+        for _ in range(n):
+            crop = self._tissue_of[int(near[rng.integers(len(near))])]
+            if not len(crop.figures):
+                continue
+            other = self._tissue[int(near[rng.integers(len(near))])]
+            radius = round((4.0 if nucleus else 8.0) / self.mpp)  # µm: a nucleus with its rim; a figure with its cell
+            source = self._tissue[self._tissue_of.index(crop)] if nucleus else other
+            spot = _darkest(source, radius) if nucleus else rng.integers(radius, self._edge - radius + 1, 2)
+            patch = source[spot[1] - radius : spot[1] + radius, spot[0] - radius : spot[0] + radius]
+            canvas = source.astype(np.float32) if nucleus else crop.image.astype(np.float32)
+            for figure in crop.figures:
+                blend(canvas, np.rot90(patch, int(rng.integers(1, 4))), disc(radius, 1.5 / self.mpp), figure[:2])
+            covers.append(replace(crop, image=(canvas + 0.5).astype(np.uint8)))
+        return self._field(rng, size, start, covers, 0)
 
     def bare(self, rng: np.random.Generator, size: int) -> Sample:
         """Return what is on a slide besides tissue: glass, dirt, pen, plain colours."""
-        return (_bare(rng, size) + 0.5).astype(np.uint8), np.empty((0, 2))
+        return (_bare(rng, size) + 0.5).astype(np.uint8), NO_FIGURES
 
     def edge_of_tissue(self, rng: np.random.Generator, sample: Sample) -> Sample:
         """Return the sample with a part of it replaced by glass along a smooth random border."""
@@ -133,9 +188,10 @@ class FieldMaker:
         keep = np.clip((wave - rng.uniform(-0.8, 0.3)) / soft, 0, 1)
         glass = _bare(rng, size, light=True)
         mixed = glass + keep[..., None] * (image.astype(np.float32) - glass)
-        at = np.clip(figures.astype(int), 0, size - 1)
-        visible = ndimage.minimum_filter(keep, max(1, int(2.5 / self.mpp)))[at[:, 1], at[:, 0]] > 0.7
-        hidden = keep[at[:, 1], at[:, 0]] < 0.05
+        at = np.clip(figures[:, :2].astype(int), 0, size - 1)
+        reach = max(1, int(2.5 / self.mpp))  # µm: where most of the chromatin is
+        visible = ndimage.minimum_filter(keep, reach)[at[:, 1], at[:, 0]] > 0.7
+        hidden = ndimage.maximum_filter(keep, 2 * reach)[at[:, 1], at[:, 0]] < 0.05
         if (~visible & ~hidden).any():  # a figure half faded is neither: keep the tissue whole
             return sample
         return (mixed + 0.5).astype(np.uint8), figures[visible]
@@ -149,7 +205,7 @@ class FieldMaker:
         steps = np.arange(-rng.uniform(0, pitch), size + edge / 2, pitch)
         for y in steps:
             for x in steps:
-                image, _ = _turn(rng, self._tissue[int(near[rng.integers(len(near))])], np.empty((0, 2)))
+                image, _ = _turn(rng, self._tissue[int(near[rng.integers(len(near))])], NO_FIGURES)
                 spot = np.array([x, y]) + rng.uniform(-0.08, 0.08, 2) * edge
                 blend(canvas, image, alpha, spot)
         return canvas
@@ -159,27 +215,29 @@ class FieldMaker:
         rng: np.random.Generator,
         canvas: F32,
         image: Rgb,
-        figures: NDArray[np.float64],
+        figures: Figures,
         spot: NDArray[np.float64],
         room: float,
-    ) -> bool:
+    ) -> float | None:
         """Paste a turned disc of `image`, at most `room` in radius, with its figure (or anything) in the middle.
 
-        Return False, having done nothing, where a whole figure does not fit or a second one is in the way.
+        Return whether that figure is atypical (NaN: unknown, or none); or None, having done nothing, where a whole
+        figure does not fit or a second one is in the way.
         """
         edge, figure = self._edge, FIGURE_RADIUS_UM / self.mpp
         soft = rng.uniform(1.0, 3.0) / self.mpp
         low = figure + soft
-        middle = rng.uniform(low, edge - low, 2)
+        middle, atypical = rng.uniform(low, edge - low, 2), float("nan")
         if len(figures):
-            middle = figures[np.argmin(np.abs(figures - edge / 2).sum(1))]
+            central = figures[np.argmin(np.abs(figures[:, :2] - edge / 2).sum(1))]
+            middle, atypical = central[:2], float(central[2])
         high = min(middle.min(), edge - middle.max(), 15.0 / self.mpp, room)
-        others = np.linalg.norm(figures - middle, axis=1)
+        others = np.linalg.norm(figures[:, :2] - middle, axis=1)
         others = others[others > 1e-6]
         if len(others):
             high = min(high, others.min() - figure * 0.6)
         if high < low:
-            return False
+            return None
         radius = int(rng.uniform(low, high))
         turned = Image.fromarray(image).rotate(
             rng.uniform(0, 360), Image.Resampling.BICUBIC, center=(float(middle[0]), float(middle[1]))
@@ -190,9 +248,9 @@ class FieldMaker:
             patch = patch[:, ::-1]
         alpha = disc(radius, soft)
         if patch.shape[:2] != alpha.shape:
-            return False
+            return None
         blend(canvas, patch, alpha, spot)
-        return True
+        return atypical
 
 
 def _stain(images: Sequence[Rgb]) -> NDArray[np.float64]:
@@ -200,14 +258,21 @@ def _stain(images: Sequence[Rgb]) -> NDArray[np.float64]:
     return np.array([np.concatenate((image.mean((0, 1)), image.std((0, 1)))) for image in images])
 
 
-def _turn(rng: np.random.Generator, image: Rgb, points: NDArray[np.float64]) -> Sample:
-    """Return one of the eight rotations and reflections of a square, points with it."""
+def _darkest(image: Rgb, radius: int) -> NDArray[np.intp]:
+    """Return x, y of the middle of the darkest spot of nuclear size, at least `radius` from the edge."""
+    dark = ndimage.gaussian_filter(image.sum(2, dtype=np.float64), radius / 2)[radius:-radius, radius:-radius]
+    y, x = np.unravel_index(int(dark.argmin()), dark.shape)
+    return np.array([x + radius, y + radius])
+
+
+def _turn(rng: np.random.Generator, image: Rgb, figures: Figures) -> Sample:
+    """Return one of the eight rotations and reflections of a square, figures with it."""
     edge = image.shape[0]
     if rng.random() < 0.5:
-        image, points = image[:, ::-1], np.stack((edge - points[:, 0], points[:, 1]), 1)
+        image, figures = image[:, ::-1], figures * (-1, 1, 1) + (edge, 0, 0)
     for _ in range(int(rng.integers(4))):  # 90° counter-clockwise: (x, y) goes to (y, edge - x)
-        image, points = np.rot90(image), np.stack((points[:, 1], edge - points[:, 0]), 1)
-    return image, points
+        image, figures = np.rot90(image), figures[:, [1, 0, 2]] * (1, -1, 1) + (0, edge, 0)
+    return image, figures
 
 
 def _soft_square(edge: int, soft: float) -> F32:

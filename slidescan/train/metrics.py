@@ -1,7 +1,11 @@
-"""How good detections are: one-to-one matching of centres, precision, recall, F1, average precision, calibration.
+"""How good detections are: one-to-one matching of centres, precision, recall, F1, average precision, FROC, calibration.
 
 Hides the bookkeeping of images. Invariants: a truth is found at most once; with a margin, what lies near an image's
 border counts neither for nor against, whether truth or detection, but may still be matched with its partner inside.
+
+At one threshold (`score`) pairs are matched as well as can be. What follows the order of scores (`judge` and all that
+uses it) gives each truth to the best scored detection that reaches it, so that a lower threshold never takes it back.
+The two differ only where truths are less than two radii apart, or at a margin.
 """
 
 from __future__ import annotations
@@ -15,20 +19,31 @@ from scipy.optimize import linear_sum_assignment, minimize
 from scipy.spatial.distance import cdist
 
 from slidescan.detections import Detections
+from slidescan.train.curves import Curve, Judged
 
 __all__ = [
     "RADIUS_UM",
+    "Curve",
     "Image",
+    "Judged",
+    "Mistake",
     "Scores",
     "average_precision",
     "best_threshold",
     "calibrate",
+    "calibration_error",
+    "curve",
     "fit_calibration",
+    "judge",
     "match",
+    "mistakes",
+    "recall_at",
+    "reliability",
     "score",
 ]
 
 RADIUS_UM = 7.5  # a detection this near a figure's centre has found it: the MIDOG challenges' rule
+_LEAST_SCORE = 0.05  # below, a list of queries is nearly all negatives and would make any calibration error look small
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -46,6 +61,16 @@ class Image:
         Edge of the square image, px.
     margin : float
         Width of the border in which nothing counts, px.
+    patient : str
+        Whose image it is; empty if nobody knows.
+    scanner : str
+        What scanned it; empty if nobody knows.
+    mpp : float
+        µm per px, for areas.
+    attributes : ndarray, shape (n, A), optional
+        What is known of each truth besides its class: 1 yes, 0 no, NaN unknown.
+    area_mm2 : float, optional
+        Area that was looked at, where it is not the square within the margin.
     """
 
     found: Detections
@@ -53,6 +78,18 @@ class Image:
     radius: float
     size: int
     margin: float = 0.0
+    patient: str = ""
+    scanner: str = ""
+    mpp: float = 1.0
+    attributes: NDArray[np.float64] | None = None
+    area_mm2: float | None = None
+
+    @property
+    def mm2(self) -> float:
+        """Area in which things count, mm²."""
+        if self.area_mm2 is not None:
+            return self.area_mm2
+        return (max(0.0, self.size - 2 * self.margin) * self.mpp * 1e-3) ** 2
 
     def counted(self, xy: NDArray[np.float64]) -> NDArray[np.bool_]:
         """Return which points lie inside the margin."""
@@ -84,6 +121,26 @@ class Scores:
         """Harmonic mean of precision and recall."""
         total = 2 * self.found + self.missed + self.false
         return 2 * self.found / total if total else 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Mistake:
+    """One false detection or missed truth.
+
+    Parameters
+    ----------
+    image : int
+        Index of its image.
+    x_px, y_px : float
+        Its centre.
+    score : float
+        Of the detection; of a truth, the best of any detection within the radius, 0 without one.
+    """
+
+    image: int
+    x_px: float
+    y_px: float
+    score: float
 
 
 def match(found_xy: NDArray[np.float64], truth_xy: NDArray[np.float64], radius: float) -> NDArray[np.intp]:
@@ -138,22 +195,99 @@ def best_threshold(images: Sequence[Image]) -> float:
     return float(best[len(best) // 2])
 
 
+def judge(images: Sequence[Image]) -> Judged:
+    """Say of every detection that counts whether it is right."""
+    score, hit, index = [np.empty(0)], [np.empty(0, bool)], [np.empty(0, np.intp)]
+    for i, image in enumerate(images):
+        taken, counts = _outcome(image)
+        score.append(image.found.score[counts].astype(np.float64))
+        hit.append(taken[counts] >= 0)
+        index.append(np.full(int(counts.sum()), i, np.intp))
+    joined = np.concatenate(score)
+    order = np.argsort(-joined, kind="stable")
+    truths = np.array([image.counted(image.truth).sum() for image in images], np.int64)
+    mm2 = np.array([image.mm2 for image in images], np.float64)
+    return Judged(joined[order], np.concatenate(hit)[order], np.concatenate(index)[order], truths, mm2)
+
+
+def curve(images: Sequence[Image]) -> Curve:
+    """Return found and false detections over all images at every threshold.
+
+    Examples
+    --------
+    >>> found = Detections.build([[4, 4, 6, 6], [14, 4, 16, 6]], [0.75, 0.25])
+    >>> at = curve([Image(found, np.array([[15.0, 5.0]]), 2.0, 20)])
+    >>> at.score.tolist(), at.precision.tolist(), at.recall.tolist()
+    ([0.75, 0.25], [0.0, 0.5], [0.0, 1.0])
+    """
+    return judge(images).curve()
+
+
 def average_precision(images: Sequence[Image]) -> float:
     """Return the area under the precision-recall curve, detections taken by falling score over all images."""
-    scores, hits, n_truth = [np.empty(0)], [np.empty(0, bool)], 0
-    for image in images:
-        right, counts = _outcome(image)
-        scores.append(image.found.score[counts].astype(np.float64))
-        hits.append(right[counts])
-        n_truth += int(image.counted(image.truth).sum())
-    order = np.argsort(-np.concatenate(scores), kind="stable")
-    hit = np.concatenate(hits)[order]
-    if n_truth == 0:
-        return 1.0 if len(hit) == 0 else 0.0
-    precision = np.cumsum(hit) / np.arange(1, len(hit) + 1)
-    # At each recall the best precision to the right of it: the curve without its saw teeth.
-    envelope = np.maximum.accumulate(precision[::-1])[::-1]
-    return float(envelope[hit].sum() / n_truth)
+    return curve(images).average_precision
+
+
+def recall_at(images: Sequence[Image], false_per_mm2: float) -> float:
+    """Return the highest recall at a threshold with at most so many false detections per mm² (a point of the FROC)."""
+    return curve(images).recall_at(false_per_mm2)
+
+
+def mistakes(images: Sequence[Image], threshold: float) -> tuple[list[Mistake], list[Mistake]]:
+    """Return the false detections, highest score first, and the missed truths, least seen first."""
+    false, missed = [], []
+    for i, image in enumerate(images):
+        taken, counts = _outcome(image)
+        kept, centres = image.found.score >= threshold, image.found.centers
+        wrong = np.flatnonzero(kept & counts & (taken < 0))
+        false += [Mistake(i, float(centres[k, 0]), float(centres[k, 1]), float(image.found.score[k])) for k in wrong]
+        lost = image.counted(image.truth)
+        lost[taken[kept & (taken >= 0)]] = False
+        near = cdist(image.truth, centres) <= image.radius
+        best = np.where(near, image.found.score, 0.0).max(1, initial=0.0)
+        unseen = np.flatnonzero(lost)
+        missed += [Mistake(i, float(image.truth[j, 0]), float(image.truth[j, 1]), float(best[j])) for j in unseen]
+    return sorted(false, key=lambda m: -m.score), sorted(missed, key=lambda m: m.score)
+
+
+def reliability(
+    images: Sequence[Image], bins: int = 15, *, min_score: float = _LEAST_SCORE
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.int64]]:
+    """Compare scores with how often they are right, in bins of equal width over [0, 1].
+
+    Parameters
+    ----------
+    images : sequence of Image
+    bins : int
+    min_score : float
+        Detections scored lower are left out: they are nearly all negatives, and any number of them can be listed.
+
+    Returns
+    -------
+    mean, share, count : ndarray
+        Mean score, share that is right, and number of detections of the bins that are not empty.
+    """
+    judged = judge(images)
+    used = judged.score >= min_score
+    score, right = judged.score[used], judged.right[used]
+    bin_of = np.minimum((score * bins).astype(np.intp), bins - 1)
+    count = np.bincount(bin_of, minlength=bins)
+    full = count > 0
+    mean, share = (np.bincount(bin_of, v, bins)[full] / count[full] for v in (score, right.astype(np.float64)))
+    return mean, share, count[full]
+
+
+def calibration_error(images: Sequence[Image], bins: int = 15, *, min_score: float = _LEAST_SCORE) -> float:
+    """Return the expected calibration error: the mean gap between score and share right over the bins of `reliability`.
+
+    Examples
+    --------
+    >>> sure = Image(Detections.build([[4, 4, 6, 6]], [0.75]), np.array([[5.0, 5.0]]), 2.0, 20)
+    >>> calibration_error([sure])
+    0.25
+    """
+    mean, share, count = reliability(images, bins, min_score=min_score)
+    return float(np.abs(mean - share) @ count / count.sum()) if len(count) else 0.0
 
 
 def fit_calibration(images: Sequence[Image]) -> tuple[float, float]:
@@ -162,13 +296,8 @@ def fit_calibration(images: Sequence[Image]) -> tuple[float, float]:
     Both are needed: a detector's scores are spread too little and also centred for another density of objects, and a
     temperature alone would answer the second by pushing every score to 0 or 1.
     """
-    probability, right = [np.empty(0)], [np.empty(0, bool)]
-    for image in images:
-        hit, counts = _outcome(image)
-        probability.append(image.found.score[counts].astype(np.float64))
-        right.append(hit[counts])
-    p = np.clip(np.concatenate(probability), 1e-6, 1 - 1e-6)
-    hit = np.concatenate(right)
+    judged = judge(images)
+    p, hit = np.clip(judged.score, 1e-6, 1 - 1e-6), judged.right
     if not hit.any() or hit.all():
         return 1.0, 0.0
     logit = np.log(p / (1 - p))
@@ -196,21 +325,21 @@ def calibrate(images: Sequence[Image], temperature: float, offset: float) -> lis
     for image in images:
         p = np.clip(image.found.score.astype(np.float64), 1e-6, 1 - 1e-6)
         score = 1 / (1 + np.exp(-(np.log(p / (1 - p)) / temperature + offset)))
-        found = Detections(image.found.xyxy, score.astype(np.float32), image.found.label)
+        found = replace(image.found, score=score.astype(np.float32))
         changed.append(replace(image, found=found))
     return changed
 
 
-def _outcome(image: Image) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Return of each detection whether it is right and whether it counts; the best scored comes first to each truth."""
+def _outcome(image: Image) -> tuple[NDArray[np.intp], NDArray[np.bool_]]:
+    """Return of each detection the truth it found (-1: none, it is false) and whether it counts; best scored first."""
     centres = image.found.centers
-    right, counts = np.zeros(len(centres), bool), image.counted(centres)
+    taken, counts = np.full(len(centres), -1, np.intp), image.counted(centres)
     if len(centres) and len(image.truth):
         distance = cdist(centres, image.truth)
         true_in = image.counted(image.truth)
         for i in np.argsort(-image.found.score, kind="stable"):
             j = int(distance[i].argmin())
             if distance[i, j] <= image.radius:
-                right[i], counts[i] = True, bool(true_in[j])
+                taken[i], counts[i] = j, bool(true_in[j])
                 distance[:, j] = np.inf
-    return right, counts
+    return taken, counts

@@ -1,181 +1,182 @@
-"""The training of `mitosis`, from crops on disk to a model directory with its numbers.
+"""Crops of mitotic figures as a source: fields, mosaics, glass, phantoms and tissue from elsewhere.
 
-Hides the order of things: network, images, loop, threshold and calibration on the validation patients, and the report
-on the test patients, which nothing is chosen by.
+Hides what the training images are mixed of. A crop's scene is 32 µm wide with a figure in its middle; nothing here
+shows a network that: see `slidescan.train.fields`.
+
+What is measured on, of patients that nothing was trained on:
+
+- ``field``: realistic fields of 25 figures per mm² (a dense hotspot), ``sparse``: of 10 per mm². Each figure is shown
+  once, at a random place and angle, blended into figure-free tissue of its patient's stain.
+- ``mosaic``: crops side by side, rolled by a random offset, 40 % of them without a figure.
+- ``covered``: fields whose figures were covered in two ways that no training image knows; nothing is to be found there.
+- ``bare`` and ``phantom``: glass, dirt and plain colours; slidescan's own slides with look-alikes.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image as Picture
 
-from slidescan.detect.card import Card, write_model
-from slidescan.detect.load import load_detector
-from slidescan.detect.network import channels_last, lower_precision, set_anchors
 from slidescan.detections import Detector
-from slidescan.errors import ModelError
-from slidescan.ops import accelerate
 from slidescan.phantom import Phantom
-from slidescan.train import metrics
-from slidescan.train.augment import augment
-from slidescan.train.crops import CROP_MPP, OBJECT_UM, load_crops
+from slidescan.train.augment import Rgb
+from slidescan.train.crops import CROP_MPP, NO_FIGURES, OBJECT_UM, Figures, load_crops
 from slidescan.train.fields import FieldMaker, Sample
-from slidescan.train.loop import Batch, pack, train
+from slidescan.train.metrics import RADIUS_UM, Image
 from slidescan.train.negatives import load_negatives, show
-from slidescan.train.network import build_network
 from slidescan.train.settings import TrainSettings, VariantSettings
+from slidescan.train.source import Split
+from slidescan.train.windows import Example
 
-__all__ = ["evaluate", "settle", "train_mitosis"]
+__all__ = ["CropSource", "ShownImage"]
 
-# Seeds of the phantoms trained on; demonstrations and tests use small ones.
-_PHANTOM_SEEDS = range(9000, 9012)
-_FIELD_PER_MM2 = 25.0  # figures on a realistic field: a dense hotspot
+# Seeds of the phantoms trained on and measured on; demonstrations and tests use small ones.
+_PHANTOM_SEEDS, _PHANTOM_TEST_SEED = range(9000, 9012), 8000
+_DENSE_PER_MM2, _SPARSE_PER_MM2 = 25.0, 10.0  # figures: a dense hotspot, and a proliferating tumour
+_COVERED_PER_FIELD = 4
+_ASSEMBLED_PER_MM2 = 100.0  # dense, for the number of comparisons
+_MARGIN_UM = 4.0  # of an image in which nothing counts: of a figure there, half may be cut off
+_LEAST_SCORE = 0.01
 
 
-def train_mitosis(settings: TrainSettings, out: Path, log: Callable[[str], None]) -> dict[str, Any]:
-    """Train every variant and write ``out/<name>/<mpp>/`` with config.json, model.safetensors and slidescan.json.
+@dataclass(frozen=True)
+class ShownImage:
+    """An image no larger than a tile, made anew whenever it is needed: hundreds would fill the memory.
 
-    A run that was stopped goes on from its checkpoints in `out`.
+    Parameters
+    ----------
+    kind : str
+    make : callable
+        Returns the image and its figures, the same every time.
+    mpp : float
+    patient, scanner : str
+    """
 
-    Returns
-    -------
-    dict
-        Metrics by variant, as written to ``out/metrics.json``.
+    kind: str
+    make: Callable[[], Sample]
+    mpp: float
+    patient: str = ""
+    scanner: str = ""
+
+    def find(self, detector: Detector) -> Image:
+        """Return what the detector finds on the whole image at once."""
+        image, figures = self.make()
+        found = detector.detect(image[None], _LEAST_SCORE)[0]
+        return Image(
+            found,
+            figures[:, :2],
+            RADIUS_UM / self.mpp,
+            len(image),
+            _MARGIN_UM / self.mpp,
+            patient=self.patient,
+            scanner=self.scanner,
+            mpp=self.mpp,
+            attributes=figures[:, 2:],
+        )
+
+    def patch(self, x: float, y: float, edge_px: int) -> Rgb:
+        """Return a square of the image, its edge repeated beyond."""
+        image, _ = self.make()
+        pad = edge_px // 2 + 1
+        padded = np.pad(image, ((pad, pad), (pad, pad), (0, 0)), mode="edge")
+        left, top = round(x) + pad - edge_px // 2, round(y) + pad - edge_px // 2
+        return padded[top : top + edge_px, left : left + edge_px]
+
+
+class CropSource:
+    """Draws images made of the crops below a directory.
+
+    Parameters
+    ----------
+    data : Path
+        Holds ``midog21`` and maybe ``dsb2018_he``.
+    settings, variant : TrainSettings, VariantSettings
 
     Raises
     ------
     ConfigError
-        If the data are missing.
-    ModelError
-        If training diverges.
+        If the crops are not there.
     """
-    torch.set_num_threads(settings.threads)
-    out.mkdir(parents=True, exist_ok=True)
-    report: dict[str, Any] = {}
-    for variant in settings.variants:
-        directory = out / settings.name / f"{variant.mpp:g}"
-        log(f"{variant.mpp:g} µm/px")
-        torch.manual_seed(settings.seed)
-        network = build_network(settings.classes, width=settings.width)
-        accelerate(network)
-        set_anchors(network, OBJECT_UM / variant.mpp)
-        if settings.precision == "bf16":
-            lower_precision(network, "cpu")
-        network = channels_last(network)
-        if variant.start_mpp is not None:
-            _start_from(network, out / settings.name / f"{variant.start_mpp:g}")
-        maker = FieldMaker(load_crops(settings.data, "train", mpp=variant.mpp, limit=settings.crops), settings.seed)
-        batches = _Batches(maker, settings, variant)
-        checkpoint = out / f"checkpoint-{variant.mpp:g}.safetensors"
-        average = train(network, batches, settings, variant, checkpoint=checkpoint, log=log)
 
-        card = Card(
-            f"{settings.name}-{variant.mpp:g}",
-            tuple(settings.classes),
-            variant.mpp,
-            input_px=variant.input_px,
-            object_um=OBJECT_UM * 1.25,  # the nominal box, with a quarter for figures that are larger
-            anchor_px=OBJECT_UM / variant.mpp,
-        )
-        log(f"validation: {settle(average, card, directory, settings, variant)}")
-        report[f"{variant.mpp:g}"] = evaluate(load_detector(directory), settings, variant)
-        log(json.dumps(report[f"{variant.mpp:g}"]))
-        (out / "metrics.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    return report
+    def __init__(self, data: Path, settings: TrainSettings, variant: VariantSettings) -> None:
+        self._data, self._settings, self._variant = data, settings, variant
+        self._training: _Mix | None = None
 
+    def example(self, rng: np.random.Generator, size: int) -> Example:
+        """Draw one training image: a field, a mosaic, glass, a phantom or tissue from elsewhere."""
+        if self._training is None:  # made when first needed: measuring does without
+            self._training = _Mix(self._maker("train"), self._data, self._settings)
+        mpp = self._variant.mpp
+        zoom = float(np.exp(rng.uniform(np.log(0.8), np.log(1.25))))
+        scene, figures = self._training.scene(rng, round(size / zoom))
+        scale = size / len(scene)
+        image, figures = _resize(scene, size), figures * (scale, scale, 1)
+        # px: of a figure nearer to the edge there is less than a hint.
+        figures = figures[((figures >= 4) & (figures < size - 4))[:, :2].all(1)]
+        half = OBJECT_UM / mpp * scale / 2
+        xyxy = np.concatenate((figures[:, :2] - half, figures[:, :2] + half), 1).clip(0, size)
+        return Example(image, xyxy, np.zeros(len(figures), np.int64), figures[:, 2:], np.empty((0, 4)))
 
-def settle(
-    network: torch.nn.Module, card: Card, directory: Path, settings: TrainSettings, variant: VariantSettings
-) -> dict[str, float]:
-    """Write the model with its calibration and threshold, both from images of the validation patients.
+    def shown(self, split: Split) -> Iterator[ShownImage]:
+        """Yield what is measured on; for validation, what calibration and threshold are chosen by."""
+        maker, mpp, size = self._maker(split), self._variant.mpp, self._variant.input_px
+        seed, n = self._settings.seed + (1 if split == "validation" else 2), self._settings.eval_images
+        edge = 3 * len(maker.crops[0].image)
 
-    As many realistic fields, where figures are rare, as mosaics, where they are many.
+        def seeded(kind: int, i: int, make: Callable[..., Sample], **more: Any) -> Callable[[], Sample]:
+            return lambda: make(np.random.default_rng((seed, kind, i)), **more)
 
-    Returns
-    -------
-    dict
-        F1, precision, recall and AP there.
-    """
-    crops = load_crops(settings.data, "validation", mpp=variant.mpp, limit=settings.crops)
-    maker, rng = FieldMaker(crops, settings.seed), np.random.default_rng(settings.seed + 1)
-    edge = 3 * crops[0].image.shape[0]
-    mosaics = [maker.mosaic(rng, edge, roll=True) for _ in range(settings.eval_images)]
-    choose = [*_fields(settings, variant, "validation", settings.seed + 1), *mosaics]
-    write_model(network, card, directory)
-    images = _detect(load_detector(directory), choose, margin_um=4.0)
-    temperature, offset = metrics.fit_calibration(images)
-    images = metrics.calibrate(images, temperature, offset)
-    threshold = round(metrics.best_threshold(images), 2)
-    card = dataclasses.replace(card, temperature=temperature, offset=offset, threshold=threshold)
-    write_model(network, card, directory)
-    return _summary(images, threshold)
+        per_mm2 = {"field": _DENSE_PER_MM2} | ({"sparse": _SPARSE_PER_MM2} if split == "test" else {})
+        for k, (kind, density) in enumerate(per_mm2.items()):
+            survey = maker.survey(np.random.default_rng((seed, k)), size, density)
+            for i, (make, crop) in enumerate(islice(survey, n if self._settings.crops else None)):
+                yield ShownImage(kind, seeded(k, i, make), mpp, crop.patient, crop.scanner)
+        for i in range(3 * n):
+            yield ShownImage("mosaic", seeded(2, i, maker.mosaic, size=edge, roll=True), mpp)
+        if split == "validation":
+            return
+        for i in range(n):
+            kind, nucleus = (("covered by other tissue", False), ("covered by a nucleus", True))[i % 2]
+            covered = seeded(3, i, maker.covered, size=size, n=_COVERED_PER_FIELD, nucleus=nucleus)
+            yield ShownImage(kind, covered, mpp)
+        for i in range(n // 2):
+            yield ShownImage("bare", seeded(4, i, maker.bare, size=size), mpp)
+        for i in range(n // 8):
+            image, figures = _phantom(_PHANTOM_TEST_SEED + i, mpp, 2 * size)
+            yield ShownImage("phantom", seeded(5, i, _window, image=image, figures=figures, size=size), mpp)
+
+    def assembled(self, split: Split) -> Iterator[Rgb]:
+        """Yield fields of three by three tiles and more."""
+        maker, size = self._maker(split), 4 * self._variant.input_px
+        figures = round(_ASSEMBLED_PER_MM2 * (size * self._variant.mpp * 1e-3) ** 2)
+        for i in range(1 if self._settings.crops else 4):
+            yield maker.field(np.random.default_rng((self._settings.seed, 6, i)), size, figures)[0]
+
+    def _maker(self, split: str) -> FieldMaker:
+        crops = load_crops(self._data, split, mpp=self._variant.mpp, limit=self._settings.crops)
+        return FieldMaker(crops, self._settings.seed)
 
 
-def evaluate(detector: Detector, settings: TrainSettings, variant: VariantSettings) -> dict[str, Any]:
-    """Measure a detector at its own threshold on images of the test patients, on glass and on phantoms.
+class _Mix:
+    """Draws the scenes of training images, in the shares of the settings."""
 
-    Returns
-    -------
-    dict
-        Precision, recall, F1, AP on mosaics and fields; false positives per mm² on figure-free fields, glass.
-    """
-    rng = np.random.default_rng(settings.seed + 2)
-    crops = load_crops(settings.data, "test", mpp=variant.mpp, limit=settings.crops)
-    maker = FieldMaker(crops, settings.seed)
-    size = 3 * crops[0].image.shape[0]
-    field = variant.input_px
-    n = settings.eval_images
-    kinds: dict[str, list[Sample]] = {
-        "mosaic": [maker.mosaic(rng, size, roll=True) for _ in range(3 * n)],
-        "field": list(_fields(settings, variant, "test", settings.seed + 3)),
-        "empty_field": [maker.field(rng, field, 0) for _ in range(max(1, n // 2))],
-        "bare": [maker.bare(rng, field) for _ in range(max(1, n // 2))],
-        "phantom": [
-            _window(rng, *_phantom(seed, variant.mpp, 2 * field), field) for seed in range(8000, 8000 + n // 8)
-        ],
-    }
-    report: dict[str, Any] = {"threshold": detector.threshold}
-    for kind, samples in kinds.items():
-        if samples:
-            images = _detect(detector, samples, margin_um=4.0)
-            report[kind] = _summary(images, detector.threshold, variant.mpp)
-    return report
-
-
-class _Batches:
-    """Draws training batches; a callable with the images' makers inside."""
-
-    def __init__(self, maker: FieldMaker, settings: TrainSettings, variant: VariantSettings) -> None:
-        self._maker, self._settings, self._tile_px = maker, settings, variant.tile_px
-        self._negatives = load_negatives(settings.data)
+    def __init__(self, maker: FieldMaker, data: Path, settings: TrainSettings) -> None:
+        self._maker, self._settings = maker, settings
+        self._negatives = load_negatives(data)
         edge = round(512 / maker.mpp)  # 0.26 mm² of phantom a seed
         seeds = _PHANTOM_SEEDS if settings.share_phantom else []
         if settings.crops:
             seeds, edge = seeds[:1], round(128 / maker.mpp)
         self._phantoms = [_phantom(seed, maker.mpp, edge) for seed in seeds]
 
-    def __call__(self, rng: np.random.Generator) -> Batch:
-        size = int(rng.choice(self._tile_px))
-        count = max(1, round(self._settings.batch_mpx * 1e6 / size**2))
-        samples, object_px = [], []
-        for _ in range(count):
-            zoom = float(np.exp(rng.uniform(np.log(0.8), np.log(1.25))))
-            sample = self._sample(rng, round(size / zoom))
-            image, figures = _resize(sample, size)
-            inside = ((figures >= 4) & (figures < size - 4)).all(1)  # px: less than a hint of it is visible
-            samples.append((augment(rng, image, self._settings.stain_jitter), figures[inside]))
-            object_px.append(OBJECT_UM / self._maker.mpp * size / image_edge(sample))
-        return pack(samples, object_px)
-
-    def _sample(self, rng: np.random.Generator, size: int) -> Sample:
+    def scene(self, rng: np.random.Generator, size: int) -> Sample:
         s, kind = self._settings, rng.random()
         # At 0.5 µm/px the same tissue is a quarter of the pixels: figures per px must not vanish in the batch.
         expected = s.figures_per_mpx * size**2 * 1e-6 * self._maker.mpp / CROP_MPP
@@ -187,7 +188,7 @@ class _Batches:
         if kind < limits[2] and self._negatives:
             like = self._maker.crops[int(rng.integers(len(self._maker.crops)))].image
             negative = self._negatives[int(rng.integers(len(self._negatives)))]
-            return show(rng, negative, like, self._maker.mpp, size), np.empty((0, 2))
+            return show(rng, negative, like, self._maker.mpp, size), NO_FIGURES
         if limits[2] <= kind < limits[3] and self._phantoms:
             return _window(rng, *self._phantoms[int(rng.integers(len(self._phantoms)))], size)
         figures = int(rng.poisson(expected)) if rng.random() < 0.85 else 0
@@ -195,17 +196,10 @@ class _Batches:
         return self._maker.edge_of_tissue(rng, sample) if rng.random() < 0.2 else sample
 
 
-def image_edge(sample: Sample) -> int:
-    """Return the edge of a square sample, px."""
-    return len(sample[0])
-
-
-def _resize(sample: Sample, size: int) -> Sample:
-    image, figures = sample
-    if image.shape[0] == size:
-        return sample
-    small = Picture.fromarray(image).resize((size, size), Picture.Resampling.BILINEAR)
-    return np.asarray(small), figures * (size / image.shape[0])
+def _resize(image: Rgb, size: int) -> Rgb:
+    if len(image) == size:
+        return image
+    return np.asarray(Picture.fromarray(image).resize((size, size), Picture.Resampling.BILINEAR))
 
 
 def _phantom(seed: int, mpp: float, size: int) -> Sample:
@@ -219,47 +213,12 @@ def _phantom(seed: int, mpp: float, size: int) -> Sample:
         n_look_alikes=max(4, round(300 * area_mm2)),
         tissue=0.7,
     )
-    return slide.render(0, 0, size, size), slide.truth.centers
+    unknown = np.full((len(slide.truth), 1), np.nan)
+    return slide.render(0, 0, size, size), np.concatenate((slide.truth.centers, unknown), 1)
 
 
-def _window(rng: np.random.Generator, image: NDArray[np.uint8], figures: NDArray[np.float64], size: int) -> Sample:
+def _window(rng: np.random.Generator, image: NDArray[np.uint8], figures: Figures, size: int) -> Sample:
     size = min(size, image.shape[0])
     x, y = (int(v) for v in rng.integers(0, image.shape[0] - size + 1, 2))
-    inside = ((figures >= (x, y)) & (figures < (x + size, y + size))).all(1)
-    return image[y : y + size, x : x + size], figures[inside] - (x, y)
-
-
-def _fields(settings: TrainSettings, variant: VariantSettings, split: str, seed: int) -> Iterator[Sample]:
-    rng = np.random.default_rng(seed)
-    maker = FieldMaker(load_crops(settings.data, split, mpp=variant.mpp, limit=settings.crops), settings.seed)
-    size = variant.input_px  # as a scan feeds it: on larger tiles than it was trained on the network scores lower
-    expected = _FIELD_PER_MM2 * (size * variant.mpp * 1e-3) ** 2
-    for _ in range(settings.eval_images):
-        yield maker.field(rng, size, int(rng.poisson(expected)))
-
-
-def _detect(detector: Detector, samples: list[Sample], margin_um: float) -> list[metrics.Image]:
-    images = []
-    for image, figures in samples:
-        found = detector.detect(image[None], 0.01)[0]
-        px = 1 / detector.mpp
-        images.append(metrics.Image(found, figures, metrics.RADIUS_UM * px, image.shape[0], margin_um * px))
-    return images
-
-
-def _summary(images: list[metrics.Image], threshold: float, mpp: float | None = None) -> dict[str, float]:
-    at = metrics.score(images, threshold)
-    row = {"f1": at.f1, "precision": at.precision, "recall": at.recall, "ap": metrics.average_precision(images)}
-    if mpp is not None:
-        row["figures"] = at.found + at.missed
-        row["false_per_mm2"] = at.false / sum(((i.size - 2 * i.margin) * mpp * 1e-3) ** 2 for i in images)
-    return {key: round(value, 4) for key, value in row.items()}
-
-
-def _start_from(network: torch.nn.Module, directory: Path) -> None:
-    from transformers import DFineForObjectDetection
-
-    if not (directory / "model.safetensors").is_file():
-        raise ModelError(f"{directory.name}: expected trained weights to start from; list that variant first")
-    trained = DFineForObjectDetection.from_pretrained(directory, dtype=torch.float32)
-    network.load_state_dict(trained.state_dict())
+    inside = ((figures[:, :2] >= (x, y)) & (figures[:, :2] < (x + size, y + size))).all(1)
+    return image[y : y + size, x : x + size], figures[inside] - (x, y, 0)

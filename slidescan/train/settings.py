@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -24,59 +24,79 @@ class VariantSettings(_Strict):
 
     mpp: Annotated[float, Field(gt=0)] = 0.25
     input_px: Annotated[int, Field(gt=0, multiple_of=32)] = 640
-    tile_px: list[Annotated[int, Field(gt=0, multiple_of=32)]] = [256, 384, 384, 512, 768]
+    tile_px: list[Annotated[int, Field(gt=0, multiple_of=32)]] = [256, 384, 512, 640]
     steps: Annotated[int, Field(gt=0)] | None = None
     minutes: Annotated[float, Field(gt=0)] | None = None
     lr: Annotated[float, Field(gt=0)] = 1e-3
     start_mpp: float | None = None  # begin with the weights of this variant, trained before it
+    start: str | None = None  # or with those of a model: a bundled name, or a directory
+    mine_steps: Annotated[int, Field(gt=0)] = 400  # more of them with mined negatives, at a tenth of lr
 
 
 class TrainSettings(_Strict):
     """Everything a run depends on besides the data.
 
     Shares are of the training images; what they leave is realistic fields. Tile sizes are drawn with equal probability
-    and batches hold `batch_mpx` million px whatever the size.
+    and batches hold `batch_mpx` million px whatever the size. Settings of fields and mosaics serve the crops that
+    `mitosis` is trained on and nothing else.
 
     Examples
     --------
     >>> TrainSettings().batch_mpx
-    1.18
+    0.8
     """
 
-    data: Path = Path("../shared/data")  # relative to the repository
+    data: Path = Path("data")  # see slidescan.train.run.open_source
+    slide_mpp: Annotated[float, Field(gt=0)] | None = None  # of annotated slides, overriding their own
+    validation: Path | None = None  # data of its own; else a share of the patients of `data`
+    validation_share: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    test: Path | None = None
     name: str = "mitosis"
-    classes: list[str] = ["mitotic figure"]
+    classes: Annotated[list[str], Field(min_length=1)] = ["mitotic figure"]
+    attributes: list[str] = []
+    object_um: Annotated[float, Field(gt=0)] = 12.5  # edge of the box around an annotated point; of anchors, too
     seed: int = 0
+    device: str | None = None  # None takes a GPU if there is one
     threads: Annotated[int, Field(gt=0)] = 2
-    precision: Annotated[str, Field(pattern="^(fp32|bf16)$")] = "bf16"
+    precision: Annotated[str, Field(pattern="^(fp32|bf16)$")] = "fp32"
     width: Annotated[float, Field(gt=0)] = 1.0
-    batch_mpx: Annotated[float, Field(gt=0)] = 1.18
+    batch_mpx: Annotated[float, Field(gt=0)] = 0.8
     share_mosaic: _Share = 0.25
     share_bare: _Share = 0.04
     share_phantom: _Share = 0.06
     share_negative: _Share = 0.12  # tissue from elsewhere, where there is some
+    share_mined: _Share = 0.2  # where there is some
     figures_per_mpx: Annotated[float, Field(gt=0)] = 40.0
-    stain_jitter: Annotated[float, Field(ge=0)] = 0.2
+    stain_jitter: Annotated[float, Field(ge=0)] = 0.25
+    schedule: Literal["cosine", "flat"] = "cosine"  # flat anneals in the last part only
     warmup_steps: Annotated[int, Field(ge=0)] = 100
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
     clip_norm: Annotated[float, Field(gt=0)] = 1.0
     ema: _Share = 0.998
     checkpoint_steps: Annotated[int, Field(gt=0)] = 200
     crops: Annotated[int, Field(gt=0)] | None = None  # read only so many a split
-    eval_images: Annotated[int, Field(gt=0)] = 48
-    variants: list[VariantSettings] = [VariantSettings(minutes=30)]
+    eval_images: Annotated[int, Field(gt=0)] = 96  # of each composed kind
+    shifts: Annotated[int, Field(ge=0)] = 8  # of the grid of tiles, to compare detections on
+    variants: Annotated[list[VariantSettings], Field(min_length=1)] = [VariantSettings(minutes=30)]
 
     def smoke(self) -> TrainSettings:
         """Return the same run made so small that it ends within a minute and learns nothing."""
-        tiny = {"width": 0.25, "batch_mpx": 0.07, "crops": 24, "eval_images": 2, "warmup_steps": 1}
-        variants = [
-            v.model_copy(update={"steps": 4, "minutes": None, "input_px": 256, "tile_px": [128]}) for v in self.variants
-        ]
+        tiny = {
+            "width": 0.25,
+            "batch_mpx": 0.07,
+            "crops": 24,
+            "eval_images": 2,
+            "warmup_steps": 1,
+            "checkpoint_steps": 2,
+            "shifts": 1,
+        }
+        small = {"steps": 4, "minutes": None, "input_px": 256, "tile_px": [128], "mine_steps": 2}
+        variants = [v.model_copy(update=small) for v in self.variants]
         return self.model_copy(update={**tiny, "precision": "fp32", "variants": variants})
 
 
 def load_settings(path: Path) -> TrainSettings:
-    """Read settings from a YAML file.
+    """Read settings from a YAML file; paths in it are taken from where the file is.
 
     Raises
     ------
@@ -87,11 +107,14 @@ def load_settings(path: Path) -> TrainSettings:
         table: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as exc:
         raise ConfigError(f"{path}: expected a YAML file of training settings, {exc.strerror}") from exc
-    except yaml.YAMLError as exc:
-        raise ConfigError(f"{path}: expected YAML, got {exc}") from exc
+    except (yaml.YAMLError, UnicodeDecodeError) as exc:
+        said = " ".join(str(exc).split())
+        raise ConfigError(f"{path}: expected YAML, got {said}") from exc
     try:
-        return TrainSettings.model_validate(table or {})
+        settings = TrainSettings.model_validate(table or {})
     except ValidationError as exc:
         first = exc.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         raise ConfigError(f"{path}: {key}: {first['msg']}, got {first['input']!r}") from exc
+    places = {key: getattr(settings, key) for key in ("data", "validation", "test")}
+    return settings.model_copy(update={key: path.parent / place for key, place in places.items() if place is not None})

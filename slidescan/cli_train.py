@@ -1,0 +1,73 @@
+"""The commands `train` and `evaluate`: parse, call, say what came of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from slidescan.errors import ConfigError
+
+__all__ = ["evaluate", "train"]
+
+
+def train(
+    config: Annotated[Path, typer.Argument(help="YAML with settings; see configs/train_mitosis.yaml.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Directory of the run; default: runs/<name of the settings>.")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="COCO directory, or slides with QuPath GeoJSON; default: the settings' own.")
+    ] = None,
+    mine: Annotated[
+        list[Path] | None,
+        typer.Option(help="Slide taken to be free of objects: what is found there is unlearned; repeatable."),
+    ] = None,
+    mine_mpp: Annotated[float | None, typer.Option(help="µm/px of the slides to mine, overriding their own.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda:0, …; default: a GPU if there is one.")] = None,
+    smoke: Annotated[
+        bool, typer.Option("--smoke", help="A few steps of a tiny network, to see that all fits.")
+    ] = False,
+) -> None:
+    """Train a detector; run it again to continue after a stop. `scan --model` takes the directory."""
+    from slidescan.slides import open_slide
+    from slidescan.train.run import train_detector
+    from slidescan.train.settings import load_settings
+
+    settings = load_settings(config)
+    changes = {key: value for key, value in (("data", data), ("device", device)) if value is not None}
+    settings = settings.model_copy(update=changes)
+    slides = [open_slide(path, mpp=mine_mpp) for path in mine or []]
+    out = out or Path("runs") / settings.name
+    train_detector(settings.smoke() if smoke else settings, out, typer.echo, mine_slides=slides)
+    typer.echo(f"model       {out}; use it with --model {out}")
+
+
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A bundled name or a directory, such as that of a training run.")],
+    data: Annotated[Path, typer.Option(help="COCO directory, or slides with QuPath GeoJSON, or midog21's parent.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Takes <µm/px>/metrics.json and pictures.")] = Path(
+        "evaluation"
+    ),
+    images: Annotated[int, typer.Option(min=2, help="Images of each kind that is composed from crops.")] = 96,
+    shifts: Annotated[int, typer.Option(min=0, help="Shifted grids to compare detections on; 0 leaves it out.")] = 8,
+) -> None:
+    """Measure a detector on annotated data that it was not trained on: metrics, curves, and the worst mistakes."""
+    from slidescan.detect import load_detector
+    from slidescan.detect.model import Family
+    from slidescan.train.evaluate import describe
+    from slidescan.train.evaluate import evaluate as measure
+    from slidescan.train.run import open_test
+
+    if not data.exists():
+        raise ConfigError(f"--data: expected a directory of annotated data, found nothing at {data}")
+    detector = load_detector(model, mpp=1.0)
+    variants = detector.variants if isinstance(detector, Family) else (detector,)
+    for variant in variants:
+        directory = out / f"{variant.mpp:g}"
+        source = open_test(data, variant, images)
+        report = measure(variant, source.shown("test"), directory, assembled=source.assembled("test"), shifts=shifts)
+        for line in describe(report):
+            typer.echo(line)
+        typer.echo(f"written     {directory}: metrics.json, pr.png, froc.png, reliability.png, worst.png")

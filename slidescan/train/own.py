@@ -1,0 +1,169 @@
+"""Annotated slides and pictures of one's own as a source.
+
+Measured is what a user gets: whole slides go through `scan`, stitching included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from slidescan.config import ScanConfig
+from slidescan.detections import Detections, Detector
+from slidescan.errors import ConfigError
+from slidescan.picture import detect_image
+from slidescan.scan_slide import scan
+from slidescan.train.annotated import Annotated, load_coco, load_slides, refuse_leaks, split
+from slidescan.train.augment import Rgb
+from slidescan.train.metrics import RADIUS_UM, Image
+from slidescan.train.settings import TrainSettings, VariantSettings
+from slidescan.train.source import Split
+from slidescan.train.windows import Example, Windows
+
+__all__ = ["OwnSource", "ShownSlide", "kind_of", "load_annotated"]
+
+_LEAST_SCORE = 0.01
+_ASSEMBLED = 4  # slides to shift the grid on
+_MOSAICS = 0.25  # share of the training images made of four windows
+
+
+@dataclass(frozen=True)
+class ShownSlide:
+    """An annotated slide or picture, scanned whole."""
+
+    annotated: Annotated
+    kind: str
+
+    def find(self, detector: Detector) -> Image:
+        """Return what a scan finds, in level-0 px; what lies in an ignored box counts neither way."""
+        one = self.annotated
+        frame = one.slide.frame
+        if self.kind == "pictures":  # of tissue alone: no mask
+            found, area_mm2 = detect_image(one.slide, detector, min_score=_LEAST_SCORE), frame.area_mm2
+        else:
+            found, area_mm2 = self._scanned(detector)
+        return Image(
+            found[~_within(found.centers, one.ignored_xyxy_l0)],
+            (one.xyxy_l0[:, :2] + one.xyxy_l0[:, 2:]) / 2,
+            RADIUS_UM / frame.mpp,
+            max(frame.size_wh),
+            patient=one.patient,
+            scanner=one.scanner,
+            mpp=frame.mpp,
+            attributes=one.attributes,
+            area_mm2=area_mm2,
+        )
+
+    def _scanned(self, detector: Detector) -> tuple[Detections, float]:
+        settings = ScanConfig.load({}, {"detect.min_score": _LEAST_SCORE, "detect.threshold": _LEAST_SCORE})
+        result = scan(self.annotated.slide, detector, config=settings, allow_coarse=True)
+        return result.detections, result.anomaly.tissue_mm2
+
+    def patch(self, x: float, y: float, edge_px: int) -> Rgb:
+        """Return a square of the slide at level 0."""
+        slide = self.annotated.slide
+        return slide.read(round(x) - edge_px // 2, round(y) - edge_px // 2, edge_px, edge_px, slide.frame).rgb
+
+
+class OwnSource:
+    """Draws windows of annotated slides and pictures.
+
+    Parameters
+    ----------
+    splits : mapping of str to list of Annotated
+        ``train``, ``validation`` and ``test``; what is not there is empty.
+    variant : VariantSettings
+    kind : {"pictures", "slides"}
+        Pictures are taken to be tissue all over.
+    seed : int
+
+    Raises
+    ------
+    ConfigError
+        If a patient is in two splits.
+    """
+
+    def __init__(
+        self, splits: Mapping[str, list[Annotated]], variant: VariantSettings, *, kind: str, seed: int = 0
+    ) -> None:
+        refuse_leaks(**splits)
+        self._splits, self._variant, self._kind, self._seed = splits, variant, kind, seed
+
+    @classmethod
+    def open(cls, settings: TrainSettings, variant: VariantSettings) -> OwnSource:
+        """Load what the settings name; without validation data a share of the patients is set apart.
+
+        Raises
+        ------
+        ConfigError
+            If data are missing or damaged, or a patient is in two splits.
+        """
+        train = load_annotated(settings.data, settings, variant.mpp)
+        if settings.validation is None:
+            train, validation = split(train, settings.validation_share, settings.seed)
+        else:
+            validation = load_annotated(settings.validation, settings, variant.mpp)
+        test = load_annotated(settings.test, settings, variant.mpp) if settings.test else []
+        kind = kind_of(settings.data)
+        return cls({"train": train, "validation": validation, "test": test}, variant, kind=kind, seed=settings.seed)
+
+    @cached_property
+    def _windows(self) -> Windows:
+        return Windows(self._splits["train"], self._variant.mpp, seed=self._seed)
+
+    def example(self, rng: np.random.Generator, size: int) -> Example:
+        """Draw one window, or four side by side."""
+        return self._windows.mosaic(rng, size) if rng.random() < _MOSAICS else self._windows.window(rng, size)
+
+    def assembled(self, split: Split) -> Iterator[Rgb]:
+        """Yield a square around an object of the first few slides."""
+        mpp, edge = self._variant.mpp, 4 * self._variant.input_px
+        for one in [one for one in self._splits[split] if len(one.xyxy_l0)][:_ASSEMBLED]:
+            plane = one.slide.frame.at(mpp)
+            x, y = np.rint(one.xyxy_l0[0, :2] * one.slide.frame.mpp / mpp).astype(int).tolist()
+            width, height = (min(edge, n) for n in plane.size_wh)
+            left, top = (
+                min(max(0, at - n // 2), whole - n)
+                for at, n, whole in zip((x, y), (width, height), plane.size_wh, strict=True)
+            )
+            yield one.slide.read(left, top, width, height, plane).rgb
+
+    def shown(self, split: Split) -> Iterator[ShownSlide]:
+        """Yield the slides and pictures of a split."""
+        return (ShownSlide(one, self._kind) for one in self._splits[split])
+
+
+def load_annotated(path: Path, settings: TrainSettings, mpp: float) -> list[Annotated]:
+    """Load a COCO directory (or its JSON), or a directory of slides with QuPath's GeoJSON beside them.
+
+    Raises
+    ------
+    ConfigError
+        If it is neither, or something in it is damaged.
+    """
+    if not path.exists():
+        raise ConfigError(f"{path}: expected a directory of training data, found none; check `data` or --data")
+    if kind_of(path) == "pictures":
+        return load_coco(path, settings.classes, mpp=mpp, attributes=settings.attributes)
+    return load_slides(
+        path,
+        settings.classes,
+        object_um=settings.object_um,
+        attributes=settings.attributes,
+        mpp=settings.slide_mpp,
+    )
+
+
+def kind_of(path: Path) -> str:
+    """Say whether a directory (or file) holds annotated pictures or slides."""
+    return "pictures" if path.suffix.lower() == ".json" or any(path.glob("*.json")) else "slides"
+
+
+def _within(points: NDArray[np.float64], boxes: NDArray[np.float64]) -> NDArray[np.bool_]:
+    inside = (points[:, None] >= boxes[:, :2]) & (points[:, None] <= boxes[:, 2:])
+    return np.asarray(np.any(np.all(inside, axis=-1), axis=1))

@@ -1,0 +1,233 @@
+"""A training run, from settings to a directory that `scan --model` takes.
+
+Hides the order of things: network, images, loop, calibration and threshold on the validation patients, mined negatives,
+and the report on the test patients, which nothing is chosen by. What is done is not done again: a run that was stopped
+goes on from its checkpoints.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from slidescan.detect.card import Card, write_model
+from slidescan.detect.load import load_detector
+from slidescan.detect.model import Model
+from slidescan.detect.network import channels_last, load_network, lower_precision, set_anchors
+from slidescan.errors import ConfigError, ModelError
+from slidescan.ops import accelerate
+from slidescan.slides import Slide
+from slidescan.train import metrics
+from slidescan.train.augment import Rgb
+from slidescan.train.evaluate import best_cut, describe, evaluate, find_all
+from slidescan.train.loop import train
+from slidescan.train.mine import load_mined, mine
+from slidescan.train.mitosis import CropSource
+from slidescan.train.network import build_network
+from slidescan.train.own import OwnSource, kind_of, load_annotated
+from slidescan.train.report import draw_losses
+from slidescan.train.settings import TrainSettings, VariantSettings
+from slidescan.train.source import Batches, Source
+
+__all__ = ["open_source", "open_test", "settle", "train_detector"]
+
+_MINE_LR = 0.1  # of the variant's: enough to unlearn what was mined and too little to forget the rest
+# The nominal box, with a quarter for objects that are larger.
+_LARGEST = 1.25
+
+
+def train_detector(
+    settings: TrainSettings, out: Path, log: Callable[[str], None], *, mine_slides: Sequence[Slide] = ()
+) -> dict[str, Any]:
+    """Train every variant and write ``out/<mpp>/`` with config.json, model.safetensors and slidescan.json.
+
+    Parameters
+    ----------
+    settings : TrainSettings
+    out : Path
+        Also takes checkpoints, ``losses-<mpp>.csv`` and ``.png``, and per variant what `evaluate` writes. The directory
+        is a detector for ``--model``.
+    log : callable
+        Takes one line.
+    mine_slides : sequence of Slide
+        Tissue taken to be free of objects: what the trained detector finds there, it is then trained not to.
+
+    Returns
+    -------
+    dict
+        Metrics by variant; empty without test data.
+
+    Raises
+    ------
+    ConfigError
+        If data are missing, or a patient is in two splits.
+    ModelError
+        If training diverges, or the device is not there.
+    """
+    torch.set_num_threads(settings.threads)
+    out.mkdir(parents=True, exist_ok=True)
+    report: dict[str, Any] = {}
+    for variant in settings.variants:
+        name = f"{variant.mpp:g}"
+        log(f"{name} µm/px")
+        source = open_source(settings, variant)
+        start = None if variant.start_mpp is None else out / f"{variant.start_mpp:g}"
+        if variant.start is not None:
+            start = load_detector(variant.start).at(variant.mpp, allow_coarse=True).path
+        checkpoint = out / f"losses-{name}.safetensors"
+        average = train(
+            _network(settings, variant, start),
+            Batches(source, settings, variant),
+            settings,
+            variant,
+            checkpoint=checkpoint,
+            log=log,
+        )
+        draw_losses(checkpoint.with_suffix(".csv"), checkpoint.with_suffix(".png"))
+        log(f"validation: {settle(average, _card(settings, variant), out / name, source)}")
+        if mine_slides:
+            windows = _mined(out, variant, mine_slides, log)
+            if windows:
+                average = _unlearn(settings, variant, source, windows, out, log)
+                card = _card(settings, variant, mined=len(windows), mined_slides=len(mine_slides))
+                log(f"validation: {settle(average, card, out / name, source)}")
+        if settings.test is not None or isinstance(source, CropSource):
+            trained, assembled = Model(out / name), source.assembled("test")
+            report[name] = evaluate(
+                trained, source.shown("test"), out / name, assembled=assembled, shifts=settings.shifts
+            )
+            for line in describe(report[name]):
+                log(line)
+    return report
+
+
+def open_source(settings: TrainSettings, variant: VariantSettings) -> Source:
+    """Open what `settings.data` holds: the crops of ``midog21``, a COCO directory, or slides with GeoJSON."""
+    if (settings.data / "midog21").is_dir():
+        if settings.classes != ["mitotic figure"]:
+            raise ConfigError(f"classes: expected [mitotic figure] for the crops of midog21, got {settings.classes}")
+        return CropSource(settings.data, settings, variant)
+    return OwnSource.open(settings, variant)
+
+
+def open_test(data: Path, model: Model, images: int) -> Source:
+    """Open annotated data to measure a model on: all of it, or of ``midog21`` its test patients."""
+    variant = VariantSettings(mpp=model.mpp, input_px=model.input_px)
+    settings = TrainSettings(
+        data=data,
+        classes=list(model.classes),
+        attributes=list(model.attributes),
+        object_um=model.object_um / _LARGEST,
+        eval_images=images,
+    )
+    if (data / "midog21").is_dir():
+        return CropSource(data, settings, variant)
+    return OwnSource({"test": load_annotated(data, settings, model.mpp)}, variant, kind=kind_of(data))
+
+
+def settle(network: torch.nn.Module, card: Card, directory: Path, source: Source) -> str:
+    """Write the model with its calibration and threshold, both from the validation patients; say what came of it."""
+    write_model(network, card, directory)
+    _, kinds = find_all(load_detector(directory), source.shown("validation"))
+    images = [image for found in kinds.values() for image in found]
+    before = metrics.calibration_error(images)
+    temperature, offset = metrics.fit_calibration(images)
+    kinds = {kind: metrics.calibrate(found, temperature, offset) for kind, found in kinds.items()}
+    images = [image for found in kinds.values() for image in found]
+    threshold = round(metrics.best_threshold(images), 2)
+    cuts = tuple(best_cut(images, threshold, column) for column in range(len(card.attributes)))
+    card = dataclasses.replace(card, temperature=temperature, offset=offset, threshold=threshold, attribute_cuts=cuts)
+    write_model(network, card, directory)
+    at = {kind: metrics.score(found, threshold) for kind, found in kinds.items()}
+    lines = [f"{kind} F1 {s.f1:.3f} (precision {s.precision:.3f}, recall {s.recall:.3f})" for kind, s in at.items()]
+    error = f"calibration error {before:.3f} before and {metrics.calibration_error(images):.3f} after"
+    return "; ".join([*lines, error, f"threshold {threshold:g}"])
+
+
+def _network(settings: TrainSettings, variant: VariantSettings, start: Path | None) -> torch.nn.Module:
+    """Return the network ready to be trained, with random weights or those of a model directory."""
+    torch.manual_seed(settings.seed)
+    network = build_network(settings.classes, settings.attributes, width=settings.width)
+    if start is not None:
+        if not (start / "model.safetensors").is_file():
+            raise ModelError(f"{start.name}: expected trained weights to start from; list that variant first")
+        _take_weights(network, start)
+    accelerate(network)
+    set_anchors(network, settings.object_um / variant.mpp)
+    device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if settings.precision == "bf16":
+        lower_precision(network, torch.device(device).type)
+    try:
+        return channels_last(network.to(device))
+    except (RuntimeError, AssertionError) as exc:
+        raise ModelError(f"device: expected one of this machine, got {device}; use cpu") from exc
+
+
+def _take_weights(network: torch.nn.Module, start: Path) -> None:
+    """Load a model's weights; with other classes than its own, the few that name classes stay random.
+
+    Raises
+    ------
+    ModelError
+        If it is another kind of network.
+    """
+    own = network.state_dict()
+    theirs = {key: value for key, value in load_network(start).state_dict().items() if key in own}
+    fitting = {key: value for key, value in theirs.items() if value.shape == own[key].shape}
+    if len(fitting) < 0.9 * len(own):
+        raise ModelError(
+            f"{start.name}: expected weights of the network that is trained, {len(fitting)} of {len(own)} fit; set "
+            "`width` as that model's, or leave `start` out"
+        )
+    network.load_state_dict({**own, **fitting})
+
+
+def _card(settings: TrainSettings, variant: VariantSettings, **training: int) -> Card:
+    return Card(
+        f"{settings.name}-{variant.mpp:g}",
+        tuple(settings.classes),
+        variant.mpp,
+        input_px=variant.input_px,
+        object_um=settings.object_um * _LARGEST,
+        anchor_px=settings.object_um / variant.mpp,
+        attributes=tuple(settings.attributes),
+        training={"steps": variant.steps, "minutes": variant.minutes, "seed": settings.seed, **training},
+    )
+
+
+def _mined(out: Path, variant: VariantSettings, slides: Sequence[Slide], log: Callable[[str], None]) -> list[Rgb]:
+    """Return the windows mined, scanning only if it was not done before."""
+    folder = out / f"mined-{variant.mpp:g}"
+    if not (folder / "done").is_file():
+        n = mine(load_detector(out / f"{variant.mpp:g}"), slides, folder)
+        log(f"mined {n} false alarms on {len(slides)} slides")
+    return load_mined(folder)
+
+
+def _unlearn(
+    settings: TrainSettings,
+    variant: VariantSettings,
+    source: Source,
+    windows: Sequence[Rgb],
+    out: Path,
+    log: Callable[[str], None],
+) -> torch.nn.Module:
+    """Train on with mined windows among the images, from the averaged weights."""
+    more = variant.model_copy(update={"steps": variant.mine_steps, "minutes": None, "lr": variant.lr * _MINE_LR})
+    start = out / f"mined-{variant.mpp:g}" / "before"
+    if not (start / "model.safetensors").is_file():
+        from shutil import copytree
+
+        copytree(out / f"{variant.mpp:g}", start)
+    return train(
+        _network(settings, variant, start),
+        Batches(source, settings, variant, windows),
+        settings.model_copy(update={"seed": settings.seed + 1}),
+        more,
+        checkpoint=out / f"losses-mined-{variant.mpp:g}.safetensors",
+        log=log,
+    )
