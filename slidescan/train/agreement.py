@@ -1,7 +1,7 @@
 """Grid-shift agreement: what of a result depends on where the tiles happened to lie.
 
-A slide is scanned, then scanned again with the origin of its pixels, and so the grid of tiles, moved by random offsets.
-What changes then was decided by the grid and not by the tissue.
+A slide is scanned, then scanned again with the grid of tiles moved by random offsets. What changes then was decided by
+the grid and not by the tissue.
 """
 
 from __future__ import annotations
@@ -9,15 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 
 from slidescan.config import ScanConfig
-from slidescan.detect.model import Model
-from slidescan.detections import Detections
+from slidescan.detections import Detections, Detector
 from slidescan.scan_slide import scan
-from slidescan.slides import memory_slide
-from slidescan.train.augment import Rgb
+from slidescan.slides import Slide
 
 __all__ = ["Agreement", "grid_shift_agreement"]
 
@@ -32,7 +29,7 @@ class Agreement:
     Parameters
     ----------
     compared : int
-        Detections above the threshold, over all shifts, that both grids could see whole.
+        Detections above the threshold, over all shifts.
     same : int
         Those that came back within 2 px and 0.05 of the score.
     moved_px, changed_score : float
@@ -51,36 +48,33 @@ class Agreement:
 
 
 def grid_shift_agreement(
-    image: Rgb, detector: Model, *, shifts: int = 8, seed: int = 0, tile_px: int | None = None
+    slide: Slide, detector: Detector, *, shifts: int = 8, seed: int = 0, mask: bool = False
 ) -> Agreement:
-    """Scan an image on its own grid and on shifted ones, and compare.
+    """Scan a slide on its own grid and on shifted ones, and compare.
 
     Parameters
     ----------
-    image : ndarray of uint8, shape (H, W, 3)
-        At the detector's µm/px.
-    detector : Model
+    slide : Slide
+    detector : Detector
     shifts : int
         How many; each by a random offset of up to a tile in x and y.
     seed : int
-    tile_px : int, optional
-        Edge of the tiles; default: the detector's own.
+    mask : bool
+        Scan tissue only; else all of it, as for a field that is tissue all over.
 
     Returns
     -------
     Agreement
-        In px of `image`. Detections within a tile's overlap of the border that moves are left out.
+        Distances in level-0 px of `slide`.
     """
     rng = np.random.default_rng(seed)
-    edge = tile_px or detector.input_px
-    base = _scanned(image, detector, edge)
-    reach = 2 * detector.object_um / detector.mpp  # what a border may change, px
+    variant = detector.at(slide.frame.mpp, allow_coarse=True)
+    base = _scanned(slide, variant, (0, 0), mask)
+    asked = base[base.score >= variant.threshold]
     distances, changes, same, compared = [np.empty(0)], [np.empty(0)], 0, 0
-    for dx, dy in rng.integers(1, edge, (shifts, 2)).tolist():
-        again = _scanned(np.ascontiguousarray(image[dy:, dx:]), detector, edge).moved(1.0, dx, dy)
-        centres = base.centers
-        asked = base[(base.score >= detector.threshold) & (centres >= (dx + reach, dy + reach)).all(1)]
+    for dx, dy in rng.integers(1, variant.input_px, (shifts, 2)).tolist():
         compared += len(asked)
+        again = _scanned(slide, variant, (dx, dy), mask)
         if not len(asked) or not len(again):
             continue
         distance, row = cKDTree(again.centers).query(asked.centers)
@@ -98,10 +92,10 @@ def grid_shift_agreement(
     )
 
 
-def _scanned(image: NDArray[np.uint8], detector: Model, tile_px: int) -> Detections:
+def _scanned(slide: Slide, detector: Detector, shift_px: tuple[int, int], mask: bool) -> Detections:
     settings = {
-        "tissue.enabled": False,
-        "tiling.tile_px": tile_px,
+        "tissue.enabled": mask,
+        "tiling.shift_px": list(shift_px),
         "detect.min_score": min(_LEAST_SCORE, detector.threshold),
     }
-    return scan(memory_slide(image, detector.mpp), detector, config=ScanConfig.load({}, settings)).detections
+    return scan(slide, detector, config=ScanConfig.load({}, settings)).detections

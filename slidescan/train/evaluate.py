@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from slidescan.detect.model import Model
 from slidescan.detections import Detector
 from slidescan.errors import ConfigError
+from slidescan.slides import memory_slide
 from slidescan.train import metrics
 from slidescan.train.agreement import grid_shift_agreement
 from slidescan.train.augment import Rgb
@@ -74,8 +75,9 @@ def evaluate(
             if accuracy is not None:
                 row[f"{name}_balanced_accuracy"], row[f"{name}_judged"] = accuracy
         report[kind] = row
-    agreements = [grid_shift_agreement(image, detector, shifts=shifts) for image in assembled] if shifts else []
-    if agreements:
+    slides = [memory_slide(image, detector.mpp) for image in assembled] if shifts else []
+    if slides:
+        agreements = [grid_shift_agreement(slide, detector, shifts=shifts) for slide in slides]
         compared, same = (sum(getattr(one, key) for one in agreements) for key in ("compared", "same"))
         report["grid_shift"] = {"compared": compared, "same": same, "share": round(same / max(1, compared), 4)}
     if out is not None:

@@ -208,5 +208,11 @@ def _resume(path: Path, network: nn.Module, average: nn.Module, optimiser: torch
         if key.startswith("optimiser."):
             _, index, name = key.split(".")
             state.setdefault(int(index), {})[name] = tensor
+    # The fused step walks through parameter and state by memory, so both must be laid out alike (channels last).
+    for index, parameter in enumerate(p for group in optimiser.param_groups for p in group["params"]):
+        state[index] = {
+            name: torch.empty_like(parameter).copy_(value) if value.shape == parameter.shape else value
+            for name, value in state.get(index, {}).items()
+        }
     optimiser.load_state_dict({**optimiser.state_dict(), "state": state})
     return int(run["step"]), float(run["seconds"])

@@ -38,7 +38,7 @@ def mine(detector: Model | Family, slides: Sequence[Slide], folder: Path) -> int
     count = 0
     for k, slide in enumerate(slides):
         variant = detector.at(slide.frame.mpp, allow_coarse=True)
-        least = max(0.02, variant.threshold / 2)
+        least = variant.threshold / 2
         settings = ScanConfig.load({}, {"detect.min_score": least, "detect.threshold": least})
         found = scan(slide, variant, config=settings, allow_coarse=True).detections[:_MOST]
         plane = slide.frame.at(variant.mpp)
