@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,22 +27,19 @@ def bench_detector(smoke: bool) -> str:
     peer: Any = rt_detr_v2(smoke).eval()
     runs: list[tuple[str, int, Callable[[], Any]]] = []
 
-    def peer_at(edge: int) -> Callable[[], Any]:
-        pixels = torch.rand(1, 3, edge, edge)
+    pixels = torch.rand(1, 3, 640, 640)
 
-        def run() -> Any:
-            with torch.inference_mode():
-                return peer(pixel_values=pixels)
+    def run_peer() -> Any:
+        with torch.inference_mode():
+            return peer(pixel_values=pixels)
 
-        return run
-
-    runs.append(("RT-DETRv2-R18, transformers, fp32", 640, peer_at(640)))
+    runs.append(("RT-DETRv2-R18, transformers, fp32", 640, run_peer))
     rng = np.random.default_rng(0)
     for precision in ("fp32", "bf16"):
-        model = load_detector("mitosis", device="cpu", precision=precision).at(0.25)  # type: ignore[arg-type]
+        model = load_detector("mitosis", device="cpu", precision=precision).at(0.25)
         for edge in _TILES_PX[:1] if smoke else _TILES_PX:
             tile = rng.integers(0, 256, (1, edge, edge, 3), np.uint8)
-            runs.append((f"{model.name}, {precision}", edge, lambda model=model, tile=tile: model.detect(tile, 0.3)))
+            runs.append((f"{model.name}, {precision}", edge, partial(model.detect, tile, 0.3)))
     seconds: dict[int, list[float]] = {i: [] for i in range(len(runs))}
     for _ in range(2 if smoke else 9):
         for i, (_, _, run) in enumerate(runs):

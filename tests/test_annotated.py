@@ -22,8 +22,11 @@ from slidescan.flagged import FlaggedRegion
 from slidescan.geometry import Box
 from slidescan.phantom import Phantom, write_phantom
 from slidescan.slides import memory_slide
-from slidescan.train import annotated as module
-from slidescan.train.annotated import Annotated, load_coco, load_slides, refuse_leaks, split
+from slidescan.train import coco as coco_format
+from slidescan.train import qupath
+from slidescan.train.annotated import Annotated, refuse_leaks, split
+from slidescan.train.coco import load_coco
+from slidescan.train.qupath import load_slides
 from slidescan.train.windows import Example, Windows
 
 NOTHING = np.empty((0, 4))
@@ -181,9 +184,9 @@ def test_pictures_are_decoded_late_and_travel_small(
     coco(tmp_path, change)
     for i in range(3):
         Picture.new("RGB", (100, 80), (i, 0, 0)).save(tmp_path / f"{i}.png")
-    monkeypatch.setattr(module, "_pictures", held := type(module._pictures)())
-    monkeypatch.setattr(module, "_LARGE_PX", large_px)
-    monkeypatch.setattr(module, "_CACHE_BYTES", 2 * 100 * 80 * 3)
+    monkeypatch.setattr(coco_format, "_pictures", held := type(coco_format._pictures)())
+    monkeypatch.setattr(coco_format, "_LARGE_PX", large_px)
+    monkeypatch.setattr(coco_format, "_CACHE_BYTES", 2 * 100 * 80 * 3)
     found = load(tmp_path)
     assert not held
     for i, loaded in enumerate(found[1:]):
@@ -306,7 +309,7 @@ def test_coordinates_count_from_the_bounds(
 ) -> None:
     """QuPath crops to the scanned bounds; a file of slidescan's says where it counts from."""
     slide = memory_slide(np.zeros((100, 200, 3), np.uint8), 0.5, bounds_l0=Box(50, 10, 150, 90))
-    monkeypatch.setattr(module, "open_slide", lambda path, mpp: slide)
+    monkeypatch.setattr(qupath, "open_slide", lambda path, mpp: slide)
     document = {"type": "FeatureCollection", "features": [POINT]} | ({"slidescan": foreign} if foreign else {})
     (found,) = load_qupath(slides(tmp_path, document))
     dx, dy = foreign["offset_l0"] if foreign else (50, 10)

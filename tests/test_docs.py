@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -24,6 +25,10 @@ ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
 @pytest.fixture
 def beside_a_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Give a working directory that holds a slide, a picture and an RT-DETR, named as in the README."""
@@ -32,12 +37,22 @@ def beside_a_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (480, 700, 3), np.uint8)).save(tmp_path / "image.jpg")
     torch.manual_seed(0)
     DETECTORS["RT-DETR"]().model.float().save_pretrained(tmp_path / "my-rt-detr")
+    for name, seed in (("train/a", 1), ("train/b", 2), ("test/c", 3), ("empty", 4)):
+        path = tmp_path / f"{name}.tiff"
+        path.parent.mkdir(exist_ok=True)
+        phantom = Phantom((512, 512), 0.25, seed=seed, n_figures=0 if name == "empty" else 4, tissue=0.9)
+        points = write_phantom(path, phantom).truth.centers.tolist()
+        if name == "empty":
+            path.rename(tmp_path / "empty.svs")
+            continue
+        feature = {"type": "Feature", "properties": {"classification": {"name": "mitotic figure"}}}
+        features = [{**feature, "geometry": {"type": "Point", "coordinates": xy}} for xy in points]
+        path.with_suffix(".geojson").write_text(json.dumps({"type": "FeatureCollection", "features": features}))
+    (settings,) = blocks("yaml")
+    short = settings.replace("steps: 2000", "steps: 2, tile_px: [256], mine_steps: 2").replace("640", "512")
+    (tmp_path / "my.yaml").write_text(short)
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 
 
 def test_readme_python_runs(beside_a_case: Path) -> None:

@@ -72,17 +72,19 @@ class FieldMaker:
         return self._field(rng, size, start, figures, n_figures if n_decoys is None else n_decoys)
 
     def survey(
-        self, rng: np.random.Generator, size: int, per_mm2: float
+        self, rng: np.random.Generator, size: int, per_mm2: float, share: float = 1.0
     ) -> Iterator[tuple[Callable[[np.random.Generator], Sample], Crop]]:
-        """Yield what makes a field, and a crop of its patient, until every crop's figure was shown once.
+        """Yield what makes a field, and a crop of its patient, until the figures of every crop were shown once.
 
         A field is of one patient: all its figures, and the stain of its tissue. There are `per_mm2` figures on average.
+        Of each patient a random `share` of the figures is shown, one at least.
         """
         expected = per_mm2 * (size * self.mpp * 1e-3) ** 2
         for patient in sorted({crop.patient for crop in self.crops}):
             own = [crop for crop in self.crops if crop.patient == patient]
             starts = [i for i, crop in enumerate(self._tissue_of) if crop.patient == patient]
             left = [own[i] for i in rng.permutation(len(own)) if len(own[i].figures)]
+            left = left[: max(1, round(share * len(left)))]
             while left and starts:
                 n, start = int(rng.poisson(expected)), starts[int(rng.integers(len(starts)))]
                 yield partial(self._field, size=size, start=start, shown=left[:n], decoys=n), own[0]

@@ -6,7 +6,7 @@ shows a network that: see `slidescan.train.fields`.
 What is measured on, of patients that nothing was trained on:
 
 - ``field``: realistic fields of 25 figures per mm² (a dense hotspot), ``sparse``: of 10 per mm². Each figure is shown
-  once, at a random place and angle, blended into figure-free tissue of its patient's stain.
+  once (of the sparse ones a part), at a random place and angle, blended into figure-free tissue of its patient's stain.
 - ``mosaic``: crops side by side, rolled by a random offset, 40 % of them without a figure.
 - ``covered``: fields whose figures were covered in two ways that no training image knows; nothing is to be found there.
 - ``bare`` and ``phantom``: glass, dirt and plain colours; slidescan's own slides with look-alikes.
@@ -135,10 +135,11 @@ class CropSource:
 
         per_mm2 = {"field": _DENSE_PER_MM2} | ({"sparse": _SPARSE_PER_MM2} if split == "test" else {})
         for k, (kind, density) in enumerate(per_mm2.items()):
-            survey = maker.survey(np.random.default_rng((seed, k)), size, density)
+            # As many fields of either kind.
+            survey = maker.survey(np.random.default_rng((seed, k)), size, density, density / _DENSE_PER_MM2)
             for i, (make, crop) in enumerate(islice(survey, n if self._settings.crops else None)):
                 yield ShownImage(kind, seeded(k, i, make), mpp, crop.patient, crop.scanner)
-        for i in range(3 * n):
+        for i in range(n if split == "validation" else 3 * n):
             yield ShownImage("mosaic", seeded(2, i, maker.mosaic, size=edge, roll=True), mpp)
         if split == "validation":
             return

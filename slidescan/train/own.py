@@ -18,9 +18,11 @@ from slidescan.detections import Detections, Detector
 from slidescan.errors import ConfigError
 from slidescan.picture import detect_image
 from slidescan.scan_slide import scan
-from slidescan.train.annotated import Annotated, load_coco, load_slides, refuse_leaks, split
+from slidescan.train.annotated import Annotated, refuse_leaks, split
 from slidescan.train.augment import Rgb
+from slidescan.train.coco import load_coco
 from slidescan.train.metrics import RADIUS_UM, Image
+from slidescan.train.qupath import load_slides
 from slidescan.train.settings import TrainSettings, VariantSettings
 from slidescan.train.source import Split
 from slidescan.train.windows import Example, Windows

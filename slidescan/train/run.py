@@ -138,7 +138,7 @@ def settle(network: torch.nn.Module, card: Card, directory: Path, source: Source
     temperature, offset = metrics.fit_calibration(images)
     kinds = {kind: metrics.calibrate(found, temperature, offset) for kind, found in kinds.items()}
     images = [image for found in kinds.values() for image in found]
-    threshold = round(metrics.best_threshold(images), 2)
+    threshold = round(metrics.best_threshold(*kinds.values()), 2)
     cuts = tuple(best_cut(images, threshold, column) for column in range(len(card.attributes)))
     card = dataclasses.replace(card, temperature=temperature, offset=offset, threshold=threshold, attribute_cuts=cuts)
     write_model(network, card, directory)

@@ -1,0 +1,250 @@
+"""Slides annotated in QuPath, as it exports them.
+
+Hides GeoJSON, QuPath's origin and the names of files. Slides are closed again and open on first use.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from slidescan.errors import ConfigError, SlideFormatError
+from slidescan.export.rules import class_of, kind_of
+from slidescan.slides import Slide, open_slide
+from slidescan.train.annotated import Annotated, Objects, read_json
+
+__all__ = ["load_slides"]
+
+_GEOJSON = (".geojson", ".geojson.gz")
+_REGION_KEYS = {"rank", "evidence"}  # measurements by which a flagged region that slidescan exported is known
+
+
+def load_slides(
+    path: str | Path,
+    classes: Sequence[str],
+    *,
+    object_um: float,
+    attributes: Sequence[str] = (),
+    mpp: float | None = None,
+) -> list[Annotated]:
+    """Load slides with the annotations that QuPath exported of them.
+
+    Beside each slide, or in ``annotations``, lies ``<its stem>.geojson`` or ``.geojson.gz``. Points become boxes of
+    `object_um`, outlines the boxes around them. Classes must be `classes`, or derived from one ("Mitosis: atypical");
+    those whose name begins with "ignore" or ends with "*" are ignored regions. An attribute is a measurement of its
+    name. Coordinates count from the slide's scanned bounds, as QuPath's do, unless slidescan wrote the file, which then
+    says from where; the flagged regions it wrote are left out.
+
+    ``patients.csv`` in the directory says with the columns slide, patient and perhaps scanner whose slides they are;
+    without it each is a patient of its own, but for names of TCGA, which begin with the patient's.
+
+    Parameters
+    ----------
+    path : path
+        The directory.
+    classes : sequence of str
+        If there is just one, objects without a class are of it.
+    object_um : float
+        Edge of the box around an annotated point, µm.
+    attributes : sequence of str
+    mpp : float, optional
+        µm per level-0 px of all the slides; default: what their files say.
+
+    Raises
+    ------
+    ConfigError
+        If a slide has no GeoJSON or a GeoJSON no slide, or something in one is damaged or unknown.
+    SlideError
+        If a slide cannot be opened, or its µm/px is not known.
+
+    Examples
+    --------
+    >>> import json, tempfile
+    >>> from PIL import Image
+    >>> folder = tempfile.TemporaryDirectory()
+    >>> Image.new("RGB", (64, 48)).save(Path(folder.name, "a.png"))
+    >>> point = {"type": "Feature", "geometry": {"type": "Point", "coordinates": [30, 20]}, "properties": {}}
+    >>> _ = Path(folder.name, "a.geojson").write_text(json.dumps(point))
+    >>> load_slides(folder.name, ["cell"], object_um=5, mpp=0.5)[0].xyxy_l0.tolist()
+    [[25.0, 15.0, 35.0, 25.0]]
+    >>> folder.cleanup()
+    """
+    root = Path(path)
+    if not root.is_dir():
+        raise ConfigError(f"{root}: expected a directory of slides with GeoJSON, found none; check the path")
+    if not (math.isfinite(object_um) and object_um > 0):
+        raise ConfigError(f"object_um: expected the edge of an object's box in µm, above 0, got {object_um!r}")
+    geojson, known = _geojson_files(root), _patients(root)
+    slides: dict[str, Slide] = {}
+    refused: dict[str, SlideFormatError] = {}
+    for file in sorted(root.iterdir()):
+        if file.name.startswith(".") or file.name in ("annotations", "patients.csv") or _is_geojson(file):
+            continue
+        stem = next((name for name in _names(file) if name in geojson), None)
+        try:
+            slide = open_slide(file, mpp=mpp)
+        except SlideFormatError as exc:  # a text, or the folder of an MRXS: no slide, unless something is written of it
+            if stem is not None:
+                refused[stem] = exc
+            continue
+        slide.close()
+        if stem is None:
+            raise ConfigError(
+                f"{file.name}: expected {file.stem}.geojson beside the slide or in annotations/, found none; "
+                f"export its annotations, or for a slide without objects an empty list"
+            )
+        if stem in slides:
+            raise ConfigError(f"{geojson[stem].name}: two slides have this name; move one of them elsewhere")
+        slides[stem] = slide
+    for stem in geojson.keys() - slides.keys():
+        raise refused.get(stem) or ConfigError(f"{geojson[stem].name}: expected a slide {stem} in {root}, found none")
+
+    found = []
+    for stem, slide in slides.items():
+        objects = Objects(slide, tuple(classes), tuple(attributes))
+        _add_features(objects, geojson[stem], object_um / slide.frame.mpp / 2)
+        patient, scanner = _tcga_patient(slide.name), ""
+        if known is not None:
+            try:
+                patient, scanner = next(known[name] for name in _names(slide.path) if name in known)
+            except StopIteration:
+                raise ConfigError(f"patients.csv: expected a row for the slide {slide.path.name}, found none") from None
+        found.append(objects.annotated(patient, scanner))
+    if not found:
+        raise ConfigError(f"{root}: expected slides with GeoJSON beside them, found none; check the path")
+    return found
+
+
+def _is_geojson(file: Path) -> bool:
+    return file.name.lower().endswith(_GEOJSON)
+
+
+def _geojson_files(root: Path) -> dict[str, Path]:
+    """Return the GeoJSON files by what is left of their names."""
+    found: dict[str, Path] = {}
+    for folder in (root, root / "annotations"):
+        for file in sorted(folder.iterdir()) if folder.is_dir() else ():
+            if file.name.startswith(".") or not _is_geojson(file):
+                continue
+            stem = re.sub(r"\.geojson(\.gz)?$", "", file.name, flags=re.IGNORECASE)
+            if stem in found:
+                raise ConfigError(f"{file.name}: expected one GeoJSON for {stem}, found two; delete the older")
+            found[stem] = file
+    return found
+
+
+def _names(file: Path) -> tuple[str, ...]:
+    """Return what a slide may be called where something is written of it."""
+    return file.stem, file.stem.removesuffix(".ome"), file.name
+
+
+def _tcga_patient(stem: str) -> str:
+    """Return the patient that a name of TCGA begins with (TCGA-<site>-<participant>-<sample>…), or the name."""
+    found = re.match(r"TCGA-\w+-\w+(?=[-.]|$)", stem)
+    return found[0] if found else stem
+
+
+def _patients(root: Path) -> dict[str, tuple[str, str]] | None:
+    """Return patient and scanner by slide, None where there is no table."""
+    path = root / "patients.csv"
+    if not path.exists():
+        return None
+    found: dict[str, tuple[str, str]] = {}
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            for row in csv.DictReader(file):
+                slide, patient = ((row.get(key) or "").strip() for key in ("slide", "patient"))
+                if not slide or not patient:
+                    raise ConfigError("patients.csv: expected columns slide and patient, filled in every row; add them")
+                said = (patient, (row.get("scanner") or "").strip())
+                if found.setdefault(slide, said) != said:
+                    raise ConfigError(f"patients.csv: expected one row for the slide {slide}, found two that differ")
+    except (OSError, UnicodeDecodeError, csv.Error) as exc:
+        raise ConfigError(f"{path}: expected a CSV table in UTF-8, {exc}") from exc
+    return found
+
+
+def _add_features(objects: Objects, path: Path, half_px: float) -> None:
+    """Add what a GeoJSON file holds; a point's box reaches `half_px` level-0 px to each side."""
+    document = read_json(path)
+    bounds = objects.slide.bounds_l0
+    origin = (0.0, 0.0) if bounds is None else (bounds.x0, bounds.y0)
+    foreign = document.get("slidescan") if isinstance(document, dict) else None
+    if isinstance(foreign, dict) and "offset_l0" in foreign:
+        try:
+            x, y = foreign["offset_l0"]
+            origin = float(x), float(y)
+        except (TypeError, ValueError) as exc:
+            raise ConfigError(f"{path.name}: expected slidescan.offset_l0 as two numbers; export it again") from exc
+    unnamed = 0
+    for i, feature in enumerate(_features(path, document)):
+        where = f"{path.name}: feature {i}"
+        properties = feature.get("properties")
+        measured = properties.get("measurements") if isinstance(properties, dict) else None
+        if isinstance(measured, list):  # before QuPath 0.4
+            measured = {str(item.get("name")): item.get("value") for item in measured if isinstance(item, dict)}
+        measured = measured if isinstance(measured, dict) else {}
+        if kind_of(feature) == "root" or measured.keys() >= _REGION_KEYS:
+            continue
+        name = class_of(feature)
+        if not name and len(objects.classes) != 1:
+            unnamed += 1
+            continue
+        boxes = _boxes(where, feature.get("geometry"), half_px) + np.array(origin * 2)
+        objects.add(where, name or objects.classes[0], boxes, measured)
+    if unnamed:
+        raise ConfigError(
+            f"{path.name}: expected a class for every object, found {unnamed} without; set it in QuPath to one of "
+            f"{', '.join(objects.classes)}, or delete them"
+        )
+
+
+def _features(path: Path, document: Any) -> Iterator[dict[str, Any]]:
+    """Yield the features of a collection, a list or a single one, and those inside them."""
+    waiting = [document]
+    while waiting:
+        item = waiting.pop()
+        kind = item.get("type") if isinstance(item, dict) else None
+        inner: Any = item
+        if kind == "FeatureCollection":
+            inner = item.get("features")
+        elif kind == "Feature":
+            yield item
+            properties = item.get("properties")
+            inner = properties.get("childObjects", []) if isinstance(properties, dict) else []
+        if not isinstance(inner, list):
+            raise ConfigError(
+                f"{path.name}: expected a FeatureCollection, a list of features or one; export it as GeoJSON"
+            )
+        waiting += reversed(inner)
+
+
+def _boxes(where: str, geometry: Any, half_px: float) -> NDArray[np.float64]:
+    """Return the boxes (k, 4) of a geometry, in its own px: one an outline, one a point."""
+    kind = geometry.get("type") if isinstance(geometry, dict) else None
+    try:
+        if kind in ("Point", "MultiPoint"):
+            points = _points([geometry["coordinates"]] if kind == "Point" else geometry["coordinates"])
+            return np.concatenate((points - half_px, points + half_px), 1)
+        if kind in ("Polygon", "MultiPolygon"):
+            parts = [geometry["coordinates"]] if kind == "Polygon" else geometry["coordinates"]
+            outline = np.concatenate([_points(part[0]) for part in parts])
+            return np.concatenate((outline.min(0), outline.max(0)))[None]
+    except (KeyError, IndexError, TypeError, ValueError, OverflowError) as exc:
+        raise ConfigError(
+            f"{where}: expected the coordinates of a {kind}, got something else; export it again"
+        ) from exc
+    raise ConfigError(
+        f"{where}: expected a Point, MultiPoint, Polygon or MultiPolygon, got {kind}; draw it anew or delete it"
+    )
+
+
+def _points(positions: Any) -> NDArray[np.float64]:
+    return np.array([(float(x), float(y)) for x, y, *_ in positions], np.float64).reshape(-1, 2)
