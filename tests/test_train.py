@@ -440,7 +440,8 @@ def test_balanced_accuracy_of_a_known_table() -> None:
     said = np.array([0.9, 0.8, 0.2, 0.1, 0.7, 0.9])[:, None]
     true = np.array([1, 1, 1, 0, 0, np.nan])[:, None]
     found = Detections.build(np.concatenate((xy - 1, xy + 1), 1), np.ones(6), attributes=said)
-    images = [metrics.Image(found, xy, 2.0, 100, attributes=true)]
+    nothing = metrics.Image(Detections.empty(), xy, 2.0, 100, attributes=true)
+    images = [metrics.Image(found, xy, 2.0, 100, attributes=true), nothing]
     assert balanced_accuracy(images, 0.5, 0) == (round((2 / 3 + 1 / 2) / 2, 4), 5)
     assert balanced_accuracy([metrics.Image(found, xy[:0], 2.0, 100)], 0.5, 0) is None
     assert balanced_accuracy(images, 0.5, 0, best_cut(images, 0.5, 0)) == (round((2 / 3 + 1) / 2, 4), 5)

@@ -168,6 +168,8 @@ def _answers(
             continue
         kept = image.found[image.found.score >= threshold]
         pairs = metrics.match(kept.centers, image.truth, image.radius)
+        if not len(pairs):  # without detections there is no column either
+            continue
         said.append(kept.attributes[pairs[:, 0], column].astype(np.float64))
         true.append(image.attributes[pairs[:, 1], column])
     answers, truth = np.concatenate(said), np.concatenate(true)
