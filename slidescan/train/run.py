@@ -151,11 +151,19 @@ def settle(network: torch.nn.Module, card: Card, directory: Path, source: Source
 def _network(settings: TrainSettings, variant: VariantSettings, start: Path | None) -> torch.nn.Module:
     """Return the network ready to be trained, with random weights or those of a model directory."""
     torch.manual_seed(settings.seed)
-    network = build_network(settings.classes, settings.attributes, width=settings.width)
-    if start is not None:
+    if start is None:
+        network = build_network(settings.classes, settings.attributes, width=settings.width)
+    else:
         if not (start / "model.safetensors").is_file():
             raise ModelError(f"{start.name}: expected trained weights to start from; list that variant first")
-        _take_weights(network, start)
+        network = load_network(start)
+        config: Any = network.config
+        count = len(settings.classes) + len(settings.attributes)
+        if config.model_type != "d_fine" or config.num_labels != count:
+            raise ModelError(
+                f"{start.name}: expected a D-FINE with {count} classes and attributes to start from, got "
+                f"{config.model_type} with {config.num_labels}; correct `classes` and `attributes`, or leave `start` out"
+            )
     accelerate(network)
     set_anchors(network, settings.object_um / variant.mpp)
     device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -165,25 +173,6 @@ def _network(settings: TrainSettings, variant: VariantSettings, start: Path | No
         return channels_last(network.to(device))
     except (RuntimeError, AssertionError) as exc:
         raise ModelError(f"device: expected one of this machine, got {device}; use cpu") from exc
-
-
-def _take_weights(network: torch.nn.Module, start: Path) -> None:
-    """Load a model's weights; with other classes than its own, the few that name classes stay random.
-
-    Raises
-    ------
-    ModelError
-        If it is another kind of network.
-    """
-    own = network.state_dict()
-    theirs = {key: value for key, value in load_network(start).state_dict().items() if key in own}
-    fitting = {key: value for key, value in theirs.items() if value.shape == own[key].shape}
-    if len(fitting) < 0.9 * len(own):
-        raise ModelError(
-            f"{start.name}: expected weights of the network that is trained, {len(fitting)} of {len(own)} fit; set "
-            "`width` as that model's, or leave `start` out"
-        )
-    network.load_state_dict({**own, **fitting})
 
 
 def _card(settings: TrainSettings, variant: VariantSettings, **training: int) -> Card:
