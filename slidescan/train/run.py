@@ -162,7 +162,7 @@ def _network(settings: TrainSettings, variant: VariantSettings, start: Path | No
         if config.model_type != "d_fine" or config.num_labels != count:
             raise ModelError(
                 f"{start.name}: expected a D-FINE with {count} classes and attributes to start from, got "
-                f"{config.model_type} with {config.num_labels}; correct `classes` and `attributes`, or leave `start` out"
+                f"{config.model_type} with {config.num_labels}; set `classes` and `attributes` right, or no `start`"
             )
     accelerate(network)
     set_anchors(network, settings.object_um / variant.mpp)
