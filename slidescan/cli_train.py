@@ -62,7 +62,7 @@ def evaluate(
 
     if not data.exists():
         raise ConfigError(f"--data: expected a directory of annotated data, found nothing at {data}")
-    detector = load_detector(model, mpp=1.0)
+    detector = load_detector(model)
     variants = detector.variants if isinstance(detector, Family) else (detector,)
     for variant in variants:
         directory = out / f"{variant.mpp:g}"

@@ -117,23 +117,6 @@ def scan(
 
         detector = load_detector(detector)
     opened = slide if isinstance(slide, Slide) else open_slide(slide)
-    if out is None:
-        with tempfile.TemporaryDirectory(prefix="slidescan-") as scratch:
-            result = scan(
-                opened,
-                detector,
-                out=Path(scratch) / "result",
-                config=config,
-                client=client,
-                workers=workers,
-                allow_coarse=allow_coarse,
-                title=title,
-                on_progress=on_progress,
-                on_prepared=on_prepared,
-            )
-            return ScanResult(result.frame, result.classes, result.detections, result.anomaly, result.provenance)
-
-    out = Path(out)
     variant = detector.at(opened.frame.mpp, allow_coarse=allow_coarse)
     opened = opened.colored(config.color or variant.color)
     threshold = variant.threshold if config.detect.threshold is None else config.detect.threshold
@@ -143,21 +126,28 @@ def scan(
             f"{config.detect.min_score:g}"
         )
     key = run_key(opened, variant, config)
-    with _claimed(out):
-        if _is_done(out, key, overwrite=overwrite):
-            return load_result(out)
+    with contextlib.ExitStack() as held:
+        # Regions are committed to disk even where nothing is to be kept: that is what bounds the memory.
+        if out is None:
+            directory = Path(held.enter_context(tempfile.TemporaryDirectory(prefix="slidescan-")), "result")
+        else:
+            directory = Path(out)
+        held.enter_context(_claimed(directory))
+        if _is_done(directory, key, overwrite=overwrite):
+            return load_result(directory)
         started = time.perf_counter()
         prepared = prepare(opened, variant, config, allow_coarse=True)
         give_back_memory()
         if on_prepared:
             on_prepared(prepared)
         # The key in the name keeps the regions of another scan, stopped or still ending, out of this one.
-        parts_dir = (out / f"{_PARTS}-{key[:16]}").absolute()
+        parts_dir = (directory / f"{_PARTS}-{key[:16]}").absolute()
         parts = _score_regions(opened, prepared, config, parts_dir, client, workers, on_progress)
         result = _assemble(opened, prepared, config, parts, key, threshold, started)
-        saved = result.save(out, draw_overview(prepared.thumbnail, result, title or opened.name))
-        _sweep(out)
-    return saved
+        if out is not None:
+            result = result.save(directory, draw_overview(prepared.thumbnail, result, title or opened.name))
+            _sweep(directory)
+    return result
 
 
 def _assemble(

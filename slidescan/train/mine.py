@@ -6,56 +6,77 @@ and a window around it is kept, the highest scored first.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image as Picture
 
 from slidescan.config import ScanConfig
-from slidescan.detect.model import Family, Model
+from slidescan.detections import Detector
+from slidescan.errors import ConfigError
 from slidescan.scan_slide import scan
 from slidescan.slides import Slide
 from slidescan.train.augment import Rgb
 
-__all__ = ["load_mined", "mine"]
+__all__ = ["mine"]
 
 _WINDOW_PX = 128  # at the detector's µm/px: what decides, with its surroundings
 _MOST = 2000  # windows a slide: 100 MB of pixels
+_DONE = "mined.json"
 
 
-def mine(detector: Model | Family, slides: Sequence[Slide], folder: Path) -> int:
-    """Scan slides and write a window around each false alarm as PNG; return how many.
+def mine(detector: Detector, slides: Sequence[Slide], folder: Path, log: Callable[[str], None]) -> list[Rgb]:
+    """Scan slides and return a window around each false alarm; scan none again that was mined into `folder` before.
 
     Parameters
     ----------
-    detector : Model or Family
+    detector : Detector
     slides : sequence of Slide
+        None: those mined before, if any.
     folder : Path
-        Takes ``<slide>-<rank>.png``, numbered so that no slide's name shows, and ``done`` when all are scanned.
+        Takes ``<slide>-<rank>.png``, numbered so that no slide's name shows, and ``mined.json`` when all are scanned.
+    log : callable
+        Takes one line.
+
+    Returns
+    -------
+    list of ndarray of uint8, shape (128, 128, 3)
+
+    Raises
+    ------
+    ConfigError
+        If other slides were mined into `folder`.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    count = 0
-    for k, slide in enumerate(slides):
-        variant = detector.at(slide.frame.mpp, allow_coarse=True)
-        least = variant.threshold / 2
-        settings = ScanConfig.load({}, {"detect.min_score": least, "detect.threshold": least})
-        found = scan(slide, variant, config=settings, allow_coarse=True).detections[:_MOST]
-        plane = slide.frame.at(variant.mpp)
-        scale = slide.frame.mpp / variant.mpp
-        for rank, (x, y) in enumerate(np.rint(found.centers * scale).astype(int).tolist()):
-            half = _WINDOW_PX // 2
-            rgb = slide.read(x - half, y - half, _WINDOW_PX, _WINDOW_PX, plane).rgb
-            Picture.fromarray(rgb).save(folder / f"{k}-{rank}.png")
-            count += 1
-    (folder / "done").write_text(f"{count}\n", encoding="utf-8")
-    return count
-
-
-def load_mined(folder: Path) -> list[Rgb]:
-    """Return the windows of a folder, in the order of their names."""
+    done = folder / _DONE
+    fingerprints = [slide.fingerprint for slide in slides]
+    if done.is_file():
+        if slides and json.loads(done.read_text(encoding="utf-8"))["slides"] != fingerprints:
+            raise ConfigError(
+                f"{folder}: holds what was mined on other slides; give the same slides, or another output directory"
+            )
+    elif slides:
+        folder.mkdir(parents=True, exist_ok=True)
+        count = sum(_write(detector, slide, folder, k) for k, slide in enumerate(slides))
+        done.write_text(json.dumps({"slides": fingerprints, "windows": count}) + "\n", encoding="utf-8")
+        log(f"mined {count} false alarms on {len(slides)} slides")
     windows = []
-    for file in sorted(folder.glob("*.png")):
+    for file in sorted(folder.glob("*.png")) if done.is_file() else ():
         with Picture.open(file) as picture:
             windows.append(np.asarray(picture.convert("RGB")))
     return windows
+
+
+def _write(detector: Detector, slide: Slide, folder: Path, k: int) -> int:
+    """Write the windows of one slide; return how many."""
+    variant = detector.at(slide.frame.mpp, allow_coarse=True)
+    least = variant.threshold / 2
+    settings = ScanConfig.load({}, {"detect.min_score": least, "detect.threshold": least})
+    found = scan(slide, variant, config=settings, allow_coarse=True).detections[:_MOST]
+    plane = slide.frame.at(variant.mpp)
+    centres = np.rint(found.centers * slide.frame.factor_to(plane)).astype(int)
+    for rank, (left, top) in enumerate((centres - _WINDOW_PX // 2).tolist()):
+        rgb = slide.read(left, top, _WINDOW_PX, _WINDOW_PX, plane).rgb
+        Picture.fromarray(rgb).save(folder / f"{k}-{rank}.png")
+    return len(found)

@@ -32,7 +32,7 @@ from slidescan.train.fields import FieldMaker, Sample
 from slidescan.train.metrics import RADIUS_UM, Image
 from slidescan.train.negatives import load_negatives, show
 from slidescan.train.settings import TrainSettings, VariantSettings
-from slidescan.train.source import Split
+from slidescan.train.source import LEAST_SCORE, Split
 from slidescan.train.windows import Example
 
 __all__ = ["CropSource", "ShownImage"]
@@ -43,7 +43,6 @@ _DENSE_PER_MM2, _SPARSE_PER_MM2 = 25.0, 10.0  # figures: a dense hotspot, and a 
 _COVERED_PER_FIELD = 4
 _ASSEMBLED_PER_MM2 = 100.0  # dense, for the number of comparisons
 _MARGIN_UM = 4.0  # of an image in which nothing counts: of a figure there, half may be cut off
-_LEAST_SCORE = 0.01
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ class ShownImage:
     def find(self, detector: Detector) -> Image:
         """Return what the detector finds on the whole image at once."""
         image, figures = self.make()
-        found = detector.detect(image[None], _LEAST_SCORE)[0]
+        found = detector.detect(image[None], LEAST_SCORE)[0]
         return Image(
             found,
             figures[:, :2],

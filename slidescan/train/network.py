@@ -1,4 +1,4 @@
-"""The small D-FINE that `mitosis` is: its size as a transformers configuration, with random weights.
+"""The small D-FINE that is trained: its size as a transformers configuration, with random weights.
 
 1.7 M parameters. Two levels of stride 8 and 16 px see an object of 25 to 50 px over 2 to 6 cells, which is enough
 to place it within 2 µm; a third level would serve larger objects than there are. No encoder attention: whether a

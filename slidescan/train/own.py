@@ -24,12 +24,11 @@ from slidescan.train.coco import load_coco
 from slidescan.train.metrics import RADIUS_UM, Image
 from slidescan.train.qupath import load_slides
 from slidescan.train.settings import TrainSettings, VariantSettings
-from slidescan.train.source import Split
+from slidescan.train.source import LEAST_SCORE, Split
 from slidescan.train.windows import Example, Windows
 
 __all__ = ["OwnSource", "ShownSlide", "kind_of", "load_annotated"]
 
-_LEAST_SCORE = 0.01
 _ASSEMBLED = 4  # slides to shift the grid on
 _MOSAICS = 0.25  # share of the training images made of four windows
 
@@ -46,7 +45,7 @@ class ShownSlide:
         one = self.annotated
         frame = one.slide.frame
         if self.kind == "pictures":  # of tissue alone: no mask
-            found, area_mm2 = detect_image(one.slide, detector, min_score=_LEAST_SCORE), frame.area_mm2
+            found, area_mm2 = detect_image(one.slide, detector, min_score=LEAST_SCORE), frame.area_mm2
         else:
             found, area_mm2 = self._scanned(detector)
         return Image(
@@ -62,7 +61,7 @@ class ShownSlide:
         )
 
     def _scanned(self, detector: Detector) -> tuple[Detections, float]:
-        settings = ScanConfig.load({}, {"detect.min_score": _LEAST_SCORE, "detect.threshold": _LEAST_SCORE})
+        settings = ScanConfig.load({}, {"detect.min_score": LEAST_SCORE, "detect.threshold": LEAST_SCORE})
         result = scan(self.annotated.slide, detector, config=settings, allow_coarse=True)
         return result.detections, result.anomaly.tissue_mm2
 

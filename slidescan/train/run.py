@@ -1,8 +1,8 @@
 """A training run, from settings to a directory that `scan --model` takes.
 
 Hides the order of things: network, images, loop, calibration and threshold on the validation patients, mined negatives,
-and the report on the test patients, which nothing is chosen by. What is done is not done again: a run that was stopped
-goes on from its checkpoints.
+and the report on the test patients, which nothing is chosen by. Training and mining are not done again: a run that was
+stopped, or that ended, goes on from its checkpoints; what is chosen and reported follows anew.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from slidescan.train import metrics
 from slidescan.train.augment import Rgb
 from slidescan.train.evaluate import best_cut, describe, evaluate, find_all
 from slidescan.train.loop import train
-from slidescan.train.mine import load_mined, mine
+from slidescan.train.mine import mine
 from slidescan.train.mitosis import CropSource
 from slidescan.train.network import build_network
 from slidescan.train.own import OwnSource, kind_of, load_annotated
@@ -89,12 +89,11 @@ def train_detector(
         )
         draw_losses(checkpoint.with_suffix(".csv"), checkpoint.with_suffix(".png"))
         log(f"validation: {settle(average, _card(settings, variant), out / name, source)}")
-        if mine_slides:
-            windows = _mined(out, variant, mine_slides, log)
-            if windows:
-                average = _unlearn(settings, variant, source, windows, out, log)
-                card = _card(settings, variant, mined=len(windows), mined_slides=len(mine_slides))
-                log(f"validation: {settle(average, card, out / name, source)}")
+        windows = mine(Model(out / name), mine_slides, out / f"mined-{name}", log)
+        if windows:  # of this run, or of one before: what was unlearned stays so
+            average = _unlearn(settings, variant, source, start, average, windows, out, log)
+            card = _card(settings, variant, mined=len(windows))
+            log(f"validation: {settle(average, card, out / name, source)}")
         if settings.test is not None or isinstance(source, CropSource):
             trained, assembled = Model(out / name), source.assembled("test")
             report[name] = evaluate(
@@ -188,32 +187,22 @@ def _card(settings: TrainSettings, variant: VariantSettings, **training: int) ->
     )
 
 
-def _mined(out: Path, variant: VariantSettings, slides: Sequence[Slide], log: Callable[[str], None]) -> list[Rgb]:
-    """Return the windows mined, scanning only if it was not done before."""
-    folder = out / f"mined-{variant.mpp:g}"
-    if not (folder / "done").is_file():
-        n = mine(load_detector(out / f"{variant.mpp:g}"), slides, folder)
-        log(f"mined {n} false alarms on {len(slides)} slides")
-    return load_mined(folder)
-
-
 def _unlearn(
     settings: TrainSettings,
     variant: VariantSettings,
     source: Source,
+    start: Path | None,
+    average: torch.nn.Module,
     windows: Sequence[Rgb],
     out: Path,
     log: Callable[[str], None],
 ) -> torch.nn.Module:
     """Train on with mined windows among the images, from the averaged weights."""
     more = variant.model_copy(update={"steps": variant.mine_steps, "minutes": None, "lr": variant.lr * _MINE_LR})
-    start = out / f"mined-{variant.mpp:g}" / "before"
-    if not (start / "model.safetensors").is_file():
-        from shutil import copytree
-
-        copytree(out / f"{variant.mpp:g}", start)
+    network = _network(settings, variant, start)
+    network.load_state_dict(average.state_dict())
     return train(
-        _network(settings, variant, start),
+        network,
         Batches(source, settings, variant, windows),
         settings.model_copy(update={"seed": settings.seed + 1}),
         more,

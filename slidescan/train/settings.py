@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from slidescan.errors import ConfigError
 
@@ -79,6 +79,12 @@ class TrainSettings(_Strict):
     shifts: Annotated[int, Field(ge=0)] = 8  # of the grid of tiles, to compare detections on
     variants: Annotated[list[VariantSettings], Field(min_length=1)] = [VariantSettings(minutes=30)]
 
+    @model_validator(mode="after")
+    def _check(self) -> TrainSettings:
+        if any(variant.steps is None and variant.minutes is None for variant in self.variants):
+            raise ValueError("expected steps or minutes for each of the variants, or nothing would be trained")
+        return self
+
     def smoke(self) -> TrainSettings:
         """Return the same run made so small that it ends within a minute and learns nothing."""
         tiny = {
@@ -114,6 +120,8 @@ def load_settings(path: Path) -> TrainSettings:
         settings = TrainSettings.model_validate(table or {})
     except ValidationError as exc:
         first = exc.errors()[0]
+        if not first["loc"]:  # of the settings as a whole
+            raise ConfigError(f"{path}: {first['msg'].removeprefix('Value error, ')}") from exc
         key = ".".join(str(part) for part in first["loc"])
         raise ConfigError(f"{path}: {key}: {first['msg']}, got {first['input']!r}") from exc
     places = {key: getattr(settings, key) for key in ("data", "validation", "test")}

@@ -22,9 +22,10 @@ from slidescan.train.metrics import Image
 from slidescan.train.settings import TrainSettings, VariantSettings
 from slidescan.train.windows import Example
 
-__all__ = ["Batches", "Shown", "Source", "Split", "pack"]
+__all__ = ["LEAST_SCORE", "Batches", "Shown", "Source", "Split", "pack"]
 
 Split = Literal["validation", "test"]
+LEAST_SCORE = 0.01  # from which on detections are measured: precision at the end of a curve is next to nothing there
 
 
 class Shown(Protocol):
