@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+import tifffile
 from numpy.typing import NDArray
 
 from slidescan.detect.model import Model
 from slidescan.detections import Detector
 from slidescan.errors import ConfigError
-from slidescan.slides import memory_slide
+from slidescan.slides import open_slide
 from slidescan.train import metrics
-from slidescan.train.agreement import grid_shift_agreement
+from slidescan.train.agreement import Agreement, grid_shift_agreement
 from slidescan.train.augment import Rgb
 from slidescan.train.intervals import summary
 from slidescan.train.report import draw_curves, draw_worst
@@ -75,9 +77,8 @@ def evaluate(
             if accuracy is not None:
                 row[f"{name}_balanced_accuracy"], row[f"{name}_judged"] = accuracy
         report[kind] = row
-    slides = [memory_slide(image, detector.mpp) for image in assembled] if shifts else []
-    if slides:
-        agreements = [grid_shift_agreement(slide, detector, shifts=shifts) for slide in slides]
+    agreements = [_agreement(image, detector, shifts) for image in assembled] if shifts else []
+    if agreements:
         compared, same = (sum(getattr(one, key) for one in agreements) for key in ("compared", "same"))
         report["grid_shift"] = {"compared": compared, "same": same, "share": round(same / max(1, compared), 4)}
     if out is not None:
@@ -105,7 +106,7 @@ def describe(report: dict[str, Any]) -> list[str]:
                 f"{kind:<12}F1 {row['f1']:.3f}{sure}   precision {row['precision']:.3f}   recall {row['recall']:.3f}   "
                 f"AP {row['ap']:.3f}   {level.replace('_', ' ')} {row[level]:.3f}   "
                 f"{row['false_per_mm2'] or 0:.1f} false per mm²   calibration error {row['ece']:.3f}   "
-                f"{row['figures']} objects of {row['patients']} patients"
+                f"{row['figures']} objects" + (f" of {row['patients']} patients" if row["patients"] else "")
             )
         elif "found" in row:
             lines.append(f"{kind}: {row['found']:.1%} of {row['covers']} covers taken for an object")
@@ -119,6 +120,15 @@ def describe(report: dict[str, Any]) -> list[str]:
             if key.endswith("_balanced_accuracy")
         ]
     return lines
+
+
+def _agreement(image: Rgb, detector: Model, shifts: int) -> Agreement:
+    """Compare shifted grids on an image, as a file: pixels in memory would travel with every task."""
+    with TemporaryDirectory(prefix="slidescan-") as scratch:
+        path = Path(scratch) / "assembled.tiff"
+        tifffile.imwrite(path, image, tile=(512, 512), photometric="rgb")
+        with open_slide(path, mpp=detector.mpp) as slide:
+            return grid_shift_agreement(slide, detector, shifts=shifts)
 
 
 def find_all(

@@ -103,15 +103,16 @@ def summary(
     Returns
     -------
     dict
-        ``f1``, ``precision``, ``recall``, ``ap``, ``recall_at_<level>_per_mm2``; ``figures`` (truths), ``patients``,
-        ``mm2``, ``false_per_mm2`` (at the threshold; None without an area), ``ece``; ``intervals_95``: [low, high] or
-        None by name; ``scanners``, where more than one is named: F1, precision, recall, AP and figures of each.
+        ``f1``, ``precision``, ``recall``, ``ap``, ``recall_at_<level>_per_mm2``; ``figures`` (truths), ``patients``
+        (those named), ``mm2``, ``false_per_mm2`` (at the threshold; None without an area), ``ece``; ``intervals_95``:
+        [low, high] or None by name; ``scanners``, where more than one is named: F1, precision, recall, AP and figures
+        of each.
     """
     sure = intervals(images, threshold, rounds=rounds, seed=seed, levels=levels)
     at, mm2 = score(images, threshold), sum(image.mm2 for image in images)
     row: dict[str, Any] = {name: round(one.value, _DIGITS) for name, one in sure.items()}
     row["figures"] = at.found + at.missed
-    row["patients"] = len(set(_patients(images)))
+    row["patients"] = len({image.patient for image in images} - {""})
     row["mm2"] = round(mm2, _DIGITS)
     row["false_per_mm2"] = round(at.false / mm2, _DIGITS) if mm2 else None
     row["ece"] = round(calibration_error(images), _DIGITS)
