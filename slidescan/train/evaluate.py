@@ -106,7 +106,8 @@ def describe(report: dict[str, Any]) -> list[str]:
                 f"{kind:<12}F1 {row['f1']:.3f}{sure}   precision {row['precision']:.3f}   recall {row['recall']:.3f}   "
                 f"AP {row['ap']:.3f}   {level.replace('_', ' ')} {row[level]:.3f}   "
                 f"{row['false_per_mm2'] or 0:.1f} false per mm²   calibration error {row['ece']:.3f}   "
-                f"{row['figures']} objects" + (f" of {row['patients']} patients" if row["patients"] else "")
+                f"{row['figures']} objects"
+                + (f" of {row['patients']} patient{'s' * (row['patients'] > 1)}" if row["patients"] else "")
             )
         elif "found" in row:
             lines.append(f"{kind}: {row['found']:.1%} of {row['covers']} covers taken for an object")

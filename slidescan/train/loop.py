@@ -116,7 +116,7 @@ def train(
             # The average must forget the random start first, then remember long.
             _average(average, network, min(settings.ema, (1 + step) / (10 + step)))
             losses.append({name: terms[name].item() for name in _TERMS})
-            if step % _LOG_STEPS == 0:
+            if step % _LOG_STEPS == 0 or step == variant.steps:
                 spent = time.monotonic() - begun
                 means = {name: float(np.mean([row[name] for row in losses])) for name in _TERMS}
                 losses.clear()

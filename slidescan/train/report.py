@@ -29,6 +29,7 @@ _DASHES = ("-", "--", "-.", ":")
 _INK, _FAINT = "#1e1e24", "#b8b8c0"
 _ISO_F1 = (0.2, 0.4, 0.6, 0.8, 0.9)
 _FROC_PER_MM2 = (0.1, 100.0)  # from one false alarm on a biopsy of 10 mm² to more than a dense hotspot has figures
+_FEW_POINTS = 20  # of a loss: fewer are marked, for a line through one of them is nothing
 _MOST_POINTS = 300  # of a loss: more of them are averaged, and the curve can still be read
 
 _COLUMNS, _PATCH_PX, _GAP_PX, _MARGIN_PX = 6, 126, 6, 7  # of the page of mistakes: 800 px wide with its margins
@@ -123,13 +124,15 @@ def draw_losses(csv_path: Path, png_path: Path) -> None:
     axes = figure.add_subplot()
     rate = axes.twinx()
     terms = [name for name in columns if name not in ("minutes", "lr", "loss")]
+    mark = "o" if len(steps) < _FEW_POINTS else ""
     for k, name in enumerate(["loss", *terms] if len(steps) else []):
         colour, width = (_INK, 2.2) if name == "loss" else (_COLOURS[(k - 1) % len(_COLOURS)], 1.2)
         dash = "-" if name == "loss" else _DASHES[(k - 1) // len(_COLOURS) % len(_DASHES)]
         values = columns[name]
         above = values > 0  # a term that is off is 0, which a log axis has not
         if above.any():
-            axes.plot(steps, np.where(above, values, np.nan), dash, color=colour, linewidth=width, label=name)
+            values = np.where(above, values, np.nan)
+            axes.plot(steps, values, dash, color=colour, linewidth=width, marker=mark, markersize=4, label=name)
     if len(steps):
         rate.plot(steps, columns["lr"], color=_FAINT, linewidth=1.5, linestyle="--", label="learning rate")
         axes.set_yscale("log")
