@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from slidescan.errors import ConfigError
 
@@ -34,6 +34,12 @@ class TissueConfig(_Section):
     """Longer side of the thumbnail the mask is computed on, px: 10 µm or finer on a slide of 40 mm."""
 
 
+def _on_strides(shift_px: tuple[int, int]) -> tuple[int, int]:
+    """Round to the coarsest stride of the models here."""
+    x, y = (32 * round(px / 32) for px in shift_px)
+    return x, y
+
+
 class TilingConfig(_Section):
     """How the slide is cut."""
 
@@ -42,10 +48,11 @@ class TilingConfig(_Section):
     region_px: Annotated[int, Field(ge=256, le=65536)] = 4096
     """Edge of a region, px of the model's plane: the unit of reading, committing and retrying (50 MB of RGB)."""
     halo_um: Positive | None = None
-    """Margin a tile sees beyond the core it owns, µm; default: the detector's object size plus 1 % of the tile,
-    since DETR-type models have no anchors in the outer 1 %."""
-    shift_px: tuple[int, int] = (0, 0)
-    """Shift of the tile grid, px of the model's plane: the result must not depend on it."""
+    """Margin a tile sees beyond the core it owns, µm; default: what the detector says it needs, a quarter of the tile
+    at most, and no less than its object size plus 1 % of the tile, where DETR-type models have no anchors."""
+    shift_px: Annotated[tuple[int, int], AfterValidator(_on_strides)] = (0, 0)
+    """Shift of the tile grid, px of the model's plane, rounded to 32 px: the result must not depend on it, and would
+    where a network's strides lay differently on the tissue."""
 
 
 class DetectConfig(_Section):

@@ -13,7 +13,7 @@ from typing import Literal, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Detections", "Detector"]
+__all__ = ["Detections", "Detector", "distinct", "iou_pairs"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -110,7 +110,8 @@ class Detections:
 class Detector(Protocol):
     """What scores tiles. A scan needs nothing else of a model.
 
-    It must pickle (Dask sends it to workers; load weights on first use) and must be deterministic.
+    It must pickle (Dask sends it to workers; load weights on first use) and must be deterministic. It may say as
+    ``halo_um`` what margin its tiles need beyond their cores.
     """
 
     @property
@@ -175,3 +176,44 @@ class Detector(Protocol):
     def detect(self, tiles: NDArray[np.uint8], min_score: float) -> list[Detections]:
         """Score tiles (B, H, W, 3) RGB; return one table a tile, in tile px, scores >= `min_score`."""
         ...
+
+
+def distinct(detections: Detections, iou: float) -> Detections:
+    """Return the best of all rows that say the same object.
+
+    Row by row from the first, what overlaps a row that was kept, has its label and comes later goes.
+
+    Parameters
+    ----------
+    detections : Detections
+        Best first.
+    iou : float
+        Intersection over union above which two boxes of one label say the same.
+
+    Examples
+    --------
+    >>> distinct(Detections.build([[0, 0, 9, 9], [1, 0, 10, 9], [9, 0, 18, 9]], [0.9, 0.8, 0.7]), 0.5).score
+    array([0.9, 0.7], dtype=float32)
+    """
+    left, kept = np.arange(len(detections)), []
+    while len(left):
+        first, rest = left[0], left[1:]
+        kept.append(first)
+        boxes = detections.xyxy[rest]
+        same = iou_pairs(np.broadcast_to(detections.xyxy[first], boxes.shape), boxes) > iou
+        left = rest[~(same & (detections.label[rest] == detections.label[first]))]
+    return detections[np.array(kept, np.intp)]
+
+
+def iou_pairs(a_xyxy: NDArray[np.float64], b_xyxy: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the intersection over union of row i of `a_xyxy` with row i of `b_xyxy`, shape (N,).
+
+    Examples
+    --------
+    >>> iou_pairs(np.array([[0.0, 0, 2, 2]]), np.array([[1.0, 0, 3, 2]])).round(3)
+    array([0.333])
+    """
+    overlap_wh = np.minimum(a_xyxy[:, 2:], b_xyxy[:, 2:]) - np.maximum(a_xyxy[:, :2], b_xyxy[:, :2])
+    overlap = np.clip(overlap_wh, 0, None).prod(1)
+    union = (a_xyxy[:, 2:] - a_xyxy[:, :2]).prod(1) + (b_xyxy[:, 2:] - b_xyxy[:, :2]).prod(1) - overlap
+    return np.asarray(overlap / np.maximum(union, np.finfo(float).tiny))

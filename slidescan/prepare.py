@@ -64,7 +64,9 @@ def prepare(slide: Slide, detector: Detector, config: ScanConfig, *, allow_coars
 
 
 def halo_px(detector: Detector, plane: Frame, tile_px: int, config: ScanConfig) -> int:
-    """Return the margin a tile sees beyond its core, px of `plane`.
+    """Return the margin a tile sees beyond its core, px of `plane`, a multiple of 16 px.
+
+    Cores are then a multiple of 32 px: every tile lies on the same phase of a network's strides.
 
     Raises
     ------
@@ -72,14 +74,17 @@ def halo_px(detector: Detector, plane: Frame, tile_px: int, config: ScanConfig) 
         If `config.tiling.halo_um` could not hold half an object and the slack.
     """
     # DETR-type models have no anchors in the outer 1 % of a tile.
-    halo_um = config.tiling.halo_um or detector.object_um + 0.01 * tile_px * plane.mpp
+    for_an_object_um = detector.object_um + 0.01 * tile_px * plane.mpp
+    # What the detector wants would leave little of a small tile.
+    wanted_um = min(getattr(detector, "halo_um", None) or 0.0, tile_px / 4 * plane.mpp)
+    halo_um = config.tiling.halo_um or max(for_an_object_um, wanted_um)
     least_um = detector.object_um / 2 + config.stitch.slack_um
     if halo_um < least_um:
         raise ConfigError(
             f"tiling.halo_um must be at least {least_um:g} (half the largest object plus stitch.slack_um), "
             f"got {halo_um:g}"
         )
-    return int(np.ceil(plane.px(halo_um)))
+    return 16 * int(np.ceil(plane.px(halo_um) / 16))
 
 
 def estimate_s(slide: Slide, prepared: Prepared, settings: ScanConfig) -> float:

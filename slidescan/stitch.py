@@ -20,10 +20,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 
-from slidescan.detections import Detections
+from slidescan.detections import Detections, iou_pairs
 from slidescan.geometry import Box
 
-__all__ = ["iou_pairs", "owned", "stitch"]
+__all__ = ["owned", "stitch"]
 
 # px of the frame at hand; a box this near the read window's edge was cut by it. Detectors clip to the window exactly.
 _CUT_PX = 1.0
@@ -113,17 +113,3 @@ def stitch(
         if keep[upper]:
             keep[lower] = False
     return ranked[np.array(keep)]
-
-
-def iou_pairs(a_xyxy: NDArray[np.float64], b_xyxy: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the intersection over union of row i of `a_xyxy` with row i of `b_xyxy`, shape (N,).
-
-    Examples
-    --------
-    >>> iou_pairs(np.array([[0.0, 0, 2, 2]]), np.array([[1.0, 0, 3, 2]])).round(3)
-    array([0.333])
-    """
-    overlap_wh = np.minimum(a_xyxy[:, 2:], b_xyxy[:, 2:]) - np.maximum(a_xyxy[:, :2], b_xyxy[:, :2])
-    overlap = np.clip(overlap_wh, 0, None).prod(1)
-    union = (a_xyxy[:, 2:] - a_xyxy[:, :2]).prod(1) + (b_xyxy[:, 2:] - b_xyxy[:, :2]).prod(1) - overlap
-    return np.asarray(overlap / np.maximum(union, np.finfo(float).tiny))

@@ -17,9 +17,12 @@ from numpy.typing import NDArray
 
 from slidescan.detect import Card, Family, Model, load_detector, write_model
 from slidescan.detect.network import load_network, set_anchors
-from slidescan.detections import Detector
+from slidescan.detections import Detector, distinct
 from slidescan.errors import ModelError, ResolutionError
+from slidescan.phantom import Phantom, write_phantom
+from slidescan.slides import open_slide
 from slidescan.train import metrics
+from slidescan.train.agreement import grid_shift_agreement
 from slidescan.train.crops import load_crops
 from slidescan.train.fields import FieldMaker
 from slidescan.train.network import build_network
@@ -55,6 +58,29 @@ def test_a_model_directory_is_a_detector(tiny: Path) -> None:
     assert (detector.name, detector.mpp, detector.input_px, detector.object_um) == ("tiny", 0.5, 128, 10.0)
     assert (detector.threshold, detector.max_per_tile, list(detector.classes)) == (0.3, 12, ["cell", "other"])
     assert len(detector.sha256) == 64
+
+
+def test_what_is_said_twice_is_merged(copied: Path) -> None:
+    """With `merge_iou` in the card: the best of what overlaps by more in its class, and room for fewer objects."""
+    tile = noise(1, 96, 96)
+    said = load_detector(copied).detect(tile, 0.0)[0]
+    card = json.loads((copied / "slidescan.json").read_text())
+    (copied / "slidescan.json").write_text(json.dumps(card | {"merge_iou": 0.1}))
+    detector = load_detector(copied)
+    merged = detector.detect(tile, 0.0)[0]
+    assert detector.max_per_tile == 1
+    assert 0 < len(merged) < len(said)
+    np.testing.assert_array_equal(merged.xyxy, distinct(said, 0.1).xyxy)
+
+
+def test_a_tile_with_fewer_cells_than_queries_is_scored(tmp_path: Path) -> None:
+    """320 cells are on a tile of 128 px, 80 on one of 64."""
+    torch.manual_seed(0)
+    card = Card("many", ("cell",), 0.5, input_px=128, object_um=10.0, anchor_px=24.0)
+    write_model(build_network(["cell"], width=0.25, queries=300), card, tmp_path / "many")
+    found = load_detector(tmp_path / "many").detect(noise(1, 64, 96), 0.0)[0]
+    assert len(found) == 300
+    assert (found.xyxy <= [96, 64, 96, 64]).all()
 
 
 def test_who_may_read_the_card_may_read_the_weights(tiny: Path) -> None:
@@ -306,25 +332,26 @@ def test_blank_tiles_give_nothing(mpp: float) -> None:
 @pytest.mark.data
 @pytest.mark.parametrize("mpp", [0.25, 0.5])
 def test_figures_of_test_patients_are_found(shared: Path, mpp: float) -> None:
-    """Most of a handful of crops, shifted off the middle, give a detection on the figure."""
+    """Most of a handful of crops, shifted off the middle, give a detection on the figure, and little else does."""
     detector = load_detector("mitosis").at(mpp)
     crops = load_crops(shared / "data", "test", mpp=mpp, limit=24)
     edge = crops[0].image.shape[0]
     canvas = np.concatenate([np.concatenate([c.image for c in crops[i : i + 6]], 1) for i in range(0, 24, 6)], 0)
     canvas = np.roll(canvas, (edge // 4, edge // 4), (0, 1))
-    found = detector.detect(canvas[None], detector.threshold)[0]
+    found = detector.detect(canvas[None], 0.05)[0]  # what a scan keeps
     hit = 0
     for i, crop in enumerate(crops):
         shift = np.array([i % 6, i // 6]) * edge + edge // 4
         centres = (crop.figures[:, :2] + shift) % [6 * edge, 4 * edge]
         distance = np.linalg.norm(found.centers[:, None] - centres, axis=-1)
         hit += bool((distance.min(0) <= 7.5 / mpp).any()) if len(found) else 0
-    assert hit >= 16
+    assert hit >= 20
+    assert len(found) <= hit + 3
 
 
 @pytest.mark.data
 def test_mosaics_of_test_patients_are_read_as_the_model_card_says(shared: Path) -> None:
-    """At the shipped threshold F1 at 7.5 µm is above 0.80 on 3 x 3 mosaics; the card says 0.85 on 288 of them."""
+    """At the shipped threshold F1 at 7.5 µm is above 0.72 on 3 x 3 mosaics; the card says 0.76 on 288 of them."""
     detector = load_detector("mitosis").at(0.25)
     crops = load_crops(shared / "data", "test")
     maker, rng = FieldMaker(crops, 0), np.random.default_rng(7)
@@ -333,4 +360,12 @@ def test_mosaics_of_test_patients_are_read_as_the_model_card_says(shared: Path) 
         image, figures = maker.mosaic(rng, 3 * crops[0].image.shape[0], roll=True)
         found = detector.detect(image[None], 0.05)[0]
         images.append(metrics.Image(found, figures[:, :2], metrics.RADIUS_UM / 0.25, len(image), 4.0 / 0.25))
-    assert metrics.score(images, detector.threshold).f1 >= 0.80
+    assert metrics.score(images, detector.threshold).f1 >= 0.72
+
+
+def test_the_grid_has_no_say_in_what_the_bundled_detector_finds(tmp_path: Path) -> None:
+    """On a phantom under shifted grids of tiles, all that is found above the threshold comes back, as the card says."""
+    write_phantom(tmp_path / "phantom.tiff", Phantom((2048, 2048), 0.5, seed=11, n_figures=60))
+    agreed = grid_shift_agreement(open_slide(tmp_path / "phantom.tiff"), load_detector("mitosis"), shifts=1)
+    assert agreed.compared > 20
+    assert agreed.share >= 0.95

@@ -17,6 +17,7 @@ from slidescan.anomaly import Coverage
 from slidescan.config import ScanConfig
 from slidescan.errors import ConfigError, ResolutionError, SlideReadError
 from slidescan.geometry import Box
+from slidescan.prepare import prepare
 from slidescan.slides import memory_slide
 from slidescan.testing import TISSUE_GROUND, OracleDetector
 from tests.discs import MPP, ORACLE, RADIUS_PX, SMALL, config, discs, in_order, tissue
@@ -48,6 +49,25 @@ def test_the_grid_does_not_matter(tile_px: int, region_px: int, shift_px: tuple[
     np.testing.assert_array_equal(
         in_order(ss.scan(slide, detector, config=config())), in_order(ss.scan(slide, detector, config=there))
     )
+
+
+@given(
+    st.sampled_from([256, 320, 416]),
+    st.sampled_from([0.3, 0.5, 0.7]),
+    st.floats(14, 30),
+    st.tuples(st.integers(-999, 999), st.integers(-999, 999)),
+)
+def test_every_grid_lies_alike_on_the_strides(
+    tile_px: int, mpp: float, halo_um: float, shift_px: tuple[int, int]
+) -> None:
+    """All tiles of all grids begin at one phase of 32 px, whatever was asked for."""
+    slide = memory_slide(np.zeros((700, 900, 3), np.uint8), mpp=0.3)
+    detector = OracleDetector(mpp=mpp, input_px=tile_px, object_um=20.0)
+    asked = {"tissue.enabled": False, "tiling.halo_um": halo_um, "tiling.shift_px": shift_px}
+    planned = prepare(slide, detector, ScanConfig.load({}, asked), allow_coarse=True).plan
+    reads = [tile.read for region in planned.regions for tile in region.tiles]
+    halo = planned.grid.halo_px
+    assert {(read.x0 % 32, read.y0 % 32) for read in reads} == {(-halo % 32, -halo % 32)}
 
 
 def test_the_number_of_workers_does_not_matter(tmp_path: Path) -> None:
@@ -149,7 +169,7 @@ def test_zero_tissue_is_a_valid_outcome(tmp_path: Path) -> None:
 def test_a_full_tile_is_cut_smaller(tmp_path: Path) -> None:
     """A detector that can report few objects a tile still finds all, from smaller tiles, and says so."""
     slide, centers = discs(n=200)
-    few = OracleDetector(mpp=MPP, input_px=256, object_um=20.0, max_per_tile=10)
+    few = OracleDetector(mpp=MPP, input_px=256, object_um=20.0, max_per_tile=12)
     result = ss.scan(slide, few, out=tmp_path / "case", config=config())
     assert result.provenance["tiles"]["retiled"] > 0
     assert result.provenance["tiles"]["saturated"] == 0

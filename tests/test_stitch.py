@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slidescan.detections import Detections
+from slidescan.detections import Detections, distinct, iou_pairs
 from slidescan.geometry import Box, Frame
 from slidescan.plan import plan
-from slidescan.stitch import iou_pairs, owned, stitch
+from slidescan.stitch import owned, stitch
 
 SLACK = 4.0
 JITTER = 1.5  # px of the centre between two tiles; less than the slack
@@ -149,3 +149,19 @@ def test_few_detections(n: int) -> None:
     """Nothing and one box pass through."""
     found = Detections.build(np.tile([0.0, 0, 5, 5], (n, 1)), np.full(n, 0.5))
     assert len(stitch(found, np.zeros(n, int), np.array([[0, 0, 10, 10.0]]), slack=SLACK, iou=0.3)) == n
+
+
+@given(seed=st.integers(0, 10_000), n=st.integers(0, 30), iou=st.floats(0.05, 0.95))
+def test_distinct_keeps_the_best_of_each_heap(seed: int, n: int, iou: float) -> None:
+    """Nothing kept overlaps a better one of its label that was kept; whatever went, did."""
+    rng = np.random.default_rng(seed)
+    low = rng.uniform(0, 30, (n, 2))
+    order = np.sort(rng.uniform(0, 1, n))[::-1]
+    said = Detections.build(np.concatenate((low, low + rng.uniform(5, 20, (n, 2))), 1), order, rng.integers(0, 2, n))
+    kept = distinct(said, iou)
+    rows = [int(np.flatnonzero((said.xyxy == box).all(1))[0]) for box in kept.xyxy]
+    assert rows == sorted(rows)
+    for i in range(n):
+        above = [k for k in rows if k < i and said.label[k] == said.label[i]]
+        hidden = any(iou_pairs(said.xyxy[[k]], said.xyxy[[i]])[0] > iou for k in above)
+        assert hidden == (i not in rows)

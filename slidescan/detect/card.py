@@ -46,6 +46,11 @@ class Card:
         A score is sigmoid(logit / temperature + offset), so that it is the share of such detections that are right.
     anchor_px : float, optional
         Edge of its anchors; None where they are transformers' own.
+    merge_iou : float, optional
+        Boxes of a tile and class that overlap by more say the same object, the best of them for all; None where a
+        network says each object once.
+    halo_um : float, optional
+        Margin a tile needs beyond its core for its place not to matter, µm; None where nobody measured it.
     color : {"raw", "srgb"}
         Colours it was trained on: the scanner's own, or converted to sRGB by the slide's ICC profile.
     attributes : tuple of str
@@ -65,6 +70,8 @@ class Card:
     temperature: float = 1.0
     offset: float = 0.0
     anchor_px: float | None = None
+    merge_iou: float | None = None
+    halo_um: float | None = None
     color: Literal["raw", "srgb"] = "raw"
     attributes: tuple[str, ...] = ()
     attribute_cuts: tuple[float, ...] = ()
@@ -143,6 +150,8 @@ def read_card(path: Path, config: dict[str, Any], mpp: float | None) -> Card:
                 and 0 <= card.threshold <= 1
                 and card.input_px % 32 == 0
                 and math.isfinite(card.offset)
+                and (card.merge_iou is None or 0 < card.merge_iou < 1)
+                and (card.halo_um is None or 0 < float(card.halo_um) < math.inf)
             ):
                 raise ValueError("a number is out of range")
             if card.color not in ("raw", "srgb"):
@@ -150,7 +159,7 @@ def read_card(path: Path, config: dict[str, Any], mpp: float | None) -> Card:
         except (KeyError, TypeError, ValueError) as exc:
             raise ModelError(
                 f"{path.name}/slidescan.json: expected name, classes, mpp and numbers above 0, input_px a multiple of "
-                f"32 and threshold from 0 to 1: {exc}"
+                f"32, threshold from 0 to 1 and merge_iou between them: {exc}"
             ) from exc
         return card
     if mpp is None:

@@ -32,6 +32,8 @@ Precision = Literal["auto", "fp32", "bf16"]
 
 # A slide this many times coarser than a variant still shows what the variant looks for: training varies scale as much.
 _COARSER = 1.25
+# Of a network that says an object more than once: what `slidescan.train.loss` leaves it, measured on crowded tiles.
+_QUERIES_PER_OBJECT = 10
 
 _networks: dict[tuple[str, str, str], Network] = {}
 _loading = threading.Lock()
@@ -134,10 +136,16 @@ class Model:
         return self._card.object_um
 
     @property
+    def halo_um(self) -> float | None:
+        """Margin a tile needs beyond its core for its place not to matter, µm; None where nobody measured it."""
+        return self._card.halo_um
+
+    @property
     def max_per_tile(self) -> int:
         """Most detections one tile can return."""
         counts = [self._config.get(key) for key in ("num_queries", "num_detection_tokens")]  # tokens: YOLOS
-        return next((int(count) for count in counts if count), 300)  # 300: transformers' default in most families
+        queries = next((int(count) for count in counts if count), 300)  # transformers' default in most families
+        return queries if self._card.merge_iou is None else max(1, queries // _QUERIES_PER_OBJECT)
 
     @property
     def runs_on(self) -> str:
@@ -200,7 +208,8 @@ class Model:
         key = self.sha256, device, precision
         with _loading:
             if key not in _networks:
-                _networks[key] = Network(self._load(device, precision), name=self.name, device=device)
+                forward, merge_iou = self._load(device, precision), self._card.merge_iou
+                _networks[key] = Network(forward, name=self.name, device=device, merge_iou=merge_iou)
             return _networks[key]
 
     def _load(self, device: str, precision: Literal["fp32", "bf16"]) -> Forward:

@@ -1,7 +1,7 @@
 """Grid-shift agreement: what of a result depends on where the tiles happened to lie.
 
-A slide is scanned, then scanned again with the grid of tiles moved by random offsets. What changes then was decided by
-the grid and not by the tissue.
+A slide is scanned, then scanned again with the grid of tiles moved by random offsets (of whole 32 px: no grid lies
+otherwise). What changes then was decided by the grid and not by the tissue.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def grid_shift_agreement(
     base = _scanned(slide, variant, (0, 0), mask)
     asked = base[base.score >= variant.threshold]
     distances, changes, same, compared = [np.empty(0)], [np.empty(0)], 0, 0
-    for dx, dy in rng.integers(1, variant.input_px, (shifts, 2)).tolist():
+    for dx, dy in (32 * rng.integers(1, max(2, variant.input_px // 32), (shifts, 2))).tolist():
         compared += len(asked)
         again = _scanned(slide, variant, (dx, dy), mask)
         if not len(asked) or not len(again):
