@@ -9,13 +9,17 @@ and retrying.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 from numpy.typing import NDArray
 
 from slidescan.errors import ConfigError
 from slidescan.geometry import Box, Frame
+
+_STRIP_REGIONS = 4  # side by side, before the next row: their common tiles are still in memory (`slides.pool`)
 
 __all__ = ["Grid", "Plan", "Region", "Tile", "plan", "touched_cores"]
 
@@ -169,14 +173,23 @@ def plan(
     has_tissue = np.ones((rows, columns), bool) if tissue is None else touched_cores(grid, tissue)
     per_region = max(1, region_px // grid.core_px)
     regions = []
-    for region_row in range(math.ceil(rows / per_region)):
-        for region_column in range(math.ceil(columns / per_region)):
-            top, left = region_row * per_region, region_column * per_region
-            places = np.argwhere(has_tissue[top : top + per_region, left : left + per_region])
-            if len(places):
-                tiles = tuple(grid.tile(top + int(r), left + int(c)) for r, c in places)
-                regions.append(Region(region_row, region_column, tiles, _cover(tiles)))
+    for region_row, region_column in _in_strips(math.ceil(rows / per_region), math.ceil(columns / per_region)):
+        top, left = region_row * per_region, region_column * per_region
+        places = np.argwhere(has_tissue[top : top + per_region, left : left + per_region])
+        if len(places):
+            tiles = tuple(grid.tile(top + int(r), left + int(c)) for r, c in places)
+            regions.append(Region(region_row, region_column, tiles, _cover(tiles)))
     return Plan(grid, has_tissue, tuple(regions))
+
+
+def _in_strips(rows: int, columns: int) -> Iterator[tuple[int, int]]:
+    """Yield all places row by row within strips of columns: a region comes soon after the one above it.
+
+    >>> list(_in_strips(2, 5))[:6]
+    [(0, 0), (0, 1), (0, 2), (0, 3), (1, 0), (1, 1)]
+    """
+    for left in range(0, columns, _STRIP_REGIONS):
+        yield from product(range(rows), range(left, min(left + _STRIP_REGIONS, columns)))
 
 
 def _cover(tiles: tuple[Tile, ...]) -> Box:

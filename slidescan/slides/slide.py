@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from slidescan.errors import ConfigError, ResolutionError, SlideReadError
 from slidescan.geometry import Box, Frame
@@ -173,7 +174,9 @@ class Slide:
         own = frame.mpp * closest.downsample
         return Frame(closest.size_wh, own) if abs(own / mpp - 1) <= tolerance else frame.at(mpp)
 
-    def read(self, x: int, y: int, width: int, height: int, plane: Frame) -> Pixels:
+    def read(
+        self, x: int, y: int, width: int, height: int, plane: Frame, *, out: NDArray[np.uint8] | None = None
+    ) -> Pixels:
         """Read a block of `plane`.
 
         Parameters
@@ -182,6 +185,8 @@ class Slide:
             Plane px; the block may reach outside the slide, where it is white.
         plane : Frame
             From `plane` (or `frame.at`): the same extent as this slide.
+        out : ndarray of uint8, shape (height, width, 3), optional
+            Where to put the pixels: a reader of many large blocks saves what new memory costs, a tenth of the time.
 
         Returns
         -------
@@ -193,7 +198,7 @@ class Slide:
         SlideReadError
             If the file is gone. A tile that cannot be decoded is a hole, never an error.
         ConfigError
-            If `plane` is not a plane of this slide.
+            If `plane` is not a plane of this slide, or `out` has another shape.
         """
         x, y, width, height = (operator.index(n) for n in (x, y, width, height))
         if width <= 0 or height <= 0:
@@ -203,12 +208,12 @@ class Slide:
             raise ConfigError(f"{self.path.name}: {plane} is not a plane of this slide ({self.frame}); use plane(mpp)")
         for index, level in enumerate(self.levels):
             if level.size_wh == plane.size_wh and abs(scale / level.downsample - 1) <= _SAME:
-                return self.read_level(index, x, y, width, height)
-        return self._padded(x, y, width, height, plane.size_wh, partial(resample, self._stored, self.levels, scale))
+                return self._padded(x, y, width, height, plane.size_wh, partial(self._fill, index), out)
+        return self._padded(x, y, width, height, plane.size_wh, partial(self._resampled, scale), out)
 
     def read_level(self, level: int, x: int, y: int, width: int, height: int) -> Pixels:
         """Read a block of a pyramid level as stored: needs no µm/px; x, y, width and height in level px."""
-        return self._padded(x, y, width, height, self.levels[level].size_wh, partial(self._stored, level))
+        return self._padded(x, y, width, height, self.levels[level].size_wh, partial(self._fill, level))
 
     def thumbnail(self, max_px: int) -> tuple[Pixels, Frame]:
         """Return the whole slide with at most `max_px` on the longer side, and the plane those px are in.
@@ -288,21 +293,25 @@ class Slide:
         width: int,
         height: int,
         size_wh: tuple[int, int],
-        inside: Callable[[int, int, int, int], Block],
+        inside: Callable[[NDArray[np.uint8], int, int, int, int], list[Box]],
+        out: NDArray[np.uint8] | None = None,
     ) -> Pixels:
         """Put the part inside the slide on white, in the slide's colour, holes clipped and painted."""
-        block = Box(x, y, x + width, y + height)
-        x0, y0, x1, y1 = block.clip(Box(0, 0, *size_wh)).round_out()
+        if out is None:
+            out = np.empty((height, width, 3), np.uint8)
+        elif out.shape != (height, width, 3) or out.dtype != np.uint8:
+            raise ConfigError(
+                f"{self.path.name}: out must be uint8 ({height}, {width}, 3), got {out.dtype} {out.shape}"
+            )
+        x0, y0, x1, y1 = Box(x, y, x + width, y + height).clip(Box(0, 0, *size_wh)).round_out()
+        if (x1 - x0, y1 - y0) != (width, height):
+            out[...] = WHITE
         if x0 >= x1 or y0 >= y1:
-            return Pixels(np.full((height, width, 3), WHITE, np.uint8))
-        rgb, failed = inside(x0, y0, x1, y1)
+            return Pixels(out)
+        part = out[y0 - y : y1 - y, x0 - x : x1 - x]
+        failed = inside(part, x0, y0, x1, y1)
         if self._to_srgb is not None:
-            rgb = self._to_srgb(rgb)
-        if rgb.shape[:2] == (height, width) and rgb.flags.writeable:
-            out = rgb
-        else:
-            out = np.full((height, width, 3), WHITE, np.uint8)
-            out[y0 - y : y1 - y, x0 - x : x1 - x] = rgb
+            part[...] = self._to_srgb(part)
         holes = [hole.clip(Box(x0, y0, x1, y1)) for hole in failed]
         holes = [Box(*hole.round_out()) for hole in holes if not hole.is_empty]
         for hole in holes:
@@ -310,6 +319,15 @@ class Slide:
             out[top - y : bottom - y, left - x : right - x] = WHITE
         return Pixels(out, tuple(sorted(set(holes))))
 
+    def _fill(self, level: int, out: NDArray[np.uint8], x0: int, y0: int, x1: int, y1: int) -> list[Box]:
+        """Put level px where they belong."""
+        return self._opened().read_level(level, x0, y0, out)
+
+    def _resampled(self, scale: float, out: NDArray[np.uint8], x0: int, y0: int, x1: int, y1: int) -> list[Box]:
+        """Put plane px of `scale` level-0 px where they belong."""
+        out[...], failed = resample(self._stored, self.levels, scale, x0, y0, x1, y1)
+        return failed
+
     def _stored(self, level: int, x0: int, y0: int, x1: int, y1: int) -> Block:
-        out = np.full((y1 - y0, x1 - x0, 3), WHITE, np.uint8)
+        out = np.empty((y1 - y0, x1 - x0, 3), np.uint8)
         return out, self._opened().read_level(level, x0, y0, out)

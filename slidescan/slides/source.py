@@ -90,9 +90,10 @@ class Source(Protocol):
         ...
 
     def read_level(self, level: int, x: int, y: int, out: NDArray[np.uint8]) -> list[Box]:
-        """Fill `out` (H, W, 3), given white, from (x, y) level px; return what failed, in level px.
+        """Fill `out` (H, W, 3) from (x, y) level px; return what failed, in level px.
 
-        The block lies inside the level. A failed part stays white. Only a file that is gone raises `SlideReadError`.
+        The block lies inside the level. Every px is written, white what failed. Only a file that is gone raises
+        `SlideReadError`.
         """
         ...
 

@@ -12,6 +12,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
+from itertools import count
 from pathlib import Path
 from xml.etree import ElementTree as ET
 
@@ -23,12 +25,17 @@ from slidescan.errors import SlideFormatError
 from slidescan.geometry import Box
 from slidescan.slides.codecs import DECODER_ERRORS, Codec
 from slidescan.slides.ifd import Directory, File, read_directories
+from slidescan.slides.pool import pool
 from slidescan.slides.resolution import NOTHING, Resolution, judge
-from slidescan.slides.source import MAX_UNTILED_PX, Declined, Facts, check_levels, pyramid
+from slidescan.slides.source import MAX_UNTILED_PX, WHITE, Declined, Facts, check_levels, pyramid
 
 __all__ = ["TiffSource", "guard_tiff"]
 
 _ROUNDING_PX = 1.5  # a level's side may differ by this from the exact ratio: floor, ceil and round are all in use
+# px: tiles that reach so near a block's edge are kept for the next block. Two halos (of `slidescan.prepare`, 80 px and
+# less with the bundled detector), by which neighbouring regions overlap, and a resampling filter's reach.
+_SHARED_PX = 192
+_keys = count()  # of the sources of this process: a tile is never taken for that of a file of the same name
 _PROBES = 4  # tiles decoded at opening, to decline a codec variant before a scan relies on it
 # OME PhysicalSize units in µm (OME-XML 2016-06); the default is µm.
 _UM = {"m": 1e6, "cm": 1e4, "mm": 1e3, "µm": 1.0, "um": 1.0, "nm": 1e-3, "in": 25400.0}
@@ -74,7 +81,7 @@ class TiffSource:
     """
 
     def __init__(self, path: Path) -> None:
-        self._file = File(path)
+        self._file, self._key = File(path), next(_keys)
         directories = read_directories(self._file)
         directories[0].check()
         text = directories[0].blob(270)
@@ -102,34 +109,40 @@ class TiffSource:
     def read_level(self, level: int, x: int, y: int, out: NDArray[np.uint8]) -> list[Box]:
         """Fill `out` from (x, y) level px; return the tiles that failed, in level px."""
         grid = self._grids[level]
-        tile_w, tile_h = grid.codec.tile_wh
-        height, width = out.shape[:2]
         holes: list[Box] = []
-        for row in range(y // tile_h, -(-(y + height) // tile_h)):
-            for column in range(x // tile_w, -(-(x + width) // tile_w)):
-                x0, y0 = column * tile_w, row * tile_h
-                # The part of the tile inside the image: the rest is padding that an encoder may have left out.
-                x1, y1 = min(x0 + tile_w, grid.size_wh[0]), min(y0 + tile_h, grid.size_wh[1])
-                index = row * grid.columns + column
+        (tile_w, tile_h), (width, height) = grid.codec.tile_wh, grid.size_wh
+        # Where tiles are decoded that are copied and dropped: an array each would cost a third of the decoding.
+        desk = np.empty((tile_h, tile_w, 3), np.uint8)
+        columns = list(_spans(x, x + out.shape[1], tile_w, width))
+        for row, y0, y1, top, bottom, once_y in _spans(y, y + out.shape[0], tile_h, height):
+            for column, x0, x1, left, right, once_x in columns:
+                part = out[top - y : bottom - y, left - x : right - x]
+                index, need_wh = row * grid.columns + column, (x1 - x0, y1 - y0)
                 if grid.counts[index] == 0:
+                    part[...] = WHITE
                     continue
                 try:
-                    tile = self._tile(grid, index, (x1 - x0, y1 - y0))
+                    if once_x and once_y:
+                        tile = self._tile(grid, index, need_wh, desk)
+                    else:
+                        tile = pool.get((self._key, level, index), partial(self._tile, grid, index, need_wh))
                 except DECODER_ERRORS:
+                    part[...] = WHITE
                     holes.append(Box(x0, y0, x1, y1))
                     continue
-                left, top, right, bottom = max(x, x0), max(y, y0), min(x + width, x1), min(y + height, y1)
-                out[top - y : bottom - y, left - x : right - x] = tile[top - y0 : bottom - y0, left - x0 : right - x0]
+                part[...] = tile[top - y0 : bottom - y0, left - x0 : right - x0]
         return holes
 
-    def _tile(self, grid: _Grid, index: int, need_wh: tuple[int, int]) -> NDArray[np.uint8]:
-        count = int(grid.counts[index])
-        if not 0 < count <= grid.codec.max_bytes:
+    def _tile(
+        self, grid: _Grid, index: int, need_wh: tuple[int, int], desk: NDArray[np.uint8] | None = None
+    ) -> NDArray[np.uint8]:
+        length = int(grid.counts[index])
+        if not 0 < length <= grid.codec.max_bytes:
             raise ValueError("impossible length")
-        data = self._file.read(int(grid.offsets[index]), count)
-        if len(data) < count:
+        data = self._file.read(int(grid.offsets[index]), length)
+        if len(data) < length:
             raise ValueError("cut off by the end of the file")
-        return grid.codec.decode(data, need_wh)
+        return grid.codec.decode(data, need_wh, desk)
 
     def _grid(self, directory: Directory, aperio: bool) -> _Grid:
         directory.check()
@@ -159,6 +172,18 @@ class TiffSource:
         vendor = openslide.OpenSlide.detect_format(str(path))
         if vendor not in (None, "generic-tiff", "aperio"):
             raise Declined(f"{path.name}: a {vendor} file needs OpenSlide")
+
+
+def _spans(start: int, stop: int, tile_px: int, size_px: int) -> Iterator[tuple[int, int, int, int, int, bool]]:
+    """Yield the tiles along one side of a block.
+
+    Number; where it begins and ends in the image (the rest is padding that an encoder may have left out); what of that
+    is in the block; and whether it is so far from the block's edges that no other block will want it.
+    """
+    for number in range(start // tile_px, -(-stop // tile_px)):
+        low, high = number * tile_px, min((number + 1) * tile_px, size_px)
+        once = low >= start + _SHARED_PX and high <= stop - _SHARED_PX
+        yield number, low, high, max(low, start), min(high, stop), once
 
 
 def _copies(first: Directory, below: list[Directory], aperio: bool) -> Iterator[Directory]:
