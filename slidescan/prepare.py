@@ -64,7 +64,7 @@ def prepare(slide: Slide, detector: Detector, config: ScanConfig, *, allow_coars
 
 
 def halo_px(detector: Detector, plane: Frame, tile_px: int, config: ScanConfig) -> int:
-    """Return the margin a tile sees beyond its core, px of `plane`, a multiple of 16 px.
+    """Return the margin a tile sees beyond its core, px of `plane`, a multiple of 16 px where the tile has room for it.
 
     Cores are then a multiple of 32 px: every tile lies on the same phase of a network's strides.
 
@@ -84,7 +84,9 @@ def halo_px(detector: Detector, plane: Frame, tile_px: int, config: ScanConfig) 
             f"tiling.halo_um must be at least {least_um:g} (half the largest object plus stitch.slack_um), "
             f"got {halo_um:g}"
         )
-    return 16 * int(np.ceil(plane.px(halo_um) / 16))
+    least_px = int(np.ceil(plane.px(halo_um)))
+    even_px = 16 * -(-least_px // 16)
+    return even_px if tile_px - 2 * even_px >= 32 else least_px
 
 
 def estimate_s(slide: Slide, prepared: Prepared, settings: ScanConfig) -> float:

@@ -97,7 +97,7 @@ def test_benchmark_smoke() -> None:
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stdout.splitlines()[1:] if not line.startswith("|")]  # the rows of a table
     names = [line.split(":")[0] for line in lines]
-    assert names == ["stitch", "memory", "ops", "ops", "models", "models", "detector", "grid", "tune"]
+    assert names == ["stitch", "memory", "read", "ops", "ops", "models", "models", "detector", "grid", "tune"]
 
 
 def test_gpu_smoke(tmp_path: Path) -> None:

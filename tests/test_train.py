@@ -169,7 +169,8 @@ def test_what_is_found_on_empty_tissue_is_unlearned(
     fake_data: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Windows around false alarms are kept and trained on, and the card says how many."""
-    monkeypatch.setattr(metrics, "best_threshold", lambda *kinds: 0.01)  # what learned nothing scores nothing higher
+    monkeypatch.setattr(metrics, "best_threshold", lambda *kinds: 0.01)  # what learned nothing scores nothing higher,
+    monkeypatch.setattr(metrics, "fit_calibration", lambda images: (1.0, 5.0))  # and not even that
     shutil.copytree(trained, tmp_path / "run")
     before = weights(tmp_path / "run" / "0.5")
     settings = load_settings(ROOT / "configs" / "train_mitosis.yaml").smoke()
