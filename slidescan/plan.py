@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from slidescan.errors import ConfigError
 from slidescan.geometry import Box, Frame
 
-_STRIP_REGIONS = 4  # side by side, before the next row: their common tiles are still in memory (`slides.pool`)
+_STRIP_REGIONS = 2  # side by side, before the next row: their common tiles are still in memory (`slides.pool`)
 
 __all__ = ["Grid", "Plan", "Region", "Tile", "plan", "touched_cores"]
 
@@ -186,7 +186,7 @@ def _in_strips(rows: int, columns: int) -> Iterator[tuple[int, int]]:
     """Yield all places row by row within strips of columns: a region comes soon after the one above it.
 
     >>> list(_in_strips(2, 5))[:6]
-    [(0, 0), (0, 1), (0, 2), (0, 3), (1, 0), (1, 1)]
+    [(0, 0), (0, 1), (1, 0), (1, 1), (0, 2), (0, 3)]
     """
     for left in range(0, columns, _STRIP_REGIONS):
         yield from product(range(rows), range(left, min(left + _STRIP_REGIONS, columns)))

@@ -20,9 +20,9 @@ __all__ = ["TilePool", "pool"]
 
 Rgb = NDArray[np.uint8]
 
-# Of one process. A region of 4096² px leaves 17 MB of tiles of 240 px, and is wanted by the one below it at most four
+# Of one process. A region of 4096² px leaves 17 MB of tiles of 240 px, and is wanted by the one below it at most two
 # regions later (`slidescan.plan`).
-_BUDGET_BYTES = 128 << 20
+_BUDGET_BYTES = 64 << 20
 
 
 class TilePool:
