@@ -48,7 +48,7 @@ class TilingConfig(_Section):
     region_px: Annotated[int, Field(ge=256, le=65536)] = 4096
     """Edge of a region, px of the model's plane: the unit of reading, committing and retrying (50 MB of RGB)."""
     halo_um: Positive | None = None
-    """Margin a tile sees beyond the core it owns, µm; default: what the detector says it needs, a quarter of the tile
+    """Margin a tile sees beyond the core it owns, µm; default: what the detector says it needs, a sixth of the tile
     at most, and no less than its object size plus 1 % of the tile, where DETR-type models have no anchors."""
     shift_px: Annotated[tuple[int, int], AfterValidator(_on_strides)] = (0, 0)
     """Shift of the tile grid, px of the model's plane, rounded to 32 px: the result must not depend on it, and would

@@ -49,7 +49,7 @@ def beside_a_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         features = [{**feature, "geometry": {"type": "Point", "coordinates": xy}} for xy in points]
         path.with_suffix(".geojson").write_text(json.dumps({"type": "FeatureCollection", "features": features}))
     (settings,) = blocks("yaml")
-    short = settings.replace("steps: 2000", "steps: 2, tile_px: [256], mine_steps: 2").replace("640", "512")
+    short = settings.replace("steps: 2000", "steps: 2, tile_px: [256], mine_steps: 2")
     (tmp_path / "my.yaml").write_text(f"{short}\nshifts: 1\n")
     monkeypatch.chdir(tmp_path)
     return tmp_path
