@@ -67,7 +67,7 @@ from slidescan.provenance import peak_rss_mb
 
 class Darkest:
     name, sha256, classes, mpp, input_px = "darkest", "0", ("dark",), 0.25, 1024
-    object_um, max_per_tile, threshold, runs_on, color, attributes = 12.5, 100, 0.5, "cpu", "raw", ()
+    object_um, halo_um, max_per_tile, threshold, runs_on, color, attributes = 12.5, None, 100, 0.5, "cpu", "raw", ()
     def at(self, slide_mpp, *, allow_coarse=False): return self
     def detect(self, tiles, min_score):
         found = []

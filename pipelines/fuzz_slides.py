@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import resource
-import shutil
 import struct
 import subprocess
 import sys
@@ -184,7 +183,6 @@ def main() -> None:
             if not fine:
                 wrong.append(f"seed {seed}, {name}: {said}, {more / 1e6:.0f} MB")
                 print(wrong[-1], flush=True)
-        shutil.rmtree(scratch, ignore_errors=True)
     told = ", ".join(f"{n} {what}" for what, n in counts.most_common())
     print(f"{last - first} damaged slides: {told}; at most {most / 1e6:.0f} MB more")
     raise SystemExit(bool(wrong))

@@ -202,7 +202,7 @@ def validate(path: Annotated[Path, typer.Argument(help="GeoJSON file, plain, .gz
 def detect(
     image: Annotated[Path, typer.Argument(help="A picture: PNG, JPEG, or a slide.")],
     model: ModelOpt = "mitosis",
-    min_score: Annotated[float, typer.Option(help="Lowest score printed.")] = 0.5,
+    min_score: Annotated[float | None, typer.Option(help="Lowest score; default: the operating threshold.")] = None,
     tile_px: Annotated[int | None, typer.Option(help="Edge of a tile; a picture no larger is scored whole.")] = None,
     mpp: Annotated[float | None, typer.Option(help="µm/px of the picture; default: the model's own.")] = None,
 ) -> None:
@@ -217,7 +217,8 @@ def detect(
         corners = ", ".join(f"{edge:.1f}" for edge in box)
         more = "".join(f", {name} {share:.2f}" for name, share in zip(detector.attributes, said, strict=True))
         typer.echo(f"{detector.classes[label]}: {score:.3f} at [{corners}]{more}")
-    typer.echo(f"{len(found)} found with a score of at least {min_score:g}", err=True)
+    least = "the operating threshold" if min_score is None else f"{min_score:g}"
+    typer.echo(f"{len(found)} found with a score of at least {least}", err=True)
 
 
 @app.command()

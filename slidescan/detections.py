@@ -110,8 +110,7 @@ class Detections:
 class Detector(Protocol):
     """What scores tiles. A scan needs nothing else of a model.
 
-    It must pickle (Dask sends it to workers; load weights on first use) and must be deterministic. It may say as
-    ``halo_um`` what margin its tiles need beyond their cores.
+    It must pickle (Dask sends it to workers; load weights on first use) and must be deterministic.
     """
 
     @property
@@ -150,8 +149,13 @@ class Detector(Protocol):
         ...
 
     @property
+    def halo_um(self) -> float | None:
+        """Margin a tile needs beyond its core for its place not to matter, µm; None: not known."""
+        ...
+
+    @property
     def max_per_tile(self) -> int:
-        """Most detections one tile can return (queries); near it a tile counts as saturated."""
+        """Most objects one tile can hold (by its queries); near it a tile counts as saturated."""
         ...
 
     @property

@@ -30,7 +30,7 @@ def detect_image(
     image: str | Path | NDArray[np.uint8] | Slide,
     detector: Detector,
     *,
-    min_score: float = 0.5,
+    min_score: float | None = None,
     tile_px: int | None = None,
     mpp: float | None = None,
 ) -> Detections:
@@ -42,8 +42,8 @@ def detect_image(
         A PNG, JPEG or slide; RGB.
     detector : Detector
         For a model of photographs, from ``load_detector(directory, mpp=1.0)``: a px is its unit then.
-    min_score : float
-        In (0, 1].
+    min_score : float, optional
+        In (0, 1]; default: the detector's operating threshold.
     tile_px : int, optional
         Edge of a tile, a multiple of 32 from 128 to 8192; default: the detector's own. An image no larger is scored
         whole.
@@ -73,7 +73,7 @@ def detect_image(
     """
     if tile_px is not None and (tile_px % _SIDE_PX or not _LEAST_PX <= tile_px <= _MOST_PX):
         raise ConfigError(f"tile_px: expected a multiple of {_SIDE_PX} from {_LEAST_PX} to {_MOST_PX}, got {tile_px}")
-    if not 0 < min_score <= 1:
+    if min_score is not None and not 0 < min_score <= 1:
         raise ConfigError(f"min_score: expected a number in (0, 1], got {min_score}")
     if isinstance(image, Slide):
         if mpp is not None:
@@ -84,6 +84,7 @@ def detect_image(
         if slide.mpp is None:
             slide = _opened(image, detector.mpp)
     variant = detector.at(slide.frame.mpp, allow_coarse=True)
+    min_score = variant.threshold if min_score is None else min_score
     slide = slide.colored(variant.color)
     plane = slide.plane(variant.mpp)
     edge = tile_px or variant.input_px

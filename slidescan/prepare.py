@@ -76,7 +76,7 @@ def halo_px(detector: Detector, plane: Frame, tile_px: int, config: ScanConfig) 
     # DETR-type models have no anchors in the outer 1 % of a tile.
     for_an_object_um = detector.object_um + 0.01 * tile_px * plane.mpp
     # What the detector wants would leave little of a small tile.
-    wanted_um = min(getattr(detector, "halo_um", None) or 0.0, tile_px / 6 * plane.mpp)
+    wanted_um = min(detector.halo_um or 0.0, tile_px / 6 * plane.mpp)
     halo_um = config.tiling.halo_um or max(for_an_object_um, wanted_um)
     least_um = detector.object_um / 2 + config.stitch.slack_um
     if halo_um < least_um:

@@ -41,7 +41,6 @@ _SCORE_STEPS = 10_000
 # Scoring uses every core by itself: two regions scored at once in one process would only fight for them, while the
 # reading of the next region runs beside it.
 _SCORING = threading.Lock()
-_own = threading.local()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -128,7 +127,7 @@ class RegionTask:
         """Read and score the region without committing anything."""
         started = time.perf_counter()
         x0, y0, x1, y1 = self.region.read.round_out()
-        pixels = self.slide.read(x0, y0, x1 - x0, y1 - y0, self.plane, out=_desk(x1 - x0, y1 - y0))
+        pixels = self.slide.read(x0, y0, x1 - x0, y1 - y0, self.plane)
         read_done = time.perf_counter()
 
         cores: list[Box] = []
@@ -184,15 +183,6 @@ class RegionTask:
             for column in (kept.score, kept.attributes)
         )
         return Detections(np.round(xyxy * _BOX_STEPS_PER_PX) / _BOX_STEPS_PER_PX, score, kept.label, attributes)
-
-
-def _desk(width: int, height: int) -> NDArray[np.uint8]:
-    """Return the pixels of this thread's last region to be written over; new memory is zeroed first, which costs."""
-    flat = getattr(_own, "flat", None)
-    if flat is None or flat.size < height * width * 3:
-        flat = _own.flat = np.empty(height * width * 3, np.uint8)
-    block: NDArray[np.uint8] = flat[: height * width * 3].reshape(height, width, 3)
-    return block
 
 
 def give_back_memory() -> None:

@@ -46,6 +46,8 @@ class OracleDetector:
         blob and its place in the tile, never on chance.
     threshold : float
         Operating score.
+    halo_um : float, optional
+        Margin a tile needs beyond its core, µm; a blob's place in a tile changes nothing, so none but for its size.
 
     Examples
     --------
@@ -60,6 +62,7 @@ class OracleDetector:
     max_per_tile: int = 300
     jitter_px: float = 0.0
     threshold: float = 0.5
+    halo_um: float | None = None
 
     @property
     def attributes(self) -> tuple[str, ...]:

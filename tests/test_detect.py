@@ -16,7 +16,8 @@ import torch
 from numpy.typing import NDArray
 
 from slidescan.detect import Card, Family, Model, load_detector, write_model
-from slidescan.detect.network import load_network, set_anchors
+from slidescan.detect.surgery import set_anchors
+from slidescan.detect.weights import load_network
 from slidescan.detections import Detector, distinct
 from slidescan.errors import ModelError, ResolutionError
 from slidescan.phantom import Phantom, write_phantom
@@ -204,6 +205,7 @@ def test_the_slide_chooses_the_variant() -> None:
         "mpp",
         "input_px",
         "object_um",
+        "halo_um",
         "max_per_tile",
         "threshold",
         "color",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
 from typing import Any
 
 import hypothesis.strategies as st
@@ -12,9 +13,9 @@ from hypothesis import given
 from torch import Tensor
 from transformers.loss.loss_for_object_detection import generalized_box_iou
 
-from slidescan.detect.network import set_anchors
+from slidescan.detect.surgery import set_anchors
 from slidescan.ops import accelerate
-from slidescan.train.loss import Target, _in_all_sets, _query_terms, detection_loss, giou, place_queries
+from slidescan.train.loss import Target, detection_loss, giou, place_queries
 from slidescan.train.network import build_network, relabel
 
 SHAPES = [(16, 16), (8, 8)]  # of a tile of 128 px
@@ -154,15 +155,21 @@ def test_the_loss_teaches_where_an_object_is() -> None:
 
 
 def test_queries_at_one_object_all_learn_it() -> None:
-    """One more of them at it is one more that is right: the loss does not ask which of them is to speak."""
-    boxes_ = torch.tensor([[[0.5, 0.5, 0.2, 0.2], [0.52, 0.5, 0.2, 0.2], [0.9, 0.9, 0.2, 0.2]]])
-    there = target(torch.tensor([[0.5, 0.5, 0.2, 0.2]]))
-    pairs, at = place_queries(boxes_, [there])
-    logits = torch.zeros(1, 1, 3, 1, requires_grad=True)
-    loss = _query_terms(logits, boxes_[None], [there], _in_all_sets(pairs, 1), at)["class"]
+    """Two at it and one away: in every layer both are to score higher, whatever they say yet, and the third lower."""
+    starts = torch.tensor([[[0.5, 0.5, 0.2, 0.2], [0.52, 0.5, 0.2, 0.2], [0.9, 0.9, 0.2, 0.2]]])
+    logits = torch.zeros(1, 4, 3, 1, requires_grad=True)
+    outputs = SimpleNamespace(
+        intermediate_logits=logits,
+        intermediate_reference_points=starts[:, None].expand(1, 4, 3, 4),
+        enc_topk_logits=torch.zeros(1, 3, 1),
+        enc_topk_bboxes=starts,
+        enc_outputs_class=torch.zeros(1, 16 * 16 + 8 * 8, 1),
+        denoising_meta_values=None,
+    )
+    loss = detection_loss(outputs, [target(torch.tensor([[0.5, 0.5, 0.2, 0.2]]))], SHAPES)["class"]
     (push,) = torch.autograd.grad(loss, logits)
-    assert (push[0, 0, :2] < 0).all()
-    assert push[0, 0, 2] > 0
+    assert (push[0, :, :2] < 0).all()
+    assert (push[0, :, 2] > 0).all()
 
 
 def test_what_is_pinned_stays_and_the_place_of_a_tile_has_no_say() -> None:

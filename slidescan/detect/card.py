@@ -159,7 +159,7 @@ def read_card(path: Path, config: dict[str, Any], mpp: float | None) -> Card:
         except (KeyError, TypeError, ValueError) as exc:
             raise ModelError(
                 f"{path.name}/slidescan.json: expected name, classes, mpp and numbers above 0, input_px a multiple of "
-                f"32, threshold from 0 to 1 and merge_iou between them: {exc}"
+                f"32, threshold from 0 to 1, merge_iou between them and halo_um above 0: {exc}"
             ) from exc
         return card
     if mpp is None:
@@ -209,7 +209,7 @@ def write_model(network: nn.Module, card: Card, directory: Path) -> None:
     Matrices and kernels are stored as float16, which halves the file and hardly moves a score (the bundled model's
     README says how much); statistics and biases stay float32.
     """
-    from slidescan.detect.network import save_network
+    from slidescan.detect.weights import save_network
 
     directory.mkdir(parents=True, exist_ok=True)
     save_network(network, directory)

@@ -17,36 +17,22 @@ Only what they say of colours is: scale, mean and spread. Invariants:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from functools import lru_cache
-from pathlib import Path
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, Literal
 
 import numpy as np
-import safetensors
-import safetensors.torch
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from slidescan.detect.card import Colours
+from slidescan.detect.surgery import channels_last, fold_normalisation, leave_out, lower_precision, set_anchors
 from slidescan.detections import Detections, distinct
 from slidescan.errors import ModelError
 from slidescan.ops import accelerate
 
-__all__ = [
-    "Detr",
-    "Forward",
-    "Network",
-    "Precision",
-    "channels_last",
-    "load_network",
-    "lower_precision",
-    "resolve",
-    "save_network",
-    "set_anchors",
-]
+__all__ = ["Detr", "Forward", "Network", "Precision", "resolve"]
 
 Precision = Literal["fp32", "bf16"]
 # From tiles of uint8 (B, H, W, 3) to score (B, Q), label (B, Q), x0, y0, x1, y1 (B, Q, 4) in tile px and probability of
@@ -167,8 +153,8 @@ class Detr:
         self._window, self._least = _window_px(model.config), _least_px(model.config)
         with suppress(ModelError):  # DETR and YOLOS attend to everything: there is nothing to replace
             accelerate(model)
-        _fuse(model)
-        _spare(model)
+        fold_normalisation(model)
+        leave_out(model)
         colours = colours or Colours()
         self._mean, self._spread = (torch.tensor(c, device=device)[:, None, None] for c in colours.mean_and_spread)
         if anchor_px is not None:
@@ -236,52 +222,6 @@ def _least_px(config: Any) -> int:
     return edge
 
 
-def channels_last(model: nn.Module) -> nn.Module:
-    """Return the model with its kernels laid out as the convolutions want them."""
-    # torch's annotations of Module.to leave this argument out.
-    untyped: Any = model
-    return untyped.to(memory_format=torch.channels_last)  # type: ignore[no-any-return]
-
-
-def set_anchors(model: nn.Module, anchor_px: float) -> None:
-    """Give every anchor of a D-FINE type model an edge of `anchor_px` px, whatever the tile's size."""
-    inner: Any = model.model
-    stride = tuple(inner.config.feat_strides)
-
-    @lru_cache(maxsize=32)  # tile sizes in use: one or two
-    def anchors(shapes: tuple[tuple[int, int], ...], device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        with torch.inference_mode(mode=False):  # cached tensors must serve training too
-            levels = []
-            for (height, width), step in zip(shapes, stride, strict=True):
-                y, x = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
-                # A tile smaller than an anchor: 0.95 of its edge keeps the logit finite.
-                w, h = min(anchor_px / (width * step), 0.95), min(anchor_px / (height * step), 0.95)
-                edges = torch.full_like(x, w), torch.full_like(x, h)
-                levels.append(torch.stack((x / width, y / height, *edges), -1).flatten(0, 1))
-            boxes = torch.cat(levels)[None].to(device=device, dtype=dtype)
-            return torch.logit(boxes), torch.ones_like(boxes[..., :1], dtype=torch.bool)
-
-    def generate_anchors(
-        spatial_shapes: tuple[tuple[int, int], ...],
-        grid_size: float = 0.0,  # the share of the tile that `anchor_px` replaces
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-    ) -> tuple[Tensor, Tensor]:
-        return anchors(tuple(spatial_shapes), torch.device(device), dtype)
-
-    inner.generate_anchors = generate_anchors
-
-
-def lower_precision(model: nn.Module, device_type: str) -> None:
-    """Run backbone and encoder of a D-FINE or RT-DETR model in bfloat16 and hand float32 to the decoder."""
-    inner: Any = model.model
-    autocast = torch.autocast(device_type, dtype=torch.bfloat16)
-    for part in (inner.backbone, *inner.encoder_input_proj, inner.encoder):
-        part.forward = autocast(part.forward)
-    for projection in inner.decoder_input_proj:
-        projection.register_forward_pre_hook(lambda _, inputs: tuple(t.float() for t in inputs))
-
-
 def resolve(name: str, kind: str, device: str | None, precision: str) -> tuple[str, Precision]:
     """Return the device and precision that None and "auto" stand for on this machine and a model of type `kind`.
 
@@ -301,93 +241,3 @@ def resolve(name: str, kind: str, device: str | None, precision: str) -> tuple[s
     if precision == "auto":
         return device, "bf16" if torch.device(device).type == "cuda" and kind in _BF16 else "fp32"
     return device, "bf16" if precision == "bf16" else "fp32"
-
-
-def load_network(path: Path) -> nn.Module:
-    """Load the transformers model of a model directory, in float32.
-
-    Raises
-    ------
-    ModelError
-        If the weights are damaged or of another network.
-    """
-    from transformers import AutoModelForObjectDetection
-
-    try:
-        with _quiet():
-            model, notes = AutoModelForObjectDetection.from_pretrained(
-                path, dtype=torch.float32, use_safetensors=True, local_files_only=True, output_loading_info=True
-            )
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError, ImportError, safetensors.SafetensorError) as exc:
-        # ImportError: a backbone of a package that is not installed. The first line says it, the others how to install.
-        said = next(iter(str(exc).strip().splitlines()), type(exc).__name__)
-        raise ModelError(f"{path.name}: cannot load the weights: {said}") from exc
-    wrong = [str(key) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in notes.get(kind, ())]
-    if wrong:
-        raise ModelError(
-            f"{path.name}: expected model.safetensors to fit config.json; {len(wrong)} entries do not, such as "
-            f"{wrong[0]}"
-        )
-    return model  # type: ignore[no-any-return]
-
-
-def save_network(model: nn.Module, path: Path) -> None:
-    """Write config.json and model.safetensors, matrices and kernels in float16."""
-    network: Any = model
-    with _quiet():
-        network.save_pretrained(path)
-    file = path / "model.safetensors"
-    tensors = safetensors.torch.load_file(file)
-    small = {key: t.half() if t.ndim > 1 and t.is_floating_point() else t for key, t in tensors.items()}
-    file.unlink()  # save_pretrained's, which none but its owner may read
-    file.write_bytes(safetensors.torch.save(small, {"format": "pt"}))
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep transformers from writing progress bars and load reports to the terminal: what is wrong is raised."""
-    from transformers.utils import logging
-
-    bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
-
-
-def _fuse(model: nn.Module) -> None:
-    """Fold every batch normalisation into the convolution before it: same result, fewer passes over memory."""
-    pairs = (("convolution", "normalization"), ("conv", "norm"), ("0", "1"))
-    for module in model.modules():
-        for first, second in pairs:
-            conv, norm = getattr(module, first, None), getattr(module, second, None)
-            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
-                setattr(module, first, nn.utils.fuse_conv_bn_eval(conv, norm))
-                setattr(module, second, nn.Identity())
-
-
-def _spare(model: nn.Module) -> None:
-    """Leave out attention whose output is multiplied by zero, and take the larger of two px without torch's pooling.
-
-    Same result. Of a tile of the bundled detector, 1,024 px in bfloat16 on 2 cores, these were an eighth each.
-    """
-    for module in model.modules():
-        out, pool = getattr(module, "o_proj", None), getattr(module, "pool", None)
-        if isinstance(out, nn.Linear) and not any(part.any() for part in out.parameters()):
-            module.forward = _silent
-        if isinstance(pool, nn.MaxPool2d) and (pool.kernel_size, pool.stride, pool.padding) == (2, 1, 0):
-            module.pool = _LargerOfFour()
-
-
-def _silent(hidden_states: Tensor, **_: Any) -> tuple[Tensor, None]:
-    return torch.zeros_like(hidden_states), None
-
-
-class _LargerOfFour(nn.Module):
-    def forward(self, pixels: Tensor) -> Tensor:
-        rows = torch.maximum(pixels[..., :-1, :], pixels[..., 1:, :])
-        return torch.maximum(rows[..., :-1], rows[..., 1:])

@@ -106,7 +106,7 @@ class _Boxes:
     """An ultralytics network made ready for tiles; it is changed in place (fused, moved)."""
 
     def __init__(self, network: Any, device: str, temperature: float, offset: float) -> None:
-        from slidescan.detect.network import channels_last
+        from slidescan.detect.surgery import channels_last
 
         self._stride = int(network.stride.max())
         self._temperature, self._offset = temperature, offset

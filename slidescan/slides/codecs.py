@@ -98,7 +98,7 @@ class Codec:
         Raises one of `DECODER_ERRORS` for bad data.
         """
         if self.compression == _JPEG:
-            rgb = self._jpeg(data, need_wh, desk)
+            rgb = self._jpeg(data, need_wh)
         elif self.compression in _JPEG2000:
             rgb = self._jpeg2000(data, need_wh)
         else:
@@ -111,9 +111,8 @@ class Codec:
         if not (need_wh[0] <= width <= self.tile_wh[0] and need_wh[1] <= height <= self.tile_wh[1]):
             raise ValueError("the stream's size is not the tile's")
 
-    def _jpeg(self, data: bytes, need_wh: tuple[int, int], desk: NDArray[np.uint8] | None) -> NDArray[np.uint8]:
-        size = jpeg_size(data)
-        self._fits(*size, need_wh)
+    def _jpeg(self, data: bytes, need_wh: tuple[int, int]) -> NDArray[np.uint8]:
+        self._fits(*jpeg_size(data), need_wh)
         if data.rfind(b"\xff\xd9") < 0:
             raise ValueError("the stream has no end")
         if self.photometric == _YCBCR:
@@ -121,13 +120,7 @@ class Codec:
         else:
             # Aperio stores RGB as RGB; a JFIF header means YCbCr whatever the tag says (Bio-Formats writes that).
             coded = None if b"JFIF\0" in data[:32] and not self.aperio else "RGB"
-        decoded = imagecodecs.jpeg8_decode(
-            data,
-            tables=self.tables,
-            colorspace=coded,
-            outcolorspace="RGB",
-            out=desk if size == self.tile_wh else None,
-        )
+        decoded = imagecodecs.jpeg8_decode(data, tables=self.tables, colorspace=coded, outcolorspace="RGB")
         return np.asarray(decoded, np.uint8)
 
     def _jpeg2000(self, data: bytes, need_wh: tuple[int, int]) -> NDArray[np.uint8]:

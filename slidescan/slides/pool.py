@@ -20,7 +20,7 @@ __all__ = ["TilePool", "pool"]
 
 Rgb = NDArray[np.uint8]
 
-# Of one process. A region of 4096² px leaves 17 MB of tiles of 240 px, and is wanted by the one below it at most two
+# Of one process. A region of 4096² px leaves 18 MB of tiles of 240 px, and those below it are wanted at most two
 # regions later (`slidescan.plan`).
 _BUDGET_BYTES = 64 << 20
 

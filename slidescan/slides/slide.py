@@ -174,9 +174,7 @@ class Slide:
         own = frame.mpp * closest.downsample
         return Frame(closest.size_wh, own) if abs(own / mpp - 1) <= tolerance else frame.at(mpp)
 
-    def read(
-        self, x: int, y: int, width: int, height: int, plane: Frame, *, out: NDArray[np.uint8] | None = None
-    ) -> Pixels:
+    def read(self, x: int, y: int, width: int, height: int, plane: Frame) -> Pixels:
         """Read a block of `plane`.
 
         Parameters
@@ -185,8 +183,6 @@ class Slide:
             Plane px; the block may reach outside the slide, where it is white.
         plane : Frame
             From `plane` (or `frame.at`): the same extent as this slide.
-        out : ndarray of uint8, shape (height, width, 3), optional
-            Where to put the pixels: a reader of many large blocks saves what new memory costs, a tenth of the time.
 
         Returns
         -------
@@ -198,7 +194,7 @@ class Slide:
         SlideReadError
             If the file is gone. A tile that cannot be decoded is a hole, never an error.
         ConfigError
-            If `plane` is not a plane of this slide, or `out` has another shape.
+            If `plane` is not a plane of this slide.
         """
         x, y, width, height = (operator.index(n) for n in (x, y, width, height))
         if width <= 0 or height <= 0:
@@ -208,8 +204,8 @@ class Slide:
             raise ConfigError(f"{self.path.name}: {plane} is not a plane of this slide ({self.frame}); use plane(mpp)")
         for index, level in enumerate(self.levels):
             if level.size_wh == plane.size_wh and abs(scale / level.downsample - 1) <= _SAME:
-                return self._padded(x, y, width, height, plane.size_wh, partial(self._fill, index), out)
-        return self._padded(x, y, width, height, plane.size_wh, partial(self._resampled, scale), out)
+                return self.read_level(index, x, y, width, height)
+        return self._padded(x, y, width, height, plane.size_wh, partial(self._resampled, scale))
 
     def read_level(self, level: int, x: int, y: int, width: int, height: int) -> Pixels:
         """Read a block of a pyramid level as stored: needs no µm/px; x, y, width and height in level px."""
@@ -294,15 +290,9 @@ class Slide:
         height: int,
         size_wh: tuple[int, int],
         inside: Callable[[NDArray[np.uint8], int, int, int, int], list[Box]],
-        out: NDArray[np.uint8] | None = None,
     ) -> Pixels:
         """Put the part inside the slide on white, in the slide's colour, holes clipped and painted."""
-        if out is None:
-            out = np.empty((height, width, 3), np.uint8)
-        elif out.shape != (height, width, 3) or out.dtype != np.uint8:
-            raise ConfigError(
-                f"{self.path.name}: out must be uint8 ({height}, {width}, 3), got {out.dtype} {out.shape}"
-            )
+        out = np.empty((height, width, 3), np.uint8)
         x0, y0, x1, y1 = Box(x, y, x + width, y + height).clip(Box(0, 0, *size_wh)).round_out()
         if (x1 - x0, y1 - y0) != (width, height):
             out[...] = WHITE

@@ -9,11 +9,11 @@ other tile that cannot be decoded is a hole and costs nothing else.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import count
 from pathlib import Path
 from xml.etree import ElementTree as ET
 
@@ -32,10 +32,10 @@ from slidescan.slides.source import MAX_UNTILED_PX, WHITE, Declined, Facts, chec
 __all__ = ["TiffSource", "guard_tiff"]
 
 _ROUNDING_PX = 1.5  # a level's side may differ by this from the exact ratio: floor, ceil and round are all in use
-# px: tiles that reach so near a block's edge are kept for the next block. Two halos (of `slidescan.prepare`, 80 px and
-# less with the bundled detector), by which neighbouring regions overlap, and a resampling filter's reach.
-_SHARED_PX = 192
-_keys = count()  # of the sources of this process: a tile is never taken for that of a file of the same name
+# px: tiles that reach so near a block's edge are kept for the next block. Neighbouring regions overlap by two halos, of
+# 112 px each with the bundled detector. Read from a finer level they overlap by more, and some tiles are decoded twice.
+_SHARED_PX = 256
+_keys = itertools.count()  # of the sources of this process: a tile is never taken for that of a file of the same name
 _PROBES = 4  # tiles decoded at opening, to decline a codec variant before a scan relies on it
 # OME PhysicalSize units in µm (OME-XML 2016-06); the default is µm.
 _UM = {"m": 1e6, "cm": 1e4, "mm": 1e3, "µm": 1.0, "um": 1.0, "nm": 1e-3, "in": 25400.0}
@@ -111,8 +111,6 @@ class TiffSource:
         grid = self._grids[level]
         holes: list[Box] = []
         (tile_w, tile_h), (width, height) = grid.codec.tile_wh, grid.size_wh
-        # Where tiles are decoded that are copied and dropped: an array each would cost a third of the decoding.
-        desk = np.empty((tile_h, tile_w, 3), np.uint8)
         columns = list(_spans(x, x + out.shape[1], tile_w, width))
         for row, y0, y1, top, bottom, once_y in _spans(y, y + out.shape[0], tile_h, height):
             for column, x0, x1, left, right, once_x in columns:
@@ -123,7 +121,7 @@ class TiffSource:
                     continue
                 try:
                     if once_x and once_y:
-                        tile = self._tile(grid, index, need_wh, desk)
+                        tile = self._tile(grid, index, need_wh)
                     else:
                         tile = pool.get((self._key, level, index), partial(self._tile, grid, index, need_wh))
                 except DECODER_ERRORS:
@@ -133,16 +131,14 @@ class TiffSource:
                 part[...] = tile[top - y0 : bottom - y0, left - x0 : right - x0]
         return holes
 
-    def _tile(
-        self, grid: _Grid, index: int, need_wh: tuple[int, int], desk: NDArray[np.uint8] | None = None
-    ) -> NDArray[np.uint8]:
-        length = int(grid.counts[index])
-        if not 0 < length <= grid.codec.max_bytes:
+    def _tile(self, grid: _Grid, index: int, need_wh: tuple[int, int]) -> NDArray[np.uint8]:
+        count = int(grid.counts[index])
+        if not 0 < count <= grid.codec.max_bytes:
             raise ValueError("impossible length")
-        data = self._file.read(int(grid.offsets[index]), length)
-        if len(data) < length:
+        data = self._file.read(int(grid.offsets[index]), count)
+        if len(data) < count:
             raise ValueError("cut off by the end of the file")
-        return grid.codec.decode(data, need_wh, desk)
+        return grid.codec.decode(data, need_wh)
 
     def _grid(self, directory: Directory, aperio: bool) -> _Grid:
         directory.check()

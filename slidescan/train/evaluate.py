@@ -68,9 +68,10 @@ def evaluate(
     report: dict[str, Any] = {"model": detector.name, "mpp": detector.mpp, "threshold": detector.threshold}
     for kind, found in images.items():
         row = summary(found, detector.threshold, rounds=rounds)
-        if kind.startswith("covered"):
-            row = {"covers": row["figures"], "found": row["recall"]}
-        elif not row["figures"]:
+        if kind.startswith("covered"):  # what is found there is no figure, and so neither typical nor not
+            report[kind] = {"covers": row["figures"], "found": row["recall"]}
+            continue
+        if not row["figures"]:
             row = {key: row[key] for key in ("mm2", "false_per_mm2")}
         for column, name in enumerate(detector.attributes):
             accuracy = balanced_accuracy(found, detector.threshold, column, detector.attribute_cuts[column])

@@ -18,7 +18,7 @@ Terms, each divided by the number of pairs, or by four an image where that is mo
 - ``noise``: all of these for the denoising queries, whose object is known.
 - ``dense``: focal (arXiv 1708.02002) over all cells of the encoder's maps: 1 at the centre of an object, 0 elsewhere,
   which counts little next to the centre (CenterNet, arXiv 1904.07850). Queries are the cells that score highest; this
-  teaches backbone and encoder from every cell, and leaves an object of any size about ten queries.
+  teaches backbone and encoder from every cell, and leaves an object of any size a handful of queries.
 
 What lies in an ignored box is neither right nor wrong.
 """

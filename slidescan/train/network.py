@@ -39,7 +39,7 @@ def build_network(
     width : float
         Factor on every channel count; below 1 for tests.
     queries : int
-        Cells of a tile that are looked at; an object has about ten.
+        Cells of a tile that are looked at; an object takes up to ten.
 
     Examples
     --------

@@ -208,7 +208,7 @@ def _draw_reliability(kinds: Mapping[str, Sequence[Image]], path: Path) -> None:
         area_pt2 = np.maximum(400 * count / count.max(), 9)
         axes.scatter(mean, share, area_pt2, color=colour, alpha=0.55, linewidths=0, clip_on=False, zorder=3)
     axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="score (mean of bin)", ylabel="share of detections that are right")
-    axes.legend(loc="upper left", framealpha=0.9)
+    axes.legend(loc="lower right", framealpha=0.9)
     axes.grid(color=_FAINT, alpha=0.4, linewidth=0.6)
     _save(figure, path)
 

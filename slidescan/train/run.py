@@ -17,7 +17,8 @@ import torch
 from slidescan.detect.card import Card, write_model
 from slidescan.detect.load import load_detector
 from slidescan.detect.model import Model
-from slidescan.detect.network import channels_last, load_network, lower_precision, set_anchors
+from slidescan.detect.surgery import channels_last, lower_precision, set_anchors
+from slidescan.detect.weights import load_network
 from slidescan.errors import ConfigError, ModelError
 from slidescan.ops import accelerate
 from slidescan.slides import Slide
@@ -138,6 +139,8 @@ def settle(network: torch.nn.Module, card: Card, directory: Path, source: Source
     """Write the model with its calibration and threshold, both from the validation patients; say what came of it."""
     write_model(network, card, directory)
     _, kinds = find_all(load_detector(directory), source.shown("validation"))
+    if not kinds:
+        raise ConfigError("validation: expected images to choose threshold and calibration by, got none")
     likest = next(iter(kinds))  # a slide; how sure one may be depends on how rare objects are
     before = metrics.calibration_error(kinds[likest])
     temperature, offset = metrics.fit_calibration(kinds[likest])
