@@ -3,6 +3,7 @@
 python pipelines/benchmark.py stitch      1,000,000 boxes on one core
 python pipelines/benchmark.py memory      peak memory on a 20,000² and a 60,000² slide
 python pipelines/benchmark.py read        px per second from file to batches of tiles, against the codec and OpenSlide
+python pipelines/benchmark.py overlap     a scan against the slower of its reading and its model
 python pipelines/benchmark.py ops         deformable attention against transformers' own, and others on a GPU
 python pipelines/benchmark.py models      whole detectors, accelerated or not
 python pipelines/benchmark.py detector    px per second of the bundled detector against RT-DETRv2-R18, CPU
@@ -28,6 +29,7 @@ import numpy as np
 from benchmark_detector import bench_detector
 from benchmark_models import bench_models
 from benchmark_ops import bench_ops
+from benchmark_overlap import bench_overlap
 from benchmark_read import bench_read
 from benchmark_tune import tune
 
@@ -116,6 +118,7 @@ BENCHES: dict[str, Callable[[bool], str]] = {
     "stitch": bench_stitch,
     "memory": bench_memory,
     "read": bench_read,
+    "overlap": bench_overlap,
     "ops": bench_ops,
     "models": bench_models,
     "detector": bench_detector,

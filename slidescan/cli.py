@@ -138,6 +138,7 @@ def scan(
     scheduler: Annotated[str | None, typer.Option(help="Address of a running Dask scheduler.")] = None,
     allow_coarse: CoarseOpt = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another scan's result.")] = False,
+    profile: Annotated[bool, typer.Option("--profile", help="Say where the time of the regions went.")] = False,
     backend: BackendOpt = "auto",
 ) -> None:
     """Scan one slide; run it again to continue after a stop."""
@@ -157,6 +158,8 @@ def scan(
         overwrite=overwrite,
     )
     _report(result)
+    if profile:
+        _profile(result)
 
 
 @app.command()
@@ -242,7 +245,7 @@ def demo(
     outcome = compare(result, phantom)
     typer.echo(f"planted {outcome.planted}   found {outcome.found}   extra {outcome.extra}")
     typer.echo(f"on tile and region seams: planted {outcome.planted_on_seams}   found {outcome.found_on_seams}")
-    typer.echo("seconds     " + "   ".join(f"{k} {v:.1f}" for k, v in result.provenance["seconds"].items()))
+    typer.echo("seconds     " + _seconds(result))
     _report(result)
 
 
@@ -384,6 +387,19 @@ def _report(result: ScanResult) -> None:
         typer.echo(f"saturated   {saturated} tiles hold more than the detector can report; their counts are too low")
     typer.echo(f"result      {result.path}")
     typer.echo(f"overview    {result.path / 'overview.png' if result.path else ''}")
+
+
+def _profile(result: ScanResult) -> None:
+    """Say where the time went."""
+    from slidescan.stages import Profile
+
+    told = {"threads": 0, "scoring": 0, **result.provenance.get("profile", {})}
+    typer.echo("\n".join(Profile(**told).lines()))
+    typer.echo("seconds     " + _seconds(result))
+
+
+def _seconds(result: ScanResult) -> str:
+    return "   ".join(f"{name} {value:.1f}" for name, value in result.provenance["seconds"].items())
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -43,17 +42,16 @@ def connect(address: str) -> Client:
 
 
 @contextmanager
-def cluster(client: Client | None, workers: int | None) -> Iterator[tuple[Client, int]]:
-    """Give a Dask client and its number of threads: the caller's, or a cluster inside this process."""
+def cluster(client: Client | None, threads: int) -> Iterator[tuple[Client, int, int]]:
+    """Give a Dask client, its threads and processes: the caller's, or one of `threads` inside this process."""
     from distributed import Client, LocalCluster
 
     if client is not None:
-        threads = sum(info["nthreads"] for info in client.scheduler_info(n_workers=-1)["workers"].values())
-        if not threads:
+        workers = client.scheduler_info(n_workers=-1)["workers"].values()
+        if not workers:
             raise ConfigError("--scheduler: the Dask scheduler has no workers; start some with `dask worker ADDRESS`")
-        yield client, threads
+        yield client, sum(worker["nthreads"] for worker in workers), len(workers)
         return
-    threads = workers or max(2, min(4, os.cpu_count() or 1))
     # One process: regions share the loaded model, and pixels never cross a socket. Memory is bounded by the regions in
     # flight, so Dask's own memory limits (which would restart our only worker) are off.
     with (
@@ -68,7 +66,7 @@ def cluster(client: Client | None, workers: int | None) -> Iterator[tuple[Client
         ) as cluster,
         Client(cluster) as local,
     ):
-        yield local, threads
+        yield local, threads, 1
 
 
 def in_flight(client: Client, tasks: list[RegionTask], limit: int) -> Iterator[tuple[RegionTask, dict[str, float]]]:

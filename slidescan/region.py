@@ -12,9 +12,8 @@ import ctypes
 import errno
 import os
 import threading
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from zipfile import BadZipFile
 
@@ -26,9 +25,10 @@ from slidescan.errors import ResultError
 from slidescan.geometry import Box, Frame
 from slidescan.plan import Region, Tile
 from slidescan.slides import Slide
+from slidescan.stages import stage, taken
 from slidescan.stitch import owned
 
-__all__ = ["RegionPart", "RegionTask", "commit", "disk_error", "give_back_memory"]
+__all__ = ["RegionPart", "RegionTask", "commit", "disk_error", "give_back_memory", "scored_at_once"]
 
 # Share of a detector's queries in use from which a tile counts as full: RF-DETR users report cells lost from 0.8 on.
 _SATURATED_SHARE = 0.8
@@ -38,9 +38,11 @@ _MOST_SPLITS = 2
 # than the float noise (1e-8) between numbers of threads, so that it does not show in the result.
 _BOX_STEPS_PER_PX = 64
 _SCORE_STEPS = 10_000
-# Scoring uses every core by itself: two regions scored at once in one process would only fight for them, while the
-# reading of the next region runs beside it.
-_SCORING = threading.Lock()
+# On a CPU scoring uses every core by itself: two regions scored at once in one process would only fight for them. A GPU
+# idles while a region's tiles are cut and its detections sorted out: the second region fills the gaps. The reading of
+# the next ones runs beside it.
+_ON_CPU, _ON_GPU = 1, 2
+_SCORING = {slots: threading.BoundedSemaphore(slots) for slots in (_ON_CPU, _ON_GPU)}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -57,8 +59,6 @@ class RegionPart:
     saturated: NDArray[np.float64]
     """Cores that stayed full after re-tiling, (U, 4)."""
     n_retiled: int
-    seconds: dict[str, float] = field(default_factory=dict)
-    """Wall time by stage: read, score."""
 
     def save(self, path: Path) -> None:
         """Commit to `path` atomically: a reader sees the whole part or none."""
@@ -76,8 +76,6 @@ class RegionPart:
                     failed=self.failed,
                     saturated=self.saturated,
                     n_retiled=np.array(self.n_retiled),
-                    stages=np.array(list(self.seconds), dtype="U16"),
-                    seconds=np.array(list(self.seconds.values()), float),
                 )
 
         commit(path, write)
@@ -95,7 +93,6 @@ class RegionPart:
                     data["failed"],
                     data["saturated"],
                     int(data["n_retiled"]),
-                    dict(zip(data["stages"].tolist(), data["seconds"].tolist(), strict=True)),
                 )
         except (OSError, ValueError, KeyError, EOFError, BadZipFile):
             return None
@@ -117,26 +114,25 @@ class RegionTask:
 
     def run(self) -> dict[str, float]:
         """Score the region, commit its part, and return seconds by stage."""
+        taken()  # what a region before this one left that failed
         part = self.score()
-        started = time.perf_counter()
-        part.save(self.part)
-        give_back_memory()
-        return {**part.seconds, "commit": time.perf_counter() - started}
+        with stage("write"):
+            part.save(self.part)
+            give_back_memory()
+        return taken()
 
     def score(self) -> RegionPart:
         """Read and score the region without committing anything."""
-        started = time.perf_counter()
         x0, y0, x1, y1 = self.region.read.round_out()
-        pixels = self.slide.read(x0, y0, x1 - x0, y1 - y0, self.plane)
-        read_done = time.perf_counter()
+        with stage("assemble"):
+            pixels = self.slide.read(x0, y0, x1 - x0, y1 - y0, self.plane)
 
         cores: list[Box] = []
         saturated: list[Box] = []
         kept: list[Detections] = []
         n_retiled = 0
         tiles, splits = list(self.region.tiles), 0
-        with _SCORING:
-            waited_until = time.perf_counter()
+        with stage("wait"), _SCORING[scored_at_once(self.detector)], stage("model"):
             # One generation after the other: whole tiles, then the quarters of the full ones, then theirs.
             while tiles:
                 smaller: list[Tile] = []
@@ -152,7 +148,6 @@ class RegionTask:
                     kept.append(self._own(tile, found))
                     cores.append(tile.core)
                 tiles, splits = smaller, splits + 1
-        scored = time.perf_counter()
         return RegionPart(
             Detections.concat(kept),
             np.repeat(np.arange(len(kept)), [len(k) for k in kept]),
@@ -160,14 +155,14 @@ class RegionTask:
             _rows([hole.clip(self.plane.bounds) for hole in pixels.holes]),
             _rows(saturated),
             n_retiled,
-            {"read": read_done - started, "score": scored - waited_until},
         )
 
     def _detect(self, tiles: list[Tile], rgb: NDArray[np.uint8], x0: int, y0: int) -> Iterator[tuple[Tile, Detections]]:
         """Score tiles of one size in batches; `rgb` starts at plane px (`x0`, `y0`)."""
         for start in range(0, len(tiles), self.batch_tiles):
             batch = tiles[start : start + self.batch_tiles]
-            windows = np.stack([_window(rgb, tile.read.translate(-x0, -y0)) for tile in batch])
+            with stage("batch"):
+                windows = np.stack([_window(rgb, tile.read.translate(-x0, -y0)) for tile in batch])
             yield from zip(batch, self.detector.detect(windows, self.min_score), strict=True)
 
     def _own(self, tile: Tile, found: Detections) -> Detections:
@@ -183,6 +178,11 @@ class RegionTask:
             for column in (kept.score, kept.attributes)
         )
         return Detections(np.round(xyxy * _BOX_STEPS_PER_PX) / _BOX_STEPS_PER_PX, score, kept.label, attributes)
+
+
+def scored_at_once(detector: Detector) -> int:
+    """Return how many regions one process scores at a time."""
+    return _ON_CPU if detector.runs_on.startswith("cpu") else _ON_GPU
 
 
 def give_back_memory() -> None:

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import astuple, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -203,8 +204,9 @@ class ScanResult:
             },
         }
 
-    def save(self, out: Path, overview: Image) -> ScanResult:
-        """Write the result directory, manifest last, and return the result bound to it."""
+    def save(self, out: Path, draw: Callable[[], Image]) -> ScanResult:
+        """Write the result directory, manifest last, and return the result bound to it; `draw` makes the overview."""
+        started = time.perf_counter()
         try:
             commit(
                 out / "detections.parquet", lambda partial: pq.write_table(self._table(), partial, compression="zstd")
@@ -224,14 +226,17 @@ class ScanResult:
                 },
             )
             self.to_geojson(out / "flagged.geojson", what="regions")
-            commit(out / "overview.png", lambda partial: overview.save(partial, format="PNG"))
+            commit(out / "overview.png", lambda partial: draw().save(partial, format="PNG"))
             files = {name: _digest(out / name) for name in _walk(out)}
+            write_s, seconds = round(time.perf_counter() - started, 3), self.provenance["seconds"]
+            seconds = {**seconds, "write": write_s, "total": round(seconds["total"] + write_s, 3)}
+            saved = replace(self, path=out, provenance={**self.provenance, "seconds": seconds})
             manifest = {
                 "schema": _SCHEMA,
                 "classes": list(self.classes),
                 "frame": {"size_wh": list(self.frame.size_wh), "mpp": self.frame.mpp},
                 "summary": self.summary(),
-                **self.provenance,
+                **saved.provenance,
                 "files": files,
             }
             text = json.dumps(manifest, indent=1, allow_nan=False)
@@ -240,7 +245,6 @@ class ScanResult:
             if isinstance(exc, ResultError):
                 raise
             raise disk_error(out, exc) from exc
-        saved = replace(self, path=out)
         # What was computed stays computed: a slide of half a million detections is clustered once.
         saved.__dict__.update({name: self.__dict__[name] for name in _COMPUTED if name in self.__dict__})
         return saved

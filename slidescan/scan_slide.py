@@ -31,9 +31,10 @@ from slidescan.geometry import Box, Frame
 from slidescan.overview import draw_overview
 from slidescan.prepare import Prepared, prepare
 from slidescan.provenance import describe_slide, peak_rss_mb, run_key, versions
-from slidescan.region import RegionPart, RegionTask, disk_error, give_back_memory
+from slidescan.region import RegionPart, RegionTask, disk_error, give_back_memory, scored_at_once
 from slidescan.result import MANIFEST, ScanResult, load_result, read_manifest
 from slidescan.slides import Slide, open_slide
+from slidescan.stages import Profile
 from slidescan.stitch import stitch
 
 if TYPE_CHECKING:
@@ -44,6 +45,9 @@ __all__ = ["Progress", "scan"]
 _PARTS = "parts"
 # Regions handed to the cluster per thread: one being done and one waiting, so that no thread idles between two.
 _QUEUED_PER_THREAD = 2
+# Threads of the local cluster. On a CPU one reads while another scores, on the same cores, and each holds a region in
+# memory. Beside a GPU all cores read; beyond 16 even a fast one waits for nothing.
+_MOST_ON_CPU, _MOST_READERS = 4, 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +91,8 @@ def scan(
     client : distributed.Client, optional
         A Dask cluster to run on; its workers must see the slide and `out`. Default: threads of this process.
     workers : int, optional
-        Threads of the local cluster: regions in flight. The result does not depend on it.
+        Threads of the local cluster: regions in flight; with two or more one is read while another is scored. The
+        result does not depend on it.
     allow_coarse : bool
         Scan a slide coarser than the detector was trained for.
     overwrite : bool
@@ -142,10 +147,12 @@ def scan(
             on_prepared(prepared)
         # The key in the name keeps the regions of another scan, stopped or still ending, out of this one.
         parts_dir = (directory / f"{_PARTS}-{key[:16]}").absolute()
-        parts = _score_regions(opened, prepared, config, parts_dir, client, workers, on_progress)
-        result = _assemble(opened, prepared, config, parts, key, threshold, started)
+        threads = workers or _threads(variant)
+        parts, profile = _score_regions(opened, prepared, config, parts_dir, client, threads, on_progress)
+        result = _assemble(opened, prepared, config, parts, profile, key, threshold, started)
         if out is not None:
-            result = result.save(directory, draw_overview(prepared.thumbnail, result, title or opened.name))
+            drawn = result
+            result = result.save(directory, lambda: draw_overview(prepared.thumbnail, drawn, title or opened.name))
             _sweep(directory)
     return result
 
@@ -155,6 +162,7 @@ def _assemble(
     prepared: Prepared,
     config: ScanConfig,
     parts: list[RegionPart],
+    profile: Profile,
     key: str,
     threshold: float,
     started: float,
@@ -170,12 +178,8 @@ def _assemble(
     anomaly = anomaly_map(detections, frame, coverage, map_frame, threshold=threshold, density_sigma_um=sigma_um)
     if anomaly.tissue_mm2 and not anomaly.analysed_fraction:
         raise SlideReadError(f"{slide.path.name}: none of its {prepared.plan.n_tiles} tissue tiles could be read")
-    seconds = dict(prepared.seconds)
-    for part in parts:
-        for stage, value in part.seconds.items():
-            seconds[stage] = seconds.get(stage, 0.0) + value
-    seconds["stitch"] = time.perf_counter() - stitching
-    seconds["total"] = time.perf_counter() - started
+    now = time.perf_counter()
+    seconds = {**prepared.seconds, "regions": profile.wall_s, "stitch": now - stitching, "total": now - started}
     provenance = {
         "run_key": key,
         "threshold": threshold,
@@ -200,6 +204,7 @@ def _assemble(
         "versions": versions(),
         "device": detector.runs_on,
         "seconds": {k: round(v, 3) for k, v in seconds.items()},
+        "profile": profile.told(),
         "peak_rss_mb": peak_rss_mb(),
     }
     return ScanResult(frame, tuple(detector.classes), detections, anomaly, provenance)
@@ -255,10 +260,10 @@ def _score_regions(
     config: ScanConfig,
     parts_dir: Path,
     client: Client | None,
-    workers: int | None,
+    threads: int,
     on_progress: Callable[[Progress], None] | None,
-) -> list[RegionPart]:
-    """Score every region that has no committed part yet, and return all parts in plan order."""
+) -> tuple[list[RegionPart], Profile]:
+    """Score every region that has no committed part yet; return all parts in plan order, and what took the time."""
     regions = prepared.plan.regions
     grid = prepared.plan.grid
     files = [parts_dir / f"{region.name}.npz" for region in regions]
@@ -283,22 +288,32 @@ def _score_regions(
         if file not in parts
     ]
     core_mp = grid.core_px**2 / 1e6
-    done_mp, n_done = 0.0, len(parts)
+    n_before = len(parts)
     total_mp = core_mp * sum(len(t.region.tiles) for t in tasks)
+    profile = Profile(threads, scored_at_once(prepared.detector))
     if tasks:
-        with cluster(client, workers) as (running, threads):
-            for task, _ in in_flight(running, tasks, _QUEUED_PER_THREAD * threads):
-                n_done += 1
-                done_mp += core_mp * len(task.region.tiles)
+        with cluster(client, threads) as (running, all_threads, processes):
+            profile.threads, profile.scoring = all_threads, processes * profile.scoring
+            started = time.perf_counter()
+            for task, seconds in in_flight(running, tasks, _QUEUED_PER_THREAD * all_threads):
+                profile.add(core_mp * len(task.region.tiles), seconds)
+                profile.wall_s = time.perf_counter() - started
                 if on_progress:
-                    on_progress(Progress(n_done, len(regions), done_mp, total_mp))
+                    on_progress(Progress(n_before + profile.regions, len(regions), profile.megapixels, total_mp))
     for file in files:
         if file not in parts:
             part = RegionPart.load(file)
             if part is None:
                 raise ResultError(f"{file}: a committed region cannot be read back; run the same command again")
             parts[file] = part
-    return [parts[file] for file in files]
+    return [parts[file] for file in files], profile
+
+
+def _threads(detector: Detector) -> int:
+    """Return how many regions are in flight on this machine."""
+    cores = os.cpu_count() or 1
+    at_once = scored_at_once(detector)
+    return max(2, min(_MOST_ON_CPU, cores)) if at_once == 1 else at_once + min(_MOST_READERS, cores)
 
 
 def _stitch_parts(

@@ -59,6 +59,11 @@ def test_info_scan_export_validate(phantom: Path, tmp_path: Path) -> None:
     assert (tmp_path / "case.csv").read_text().startswith('"id","x0"')
     again = slidescan("scan", phantom, "-o", tmp_path)
     assert (again.returncode, again.stdout) == (0, done.stdout)
+    profiled = slidescan("scan", phantom, "-o", tmp_path, "--profile")
+    assert profiled.stdout.startswith(done.stdout)
+    told = profiled.stdout.removeprefix(done.stdout)
+    assert all(f"\n  {stage} " in told for stage in ("read", "decode", "assemble", "load", "batch", "model", "write"))
+    assert "of the slower, the model" in told
 
 
 def test_validate_names_the_line_that_breaks(tmp_path: Path) -> None:

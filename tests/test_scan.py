@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -77,6 +79,31 @@ def test_the_number_of_workers_does_not_matter(tmp_path: Path) -> None:
         ss.scan(slide, ORACLE, out=tmp_path / str(n), config=config(), workers=n)
     one, three = (json.loads((tmp_path / n / "manifest.json").read_text())["files"] for n in ("1", "3"))
     assert one == three
+
+
+class OnGpu(OracleDetector):
+    """A detector whose first two calls wait for each other."""
+
+    @property
+    def runs_on(self) -> str:
+        return "cuda, bf16"
+
+    def detect(self, tiles: np.ndarray, min_score: float) -> list[ss.Detections]:
+        if next(CALLS) < 2:
+            MEETING.wait(timeout=60)
+        return super().detect(tiles, min_score)
+
+
+MEETING, CALLS = threading.Barrier(2), itertools.count()
+
+
+def test_a_gpu_is_given_two_regions_at_once() -> None:
+    """Or it would idle while one of them is cut into tiles; what is found is the same."""
+    slide, _ = discs()
+    on_gpu = OnGpu(mpp=MPP, input_px=256, object_um=20.0, max_per_tile=1000)
+    result = ss.scan(slide, on_gpu, config=config(), workers=3)
+    assert result.provenance["profile"]["scoring"] == 2
+    assert in_order(result).tolist() == in_order(ss.scan(slide, ORACLE, config=config())).tolist()
 
 
 def test_a_resampled_plane_keeps_the_places() -> None:

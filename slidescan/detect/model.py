@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from slidescan.detect.card import MODEL_FILES, Card, Colours, digest, read_card, read_json
 from slidescan.detections import Detections
 from slidescan.errors import ModelError, ResolutionError
+from slidescan.stages import stage
 
 if TYPE_CHECKING:
     from slidescan.detect.network import Forward, Network
@@ -209,7 +210,8 @@ class Model:
         key = self.sha256, device, precision
         with _loading:
             if key not in _networks:
-                forward, merge_iou = self._load(device, precision), self._card.merge_iou
+                with stage("load"):
+                    forward, merge_iou = self._load(device, precision), self._card.merge_iou
                 _networks[key] = Network(forward, name=self.name, device=device, merge_iou=merge_iou)
             return _networks[key]
 

@@ -31,6 +31,7 @@ from slidescan.detect.surgery import channels_last, fold_normalisation, leave_ou
 from slidescan.detections import Detections, distinct
 from slidescan.errors import ModelError
 from slidescan.ops import accelerate
+from slidescan.stages import stage
 
 __all__ = ["Detr", "Forward", "Network", "Precision", "resolve"]
 
@@ -92,8 +93,8 @@ class Network:
         found: list[Detections] = []
         for start in range(0, len(tiles), self._batch):
             chunk = tiles[start : start + self._batch]
-            # A copy: torch takes neither read-only nor mirrored arrays.
-            pixels = torch.from_numpy(np.array(chunk)).to(self._device)
+            with stage("transfer"):  # of a copy: torch takes neither read-only nor mirrored arrays
+                pixels = torch.from_numpy(np.array(chunk)).to(self._device)
             if len(chunk) < self._batch:
                 pixels = torch.cat((pixels, pixels.new_zeros((self._batch - len(chunk), *pixels.shape[1:]))))
             with torch.inference_mode():

@@ -22,6 +22,7 @@ from slidescan.geometry import Box
 from slidescan.slides.resolution import NOTHING, judge, number
 from slidescan.slides.source import MAX_BLOB_BYTES, WHITE, Facts, check_levels, composite, pyramid
 from slidescan.slides.tiff import guard_tiff
+from slidescan.stages import stage
 
 __all__ = ["OpenSlideSource"]
 
@@ -130,7 +131,8 @@ class OpenSlideSource:
     def _read(self, handle: openslide.OpenSlide, level: int, x: int, y: int, out: NDArray[np.uint8]) -> None:
         factor = self._factors[level]
         height, width = out.shape[:2]
-        image = handle.read_region((round(x * factor), round(y * factor)), level, (width, height))
+        with stage("decode"):
+            image = handle.read_region((round(x * factor), round(y * factor)), level, (width, height))
         if image.getextrema()[3][0] == 255:
             out[...] = np.asarray(image.convert("RGB"))
         else:

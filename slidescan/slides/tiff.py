@@ -28,6 +28,7 @@ from slidescan.slides.ifd import Directory, File, read_directories
 from slidescan.slides.pool import pool
 from slidescan.slides.resolution import NOTHING, Resolution, judge
 from slidescan.slides.source import MAX_UNTILED_PX, WHITE, Declined, Facts, check_levels, pyramid
+from slidescan.stages import stage
 
 __all__ = ["TiffSource", "guard_tiff"]
 
@@ -135,10 +136,12 @@ class TiffSource:
         count = int(grid.counts[index])
         if not 0 < count <= grid.codec.max_bytes:
             raise ValueError("impossible length")
-        data = self._file.read(int(grid.offsets[index]), count)
+        with stage("read"):
+            data = self._file.read(int(grid.offsets[index]), count)
         if len(data) < count:
             raise ValueError("cut off by the end of the file")
-        return grid.codec.decode(data, need_wh)
+        with stage("decode"):
+            return grid.codec.decode(data, need_wh)
 
     def _grid(self, directory: Directory, aperio: bool) -> _Grid:
         directory.check()

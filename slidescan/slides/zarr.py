@@ -18,6 +18,7 @@ from slidescan.errors import SlideFormatError, SlideReadError
 from slidescan.geometry import Box
 from slidescan.slides.ngff import Dataset, read_zarr_image
 from slidescan.slides.source import WHITE, Facts, check_levels, pyramid
+from slidescan.stages import stage
 
 __all__ = ["ZarrSource"]
 
@@ -93,7 +94,8 @@ class ZarrSource:
         x0, y0, x1, y1 = block.round_out()
         where = {"y": slice(y0, y1), "x": slice(x0, x1), "c": slice(None)}
         axes = self._image.axes
-        pixels = np.asarray(self._arrays[level][tuple(where.get(axis, 0) for axis in axes)])
+        with stage("decode"):
+            pixels = np.asarray(self._arrays[level][tuple(where.get(axis, 0) for axis in axes)])
         kept = [axis for axis in axes if axis in where]
         return pixels.transpose([kept.index(axis) for axis in "yxc"])
 
