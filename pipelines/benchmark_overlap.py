@@ -13,12 +13,14 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from benchmark_read import assemble
 from numpy.typing import NDArray
 
 import slidescan as ss
+from slidescan.detections import Detector
 
 __all__ = ["bench_overlap"]
 
@@ -45,9 +47,9 @@ class Waiting:
     max_per_tile: int = 100
     threshold: float = 0.5
     runs_on: str = "stand-in"
-    color: str = "raw"
+    color: Literal["raw", "srgb"] = "raw"
 
-    def at(self, slide_mpp: float, *, allow_coarse: bool = False) -> Waiting:
+    def at(self, slide_mpp: float, *, allow_coarse: bool = False) -> Detector:
         """Return itself."""
         return self
 

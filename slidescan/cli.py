@@ -35,7 +35,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-SlideArg = Annotated[Path, typer.Argument(help="Whole-slide image: SVS, OME-TIFF, NDPI, DICOM, OME-Zarr, …")]
+SlideArg = Annotated[str, typer.Argument(help="Whole-slide image: SVS, OME-TIFF, NDPI, DICOM, OME-Zarr, …; or a URL.")]
 MppOpt = Annotated[float | None, typer.Option(help="µm/px of level 0, overriding the file's own.")]
 ModelOpt = Annotated[
     str, typer.Option("--model", "-m", help="Detector: `mitosis`, a directory, a Hugging Face id, or ultralytics:DIR.")
@@ -269,7 +269,7 @@ def _settings(config: Path | None, assignments: list[str] | None) -> ScanConfig:
     return ScanConfig.load(config or {}, overrides)
 
 
-def _open(path: Path, mpp: float | None, backend: str) -> Slide:
+def _open(path: str | Path, mpp: float | None, backend: str) -> Slide:
     """Open the slide as the options say."""
     from slidescan.slides import open_slide
 

@@ -8,9 +8,12 @@ with sizes, and by its metadata files.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from pathlib import Path
 
 from slidescan.errors import SlideReadError
+from slidescan.slides.ifd import File, open_file
+from slidescan.slides.remote import RemoteFile, Where
 
 __all__ = ["fingerprint"]
 
@@ -21,8 +24,11 @@ _PIECES = 17  # 0.5 MB in all: a few ms on a local disk, 19 reads on a mount
 _META = ("zarr.json", ".zattrs", ".zgroup", ".zarray")
 
 
-def fingerprint(path: Path, size_wh: tuple[int, int]) -> str:
+def fingerprint(path: Where, size_wh: tuple[int, int], pieces: Iterable[bytes] | None = None) -> str:
     """Return the sha256 (hex) that identifies the slide at `path`, of `size_wh` level-0 px.
+
+    A file has one digest wherever it is. A directory behind a URL cannot be listed: its reader gives `pieces`, and its
+    digest is not that of the same one on a disk.
 
     Raises
     ------
@@ -31,32 +37,33 @@ def fingerprint(path: Path, size_wh: tuple[int, int]) -> str:
     """
     digest = hashlib.sha256(f"slidescan-slide-1 {size_wh[0]}x{size_wh[1]}".encode())
     try:
-        if path.is_dir():
+        if pieces is not None:
+            for piece in pieces:
+                digest.update(hashlib.sha256(piece).digest())
+        elif isinstance(path, Path) and path.is_dir():
             _directory(digest, path)
         else:
-            _file(digest, path)
+            _file(digest, open_file(path))
             # MIRAX keeps its pixels in a directory beside the file that is opened.
-            if path.suffix.lower() == ".mrxs" and path.with_suffix("").is_dir():
+            if isinstance(path, Path) and path.suffix.lower() == ".mrxs" and path.with_suffix("").is_dir():
                 _directory(digest, path.with_suffix(""))
+    except SlideReadError:
+        raise
     except OSError as exc:
         raise SlideReadError(f"{path.name}: cannot be read for its fingerprint ({exc.strerror})") from exc
     return digest.hexdigest()
 
 
-def _file(digest: hashlib._Hash, path: Path) -> None:
-    size = path.stat().st_size
-    digest.update(f"file {size}\n".encode())
-    with path.open("rb") as file:
-        if size <= _WHOLE_BYTES:
-            digest.update(file.read())
-            return
-        digest.update(file.read(_END_BYTES))
-        inner = size - 2 * _END_BYTES - _PIECE_BYTES
-        for i in range(_PIECES):
-            file.seek(_END_BYTES + inner * i // (_PIECES - 1))
-            digest.update(file.read(_PIECE_BYTES))
-        file.seek(size - _END_BYTES)
-        digest.update(file.read(_END_BYTES))
+def _file(digest: hashlib._Hash, file: File | RemoteFile) -> None:
+    digest.update(f"file {file.size}\n".encode())
+    spans = [(0, file.size)]
+    if file.size > _WHOLE_BYTES:
+        inner = file.size - 2 * _END_BYTES - _PIECE_BYTES
+        pieces = [(_END_BYTES + inner * i // (_PIECES - 1), _PIECE_BYTES) for i in range(_PIECES)]
+        spans = [(0, _END_BYTES), *pieces, (file.size - _END_BYTES, _END_BYTES)]
+    file.want(spans)
+    for offset, count in spans:
+        digest.update(file.read(offset, count))
 
 
 def _directory(digest: hashlib._Hash, path: Path) -> None:

@@ -10,9 +10,10 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,10 +22,11 @@ import openslide
 import tifffile
 from numpy.typing import NDArray
 
-from slidescan.errors import SlideFormatError, SlideReadError
+from slidescan.errors import SlideError, SlideFormatError, SlideReadError
+from slidescan.slides.remote import RemoteFile, Where
 from slidescan.slides.source import MAX_BLOB_BYTES, MAX_LEVEL0_PX, MAX_SIDE_PX, MAX_TILE_PX, Declined
 
-__all__ = ["Directory", "File", "is_tiff", "read_directories"]
+__all__ = ["Directory", "File", "is_tiff", "open_file", "read_directories"]
 
 MAX_DIRECTORIES = 4096  # directories, SubIFDs included; real slides have at most a few dozen
 # The tags that are read; no other one is, so nothing of them can reach an output.
@@ -35,6 +37,11 @@ _TABLES = (273, 279, 324, 325)  # one entry a tile: bounded by the file, not by 
 
 _reading = threading.local()
 logging.getLogger("tifffile").addFilter(lambda record: not getattr(_reading, "quiet", False))
+
+
+def open_file(path: Where) -> File | RemoteFile:
+    """Open a file for reading in parts."""
+    return File(path) if isinstance(path, Path) else RemoteFile(path)
 
 
 def is_tiff(head: bytes) -> bool:
@@ -53,6 +60,12 @@ class File:
         except OSError as exc:
             raise SlideReadError(f"{self.name}: cannot be opened ({exc.strerror})") from exc
         self.size = os.fstat(self._fd).st_size
+
+    @cached_property
+    def vendor(self) -> str | None:
+        """Whose file OpenSlide takes it for."""
+        vendor: str | None = openslide.OpenSlide.detect_format(str(self.path))
+        return vendor
 
     def __del__(self) -> None:
         if self._fd >= 0:
@@ -73,12 +86,19 @@ class File:
             offset, count = offset + len(part), count - len(part)
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
+    def want(self, spans: Iterable[tuple[int, int]]) -> None:
+        """Do nothing: a disk is near."""
+
+    def opened(self) -> Path:
+        """Return what tifffile reads the directories from."""
+        return self.path
+
 
 @dataclass(frozen=True, slots=True)
 class Directory:
     """One image of a TIFF file: its tags, and the SubIFDs below it."""
 
-    file: File
+    file: File | RemoteFile
     tags: dict[int, Any]  # as tifffile gives them: a number, a tuple of numbers, bytes or str
     subs: list[Directory] = field(default_factory=list)
 
@@ -173,7 +193,7 @@ class Directory:
         raise SlideFormatError(f"{self.file.name}: {reason}; export the slide as 8-bit RGB")
 
 
-def read_directories(file: File) -> list[Directory]:
+def read_directories(file: File | RemoteFile) -> list[Directory]:
     """Return the main directories of a TIFF file, each with its SubIFDs.
 
     Raises
@@ -181,17 +201,19 @@ def read_directories(file: File) -> list[Directory]:
     SlideFormatError
         If the structure is damaged, loops, or exceeds the limits above.
     Declined
-        If it is no TIFF, or a Hamamatsu file, whose offsets only OpenSlide knows.
+        If it is no TIFF, or a Hamamatsu file, whose offsets only OpenSlide knows, or, behind a URL, another vendor's.
     """
     head = file.read(0, 16)
     if not is_tiff(head) or len(head) < 16:
         raise Declined(f"{file.name}: not a TIFF file")
-    if openslide.OpenSlide.detect_format(str(file.path)) == "hamamatsu":
+    if file.vendor == "hamamatsu":
         raise Declined(f"{file.name}: Hamamatsu NDPI needs OpenSlide")
     try:
-        with _quiet(), tifffile.TiffFile(file.path, is_ndpi=False) as tiff:
+        with _quiet(), tifffile.TiffFile(file.opened(), is_ndpi=False) as tiff:
+            if isinstance(file, RemoteFile) and (vendor := _vendor(tiff.pages.first)):
+                raise Declined(f"{file.name}: a {vendor} file needs OpenSlide")
             found = list(_main(file, tiff))
-    except SlideFormatError:
+    except SlideError:
         raise
     except Exception as exc:  # tifffile raises whatever damage leads to
         raise SlideFormatError(f"{file.name}: a TIFF directory is missing or cut off; copy the file again") from exc
@@ -200,7 +222,19 @@ def read_directories(file: File) -> list[Directory]:
     return found
 
 
-def _main(file: File, tiff: tifffile.TiffFile) -> Iterator[Directory]:
+def _vendor(page: tifffile.TiffPage) -> str | None:
+    """Name who wrote a file in a layout of their own, as OpenSlide's own detection does."""
+    said = {
+        "hamamatsu": 65420 in page.tags,
+        "leica": page.is_scn,
+        "ventana": page.is_bif,
+        "philips": page.is_philips,
+        "trestle": str(page.software).startswith("MedScan"),
+    }
+    return next((vendor for vendor, is_theirs in said.items() if is_theirs), None)
+
+
+def _main(file: File | RemoteFile, tiff: tifffile.TiffFile) -> Iterator[Directory]:
     """Yield the directories of the main chain, each offset at most once."""
     seen: set[int] = set()
 
@@ -226,7 +260,7 @@ def _main(file: File, tiff: tifffile.TiffFile) -> Iterator[Directory]:
         raise SlideFormatError(f"{file.name}: its chain of TIFF directories is missing or cut off; copy the file again")
 
 
-def _tags(file: File, page: tifffile.TiffPage) -> dict[int, Any]:
+def _tags(file: File | RemoteFile, page: tifffile.TiffPage) -> dict[int, Any]:
     found = {}
     for code in _SHAPE_TAGS + _COLOUR_TAGS + _SCALE_TAGS:
         tag = page.tags.get(code)

@@ -17,12 +17,13 @@ from typing import Any, NoReturn
 import numpy as np
 
 from slidescan.errors import SlideFormatError, SlideReadError
+from slidescan.slides.remote import Remote, Where, read_small
 from slidescan.slides.resolution import NOTHING, Resolution, judge
 from slidescan.slides.source import MAX_BLOB_BYTES, MAX_TILE_PX
 
-__all__ = ["Dataset", "ZarrImage", "is_zarr", "read_zarr_image"]
+__all__ = ["META", "Dataset", "ZarrImage", "is_zarr", "read_zarr_image"]
 
-_META = ("zarr.json", ".zattrs", ".zgroup", ".zarray")
+META = ("zarr.json", ".zattrs", ".zgroup", ".zarray")
 # Codecs that only ever yield bytes or pixels (`pickle` does not).
 _CODECS = frozenset(
     ("blosc", "bytes", "bz2", "crc32c", "delta", "gzip", "lz4", "lzma", "sharding_indexed", "transpose", "zlib", "zstd")
@@ -35,7 +36,7 @@ _MALFORMED = (KeyError, TypeError, ValueError, IndexError, AttributeError, StopI
 class Dataset:
     """One level: an array below `path`, stored in `files` sized pieces of `chunks` sized decoding units."""
 
-    path: Path
+    path: Where
     shape: tuple[int, ...]
     chunks: tuple[int, ...]
     files: tuple[int, ...]
@@ -43,9 +44,9 @@ class Dataset:
     key_separator: str
     fill: int
 
-    def file(self, index: tuple[int, ...]) -> Path:
-        """Return the file of one piece."""
-        return self.path / (self.key_prefix + self.key_separator.join(map(str, index)))
+    def key(self, index: tuple[int, ...]) -> str:
+        """Return the name of one piece's file, below `path`."""
+        return self.key_prefix + self.key_separator.join(map(str, index))
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,12 +63,12 @@ class ZarrImage:
         return sizes[self.axes.index("x")], sizes[self.axes.index("y")]
 
 
-def is_zarr(path: Path) -> bool:
+def is_zarr(path: Where) -> bool:
     """Return whether a directory is a Zarr group or array."""
-    return any((path / name).is_file() for name in _META)
+    return any(read_small(path / name, 0) is not None for name in META)
 
 
-def read_zarr_image(path: Path) -> ZarrImage:
+def read_zarr_image(path: Where) -> ZarrImage:
     """Read and judge the metadata of a Zarr directory.
 
     Raises
@@ -79,7 +80,7 @@ def read_zarr_image(path: Path) -> ZarrImage:
 
 
 class _Reader:
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Where) -> None:
         self._root, self._name = path, path.name
 
     def image(self) -> ZarrImage:
@@ -94,7 +95,7 @@ class _Reader:
         datasets.sort(key=lambda d: -d.shape[axes.index("x")])
         return ZarrImage(tuple(datasets), axes, resolution, told is not None)
 
-    def _multiscale(self, group: Path) -> dict[str, Any] | None:
+    def _multiscale(self, group: Where) -> dict[str, Any] | None:
         told = self._json(group / ".zattrs") or _mapping(self._json(group / "zarr.json").get("attributes"))
         found = _mapping(told.get("ome")).get("multiscales", told.get("multiscales"))
         return found[0] if isinstance(found, list) and found and isinstance(found[0], dict) else None
@@ -124,6 +125,8 @@ class _Reader:
         axes = ("y", "x", "c")
         if "shape" in self._json(self._root / ".zarray") or "shape" in self._json(self._root / "zarr.json"):
             return ["."], axes, NOTHING
+        if isinstance(self._root, Remote):
+            self._fail("a Zarr group without OME-NGFF metadata, and a URL cannot be listed; name one of its arrays")
         below = sorted(p.name for p in self._root.iterdir() if p.is_dir() and is_zarr(p))
         if not below:
             self._fail("a Zarr group without images; give the directory of one image")
@@ -156,13 +159,16 @@ class _Reader:
             self._fail(f"one chunk unpacks to {dataset.chunks}, more than the safe {3 * MAX_TILE_PX} values")
         return dataset
 
-    def _json(self, where: Path) -> dict[str, Any]:
+    def _json(self, where: Where) -> dict[str, Any]:
         try:
-            if not where.is_file():
+            content = read_small(where, MAX_BLOB_BYTES)
+            if content is None:
                 return {}
-            if where.stat().st_size > MAX_BLOB_BYTES:
+            if len(content) > MAX_BLOB_BYTES:
                 self._fail(f"{where.name} has more than {MAX_BLOB_BYTES} bytes; unsafe to open")
-            return _mapping(json.loads(where.read_bytes()))
+            return _mapping(json.loads(content))
+        except SlideReadError:
+            raise
         except OSError as exc:
             raise SlideReadError(f"{self._name}: {where.name} cannot be read ({exc.strerror})") from exc
         except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as exc:
@@ -172,14 +178,14 @@ class _Reader:
         raise SlideFormatError(f"{self._name}: {reason}")
 
 
-def _version_2(where: Path, told: dict[str, Any]) -> tuple[str, list[Any], Dataset]:
+def _version_2(where: Where, told: dict[str, Any]) -> tuple[str, list[Any], Dataset]:
     shape, chunks = _ints(told["shape"]), _ints(told["chunks"])
     separator, fill = str(told.get("dimension_separator") or "."), int(told.get("fill_value") or 0)
     codecs = [told.get("compressor"), *(told.get("filters") or [])]
     return np.dtype(told["dtype"]).name, codecs, Dataset(where, shape, chunks, chunks, "", separator, fill)
 
 
-def _version_3(where: Path, told: dict[str, Any]) -> tuple[str, list[Any], Dataset]:
+def _version_3(where: Where, told: dict[str, Any]) -> tuple[str, list[Any], Dataset]:
     files = chunks = _ints(told["chunk_grid"]["configuration"]["chunk_shape"])
     codecs = list(told["codecs"])
     for codec in codecs:

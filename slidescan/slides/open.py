@@ -7,6 +7,7 @@ never closes a slide under a reader: an evicted slide lives until its last user 
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -22,6 +23,7 @@ from slidescan.errors import ConfigError, SlideFormatError, SlideNotFoundError, 
 from slidescan.geometry import Box
 from slidescan.slides.ifd import is_tiff
 from slidescan.slides.memory import MemorySource, image_source, is_image
+from slidescan.slides.remote import Remote, Where, locate
 from slidescan.slides.resolution import NOTHING, override
 from slidescan.slides.slide import Color, Slide
 from slidescan.slides.source import Declined, Source
@@ -45,7 +47,8 @@ def open_slide(
     Parameters
     ----------
     path : path
-        A slide file (SVS, TIFF, OME-TIFF, NDPI, MRXS, DICOM, …), an OME-Zarr directory, or a small PNG or JPEG.
+        A slide file (SVS, TIFF, OME-TIFF, NDPI, MRXS, DICOM, …), an OME-Zarr directory, or a small PNG or JPEG; or the
+        URL of a TIFF file or an OME-Zarr directory (https, s3 and what else fsspec knows), read in parts.
     mpp : float, optional
         µm per level-0 px; wins over what the file says.
     backend : {"auto", "tiff", "openslide", "zarr"}
@@ -66,7 +69,7 @@ def open_slide(
     """
     if backend not in get_args(Backend):
         raise ConfigError(f"backend: expected one of {', '.join(get_args(Backend))}, got {backend!r}")
-    where = Path(path).expanduser().absolute()  # workers are started elsewhere
+    where = locate(path)
     return Slide(where, _FileOpener(where, backend), mpp=mpp, color=color).opened()
 
 
@@ -102,19 +105,19 @@ def pooled(
 
     Meant for workers that get a path with every task. Do not close it; the pool keeps the 8 used last.
     """
-    where = Path(path).expanduser().absolute()  # workers are started elsewhere
+    where = locate(path)
     return revive(where, _FileOpener(where, backend), mpp, color).opened()
 
 
-def revive(path: Path, opener: Callable[[], Source], mpp: float | None, color: Color) -> Slide:
+def revive(path: Where, opener: Callable[[], Source], mpp: float | None, color: Color) -> Slide:
     """Rebuild a pickled slide: from the pool, unopened where it is not there yet."""
     if not isinstance(opener, _FileOpener):
         return Slide(path, opener, mpp=mpp, color=color)
-    try:
-        stat = path.stat()
-        stamp = (stat.st_size, stat.st_mtime_ns, stat.st_ino)
-    except OSError:
-        stamp = None  # gone: opening will say so
+    stamp = None
+    with contextlib.suppress(OSError):  # gone: opening will say so
+        if isinstance(path, Path):
+            stat = path.stat()
+            stamp = (stat.st_size, stat.st_mtime_ns, stat.st_ino)
     key = (opener, mpp, color, stamp)
     with _pool_lock:
         slide = _pool.pop(key, None) or Slide(path, opener, mpp=mpp, color=color)
@@ -138,14 +141,17 @@ class _Held:
 class _FileOpener:
     """Opens a path with a backend; what travels in place of handles."""
 
-    path: Path
+    path: Where
     backend: Backend
 
     def __call__(self) -> Source:
-        path, name = self.path, self.path.name
+        return self._remote(self.path) if isinstance(self.path, Remote) else self._local(self.path)
+
+    def _local(self, path: Path) -> Source:
+        name = path.name
         try:
             if path.is_dir():
-                return self._directory()
+                return self._directory(path)
             with path.open("rb") as file:
                 head = file.read(16)
         except FileNotFoundError as exc:
@@ -157,40 +163,54 @@ class _FileOpener:
         if self.backend == "zarr":
             raise SlideFormatError(f'{name}: expected an OME-Zarr directory, this is a file; use backend="auto"')
         if self.backend == "tiff":
-            return self._tiff()
+            return self._tiff(path)
         if self.backend == "openslide":
-            return self._openslide()
+            return self._openslide(path)
         if is_image(head):
             return image_source(path)
         if not is_tiff(head):
-            return self._openslide()
+            return self._openslide(path)
         try:
-            return self._tiff()
+            return self._tiff(path)
         except Declined as declined:
             try:
-                return self._openslide()
+                return self._openslide(path)
             except SlideFormatError as refused:
                 # Each says "name: reason": the name once is enough.
                 reasons = [str(error).removeprefix(f"{name}: ") for error in (declined, refused)]
                 raise SlideFormatError(f"{name}: no reader can open it: {'; '.join(reasons)}") from refused
 
-    def _directory(self) -> Source:
+    def _remote(self, path: Remote) -> Source:
+        from slidescan.slides.zarr import ZarrSource
+
+        if self.backend == "openslide":
+            raise ConfigError(f'{path!r}: OpenSlide reads no URL; copy the slide to this machine or use backend="auto"')
+        if self.backend == "zarr" or path.suffix.lower() == ".zarr":
+            return ZarrSource(path)
+        try:
+            return self._tiff(path)
+        except Declined as declined:
+            raise SlideFormatError(
+                f"{declined}; only TIFF files and OME-Zarr (.zarr) are read from a URL; copy the slide to this machine"
+            ) from declined
+
+    def _directory(self, path: Path) -> Source:
         from slidescan.slides.ngff import is_zarr
         from slidescan.slides.zarr import ZarrSource
 
-        name = self.path.name
-        if is_zarr(self.path) and self.backend in ("auto", "zarr"):
-            return ZarrSource(self.path)
-        if any(self.path.glob("*.dcm")):
+        name = path.name
+        if is_zarr(path) and self.backend in ("auto", "zarr"):
+            return ZarrSource(path)
+        if any(path.glob("*.dcm")):
             raise SlideFormatError(f"{name}: a directory of DICOM files; name one .dcm file of the slide in it")
         raise SlideFormatError(f"{name}: expected a slide, this is a directory; name a slide file in it")
 
-    def _tiff(self) -> Source:
+    def _tiff(self, path: Where) -> Source:
         from slidescan.slides.tiff import TiffSource
 
-        return TiffSource(self.path)
+        return TiffSource(path)
 
-    def _openslide(self) -> Source:
+    def _openslide(self, path: Path) -> Source:
         from slidescan.slides.openslide import OpenSlideSource
 
-        return OpenSlideSource(self.path)
+        return OpenSlideSource(path)

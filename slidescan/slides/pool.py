@@ -62,6 +62,19 @@ class TilePool:
         entry.done.wait()
         return decode() if entry.tile is None else entry.tile
 
+    def peek(self, key: Hashable) -> Rgb | None:
+        """Return the tile of `key` if it is here."""
+        with self._lock:
+            entry = self._tiles.get(key)
+            if entry is None:
+                return None
+            self._tiles.move_to_end(key)
+            return entry.tile
+
+    def keep(self, key: Hashable, tile: Rgb) -> None:
+        """Take a tile that was got elsewhere."""
+        self.get(key, lambda: tile)
+
     def _fill(self, key: Hashable, entry: _Entry, decode: Callable[[], Rgb]) -> Rgb:
         try:
             tile = entry.tile = decode()

@@ -26,9 +26,11 @@ from slidescan.geometry import Box, Frame
 from slidescan.slides.colour import ToSrgb
 from slidescan.slides.fingerprint import fingerprint
 from slidescan.slides.memory import MemorySource
+from slidescan.slides.remote import Remote, Where
 from slidescan.slides.resample import Block, resample
 from slidescan.slides.resolution import Resolution, override
 from slidescan.slides.source import WHITE, Facts, Level, Pixels, Source
+from slidescan.slides.zarr import ZarrSource
 
 __all__ = ["Color", "Slide"]
 
@@ -61,7 +63,7 @@ class Slide:
     """
 
     def __init__(
-        self, path: Path, opener: Callable[[], Source], *, mpp: float | None = None, color: Color = "raw"
+        self, path: Where, opener: Callable[[], Source], *, mpp: float | None = None, color: Color = "raw"
     ) -> None:
         if color not in ("raw", "srgb"):
             raise ConfigError(f'color: expected "raw" or "srgb", got {color!r}')
@@ -149,9 +151,10 @@ class Slide:
                 digest.update(repr(pixels.shape).encode())
                 digest.update(np.ascontiguousarray(pixels).data)
             return digest.hexdigest()
-        if not self.path.exists():
+        if isinstance(self.path, Path) and not self.path.exists():
             raise SlideReadError(f"{self.path.name}: the file is gone")
-        return fingerprint(self.path, self.size_wh)
+        pieces = source.pieces() if isinstance(source, ZarrSource) and isinstance(self.path, Remote) else None
+        return fingerprint(self.path, self.size_wh, pieces)
 
     def plane(self, mpp: float, tolerance: float = _TOLERANCE) -> Frame:
         """Return the plane a model trained at `mpp` reads.

@@ -14,18 +14,19 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from xml.etree import ElementTree as ET
 
 import numpy as np
-import openslide
 from numpy.typing import NDArray
 
 from slidescan.errors import SlideFormatError
 from slidescan.geometry import Box
 from slidescan.slides.codecs import DECODER_ERRORS, Codec
-from slidescan.slides.ifd import Directory, File, read_directories
+from slidescan.slides.ifd import Directory, File, open_file, read_directories
 from slidescan.slides.pool import pool
+from slidescan.slides.remote import Where
 from slidescan.slides.resolution import NOTHING, Resolution, judge
 from slidescan.slides.source import MAX_UNTILED_PX, WHITE, Declined, Facts, check_levels, pyramid
 from slidescan.stages import stage
@@ -81,8 +82,8 @@ class TiffSource:
         If another reader may know it.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._file, self._key = File(path), next(_keys)
+    def __init__(self, path: Where) -> None:
+        self._file, self._key = open_file(path), next(_keys)
         directories = read_directories(self._file)
         directories[0].check()
         text = directories[0].blob(270)
@@ -94,7 +95,8 @@ class TiffSource:
             first, resolution = _ome(directories, text)
             below, vendor = first.subs, "ome"
         else:
-            self._leave_to_openslide(path)
+            if self._file.vendor not in (None, "generic-tiff", "aperio"):
+                raise Declined(f"{path.name}: a {self._file.vendor} file needs OpenSlide")
             first, vendor = directories[0], "generic-tiff"
             below = [d for d in directories[1:] if d.is_tiled and d.first(254, 0) & 1] + first.subs
             told = first.resolution
@@ -113,7 +115,11 @@ class TiffSource:
         holes: list[Box] = []
         (tile_w, tile_h), (width, height) = grid.codec.tile_wh, grid.size_wh
         columns = list(_spans(x, x + out.shape[1], tile_w, width))
-        for row, y0, y1, top, bottom, once_y in _spans(y, y + out.shape[0], tile_h, height):
+        rows = list(_spans(y, y + out.shape[0], tile_h, height))
+        with stage("read"):
+            places = (row * grid.columns + column for (row, *_), (column, *_) in product(rows, columns))
+            self._file.want((int(grid.offsets[i]), int(grid.counts[i])) for i in places)
+        for row, y0, y1, top, bottom, once_y in rows:
             for column, x0, x1, left, right, once_x in columns:
                 part = out[top - y : bottom - y, left - x : right - x]
                 index, need_wh = row * grid.columns + column, (x1 - x0, y1 - y0)
@@ -166,11 +172,6 @@ class TiffSource:
             else:
                 return
         raise Declined(f"{self._file.name}: none of {len(chosen)} sampled tiles decodes ({reason})")
-
-    def _leave_to_openslide(self, path: Path) -> None:
-        vendor = openslide.OpenSlide.detect_format(str(path))
-        if vendor not in (None, "generic-tiff", "aperio"):
-            raise Declined(f"{path.name}: a {vendor} file needs OpenSlide")
 
 
 def _spans(start: int, stop: int, tile_px: int, size_px: int) -> Iterator[tuple[int, int, int, int, int, bool]]:

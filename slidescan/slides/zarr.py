@@ -7,8 +7,8 @@ black glass is either a lost file or a place that was never scanned.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,13 +16,15 @@ from numpy.typing import NDArray
 
 from slidescan.errors import SlideFormatError, SlideReadError
 from slidescan.geometry import Box
-from slidescan.slides.ngff import Dataset, read_zarr_image
-from slidescan.slides.source import WHITE, Facts, check_levels, pyramid
+from slidescan.slides.ngff import META, Dataset, is_zarr, read_zarr_image
+from slidescan.slides.remote import Remote, Where, read_small
+from slidescan.slides.source import MAX_BLOB_BYTES, WHITE, Facts, check_levels, pyramid
 from slidescan.stages import stage
 
 __all__ = ["ZarrSource"]
 
 # What zarr-python and its codecs raise for damaged data.
+_PIECES, _PIECE_BYTES = 17, 32 << 10  # files of level 0 that tell a slide, and bytes of each (`fingerprint`)
 _CHUNK_ERRORS = (RuntimeError, ValueError, TypeError, KeyError, IndexError, EOFError)
 
 
@@ -35,13 +37,14 @@ class ZarrSource:
         If it is not a uint8 RGB image, its sizes are unsafe, or it uses an unknown codec.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Where) -> None:
         self._name = path.name
         self._image = read_zarr_image(path)
         wh, datasets = self._image.wh, self._image.datasets
         levels = pyramid([wh(d.shape) for d in datasets], [wh(d.chunks) for d in datasets])
         self.facts = Facts("zarr", "ngff" if self._image.is_ngff else None, levels, self._image.resolution)
         check_levels(self._name, levels)
+        self._missing: list[set[str]] = []
         self._arrays = [self._open(d) for d in datasets]
 
     def read_level(self, level: int, x: int, y: int, out: NDArray[np.uint8]) -> list[Box]:
@@ -52,6 +55,8 @@ class ZarrSource:
             holes = []
         except _CHUNK_ERRORS:
             holes = self._salvage(level, block, out)
+        except SlideReadError:
+            raise
         except OSError as exc:
             raise SlideReadError(f"{self._name}: cannot be read ({exc.strerror or type(exc).__name__})") from exc
         if self._image.datasets[level].fill != WHITE:
@@ -60,6 +65,17 @@ class ZarrSource:
             x0, y0, x1, y1 = hole.round_out()
             out[y0 - y : y1 - y, x0 - x : x1 - x] = WHITE
         return holes
+
+    def pieces(self) -> Iterator[bytes]:
+        """Yield what tells this slide from others: its metadata, and files of level 0 from all over it."""
+        for dataset in self._image.datasets:
+            for name in META:
+                yield read_small(dataset.path / name, MAX_BLOB_BYTES) or b""
+        dataset = self._image.datasets[0]
+        width, height = self.facts.levels[0].size_wh
+        cells = _pieces(Box(0, 0, width, height), self._image.wh(dataset.files))
+        for (column, row), _ in cells[:: max(1, len(cells) // _PIECES)]:
+            yield read_small(dataset.path / self._key(dataset, column, row), _PIECE_BYTES) or b""
 
     def _salvage(self, level: int, block: Box, out: NDArray[np.uint8]) -> list[Box]:
         """Read chunk by chunk."""
@@ -82,13 +98,17 @@ class ZarrSource:
         holes: list[Box] = []
         for (column, row), part in _pieces(block, self._image.wh(dataset.files)):
             for channel in channels:
-                place = {"x": column, "y": row, "c": channel}
-                if not dataset.file(tuple(place.get(axis, 0) for axis in axes)).is_file():
+                key, where = self._key(dataset, column, row, channel), dataset.path
+                if key in self._missing[level] if isinstance(where, Remote) else not (where / key).is_file():
                     holes.append(part)
                     break
-        if holes and not dataset.path.is_dir():
+        if holes and not is_zarr(dataset.path):
             raise SlideReadError(f"{self._name}: the slide is gone; check the path or the mount")
         return holes
+
+    def _key(self, dataset: Dataset, column: int, row: int, channel: int = 0) -> str:
+        place = {"x": column, "y": row, "c": channel}
+        return dataset.key(tuple(place.get(axis, 0) for axis in self._image.axes))
 
     def _block(self, level: int, block: Box) -> NDArray[np.uint8]:
         x0, y0, x1, y1 = block.round_out()
@@ -104,8 +124,14 @@ class ZarrSource:
         from imagecodecs.numcodecs import register_codecs
 
         register_codecs(verbose=False)
+        store: Any = dataset.path
+        self._missing.append(set())
+        if isinstance(store, Remote):
+            from slidescan.slides.urlstore import UrlStore
+
+            store = UrlStore(store, self._missing[-1])
         try:
-            return zarr.open_array(dataset.path, mode="r")
+            return zarr.open_array(store, mode="r")
         except _CHUNK_ERRORS as exc:
             raise SlideFormatError(f"{self._name}: zarr cannot open its array ({type(exc).__name__})") from exc
 

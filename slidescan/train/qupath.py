@@ -87,7 +87,7 @@ def load_slides(
     for file in sorted(root.iterdir()):
         if file.name.startswith(".") or file.name in ("annotations", "patients.csv") or _is_geojson(file):
             continue
-        stem = next((name for name in _names(file) if name in geojson), None)
+        stem = next((name for name in _names(file.name) if name in geojson), None)
         try:
             slide = open_slide(file, mpp=mpp)
         except SlideFormatError as exc:  # a text, or the folder of an MRXS: no slide, unless something is written of it
@@ -113,7 +113,7 @@ def load_slides(
         patient, scanner = _tcga_patient(slide.name), ""
         if known is not None:
             try:
-                patient, scanner = next(known[name] for name in _names(slide.path) if name in known)
+                patient, scanner = next(known[name] for name in _names(slide.path.name) if name in known)
             except StopIteration:
                 raise ConfigError(f"patients.csv: expected a row for the slide {slide.path.name}, found none") from None
         found.append(objects.annotated(patient, scanner))
@@ -140,9 +140,10 @@ def _geojson_files(root: Path) -> dict[str, Path]:
     return found
 
 
-def _names(file: Path) -> tuple[str, ...]:
+def _names(file: str) -> tuple[str, ...]:
     """Return what a slide may be called where something is written of it."""
-    return file.stem, file.stem.removesuffix(".ome"), file.name
+    stem = Path(file).stem
+    return stem, stem.removesuffix(".ome"), file
 
 
 def _tcga_patient(stem: str) -> str:
