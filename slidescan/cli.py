@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -15,7 +16,7 @@ import typer
 import yaml
 
 from slidescan import cli_train
-from slidescan.errors import ConfigError, ResultError, SlideError, SlidescanError
+from slidescan.errors import ConfigError, ResultError, SlideError, SlidescanError, SlideWarning
 
 if TYPE_CHECKING:
     from slidescan.config import ScanConfig
@@ -44,6 +45,9 @@ ConfigOpt = Annotated[Path | None, typer.Option("--config", "-c", help="YAML wit
 SetOpt = Annotated[list[str] | None, typer.Option("--set", help="One setting, as section.key=value; repeatable.")]
 CoarseOpt = Annotated[bool, typer.Option("--allow-coarse", help="Scan a slide coarser than the detector's training.")]
 BackendOpt = Annotated[str, typer.Option(help="Reader: auto, tiff, openslide or zarr.")]
+VerifyOpt = Annotated[
+    bool, typer.Option("--verify", help="Compare a few tiles with OpenSlide first, and let it read where they differ.")
+]
 
 
 def main() -> None:
@@ -99,10 +103,11 @@ def info(
     set_: SetOpt = None,
     allow_coarse: CoarseOpt = False,
     backend: BackendOpt = "auto",
+    verify: VerifyOpt = False,
 ) -> None:
     """Say what a slide is, and what a scan of it would do and take."""
     settings = _settings(config, set_)
-    opened = _open(slide, mpp, backend)
+    opened = _open(slide, mpp, backend, verify)
     width, height = opened.size_wh
     typer.echo(f"{opened.name}: {width:,} × {height:,} px, {width * height / 1e6:,.0f} MP, read by {opened.backend}")
     levels = ", ".join(f"{level.size_wh[0]}×{level.size_wh[1]}" for level in opened.levels)
@@ -140,12 +145,13 @@ def scan(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another scan's result.")] = False,
     profile: Annotated[bool, typer.Option("--profile", help="Say where the time of the regions went.")] = False,
     backend: BackendOpt = "auto",
+    verify: VerifyOpt = False,
 ) -> None:
     """Scan one slide; run it again to continue after a stop."""
     settings = _settings(config, set_)
     if slide_id is not None and (slide_id in ("", ".", "..") or "/" in slide_id or "\\" in slide_id):
         raise ConfigError(f"--slide-id must be a plain name, got {slide_id!r}")
-    opened = _open(slide, mpp, backend)
+    opened = _open(slide, mpp, backend, verify)
     result = _scan(
         opened,
         model,
@@ -269,13 +275,18 @@ def _settings(config: Path | None, assignments: list[str] | None) -> ScanConfig:
     return ScanConfig.load(config or {}, overrides)
 
 
-def _open(path: str | Path, mpp: float | None, backend: str) -> Slide:
+def _open(path: str | Path, mpp: float | None, backend: str, verify: bool = False) -> Slide:
     """Open the slide as the options say."""
     from slidescan.slides import open_slide
 
     if backend not in ("auto", "tiff", "openslide", "zarr"):
         raise ConfigError(f"--backend must be auto, tiff, openslide or zarr, got {backend!r}")
-    return open_slide(path, mpp=mpp, backend=backend)  # type: ignore[arg-type]
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always", SlideWarning)
+        opened = open_slide(path, mpp=mpp, backend=backend, verify=verify)  # type: ignore[arg-type]
+    for warning in said:
+        typer.echo(f"slidescan: {warning.message}", err=True)
+    return opened
 
 
 def _detector(model: str) -> Detector:

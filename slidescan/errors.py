@@ -29,6 +29,7 @@ __all__ = [
     "SlideFormatError",
     "SlideNotFoundError",
     "SlideReadError",
+    "SlideWarning",
     "SlidescanError",
 ]
 
@@ -42,6 +43,10 @@ class SlidescanError(Exception):
     def __str__(self) -> str:
         """Return the message on one line, whatever a wrapped error put into it."""
         return " ".join(str(self.args[0]).split()) if self.args else ""
+
+
+class SlideWarning(UserWarning):
+    """The slide is read, but not as was hoped."""
 
 
 class ConfigError(SlidescanError, ValueError):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +20,14 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from slidescan.errors import ConfigError, SlideFormatError, SlideNotFoundError, SlideReadError
+from slidescan.errors import (
+    ConfigError,
+    SlideError,
+    SlideFormatError,
+    SlideNotFoundError,
+    SlideReadError,
+    SlideWarning,
+)
 from slidescan.geometry import Box
 from slidescan.slides.ifd import is_tiff
 from slidescan.slides.memory import MemorySource, image_source, is_image
@@ -40,7 +48,12 @@ _pool_lock = threading.Lock()
 
 
 def open_slide(
-    path: str | PathLike[str], *, mpp: float | None = None, backend: Backend = "auto", color: Color = "raw"
+    path: str | PathLike[str],
+    *,
+    mpp: float | None = None,
+    backend: Backend = "auto",
+    color: Color = "raw",
+    verify: bool = False,
 ) -> Slide:
     """Open a whole-slide image.
 
@@ -55,6 +68,9 @@ def open_slide(
         The reader. "auto" takes the fastest that reads the file faithfully; pixels are the same.
     color : {"raw", "srgb"}
         "srgb" converts with the slide's ICC profile, where it has one.
+    verify : bool
+        Compare a few tiles of a TIFF file with OpenSlide's. Where they differ OpenSlide reads the slide, with a
+        `SlideWarning`, as where there was nothing to compare with.
 
     Raises
     ------
@@ -70,7 +86,32 @@ def open_slide(
     if backend not in get_args(Backend):
         raise ConfigError(f"backend: expected one of {', '.join(get_args(Backend))}, got {backend!r}")
     where = locate(path)
-    return Slide(where, _FileOpener(where, backend), mpp=mpp, color=color).opened()
+    slide = Slide(where, _FileOpener(where, backend), mpp=mpp, color=color).opened()
+    if verify and slide.backend == "tiff" and not _agrees(where, backend):
+        slide = Slide(where, _FileOpener(where, "openslide"), mpp=mpp, color=color).opened()
+    return slide
+
+
+def _agrees(where: Where, backend: Backend) -> bool:
+    """Return whether OpenSlide sees the same or cannot be asked; warn where not."""
+    from slidescan.slides.verify import difference
+
+    said = None
+    try:
+        if isinstance(where, Path):
+            said = difference(_FileOpener(where, backend)(), where)
+        else:
+            warnings.warn(f"{where.name}: not verified: OpenSlide reads no URL", SlideWarning, stacklevel=3)
+    except SlideError:
+        warnings.warn(f"{where.name}: not verified: OpenSlide cannot open it", SlideWarning, stacklevel=3)
+    if said is not None:
+        warnings.warn(
+            f"{where.name}: the fast reader differs from OpenSlide {said}; OpenSlide reads it, slower; "
+            "please report the scanner and its software",
+            SlideWarning,
+            stacklevel=3,
+        )
+    return said is None
 
 
 def memory_slide(
