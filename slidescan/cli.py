@@ -396,6 +396,9 @@ def _report(result: ScanResult) -> None:
     saturated = result.provenance["tiles"]["saturated"]
     if saturated:
         typer.echo(f"saturated   {saturated} tiles hold more than the detector can report; their counts are too low")
+    crashed = result.provenance["tiles"].get("crashed_regions", 0)
+    if crashed:
+        typer.echo(f"crashed     the reader, on {crashed} regions; they count as tissue that was not analysed")
     typer.echo(f"result      {result.path}")
     typer.echo(f"overview    {result.path / 'overview.png' if result.path else ''}")
 

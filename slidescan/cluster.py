@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -69,8 +69,13 @@ def cluster(client: Client | None, threads: int) -> Iterator[tuple[Client, int, 
         yield local, threads, 1
 
 
-def in_flight(client: Client, tasks: list[RegionTask], limit: int) -> Iterator[tuple[RegionTask, dict[str, float]]]:
-    """Run tasks with at most `limit` handed out at a time; yield each as it ends; the first error ends all."""
+def in_flight(
+    client: Client, tasks: list[RegionTask], limit: int, gives_up: Callable[[RegionTask], bool]
+) -> Iterator[tuple[RegionTask, dict[str, float]]]:
+    """Run tasks with at most `limit` handed out at a time; yield each as it ends; the first error ends all.
+
+    A task that killed its workers is done, without its seconds, where `gives_up` says so.
+    """
     from distributed import CancelledError, KilledWorker, as_completed
     from distributed.client import ClosedClientError
     from distributed.comm import CommClosedError
@@ -95,10 +100,12 @@ def in_flight(client: Client, tasks: list[RegionTask], limit: int) -> Iterator[t
             except (CancelledError, ClosedClientError, CommClosedError) as exc:
                 raise ModelError("the Dask cluster is gone; start it and run the same command to continue") from exc
             except KilledWorker as exc:
-                raise ModelError(
-                    "a worker process died while scoring a region, most likely out of memory; run the same command to "
-                    "continue, with a smaller tiling.region_px or fewer --workers"
-                ) from exc
+                if not gives_up(owner[future.key]):
+                    raise ModelError(
+                        "a worker process died while scoring a region, most likely out of memory; run the same command "
+                        "to continue, with a smaller tiling.region_px or fewer --workers"
+                    ) from exc
+                seconds = {}
             hand_out()
             yield owner.pop(future.key), seconds
     finally:

@@ -27,6 +27,7 @@ from slidescan.plan import Region, Tile
 from slidescan.slides import Slide
 from slidescan.stages import stage, taken
 from slidescan.stitch import owned
+from slidescan.suspects import being_read
 
 __all__ = ["RegionPart", "RegionTask", "commit", "disk_error", "give_back_memory", "scored_at_once"]
 
@@ -59,6 +60,14 @@ class RegionPart:
     saturated: NDArray[np.float64]
     """Cores that stayed full after re-tiling, (U, 4)."""
     n_retiled: int
+    crashed: bool = False
+    """Whether reading it kills the process; then none of it was scored."""
+
+    @classmethod
+    def given_up(cls, region: Region) -> RegionPart:
+        """Return what is left of a region whose reading kills the process: nothing but where it is."""
+        cores = _rows([tile.core for tile in region.tiles])
+        return cls(Detections.empty(), np.empty(0, np.intp), cores[:0], cores, cores[:0], 0, crashed=True)
 
     def save(self, path: Path) -> None:
         """Commit to `path` atomically: a reader sees the whole part or none."""
@@ -76,6 +85,7 @@ class RegionPart:
                     failed=self.failed,
                     saturated=self.saturated,
                     n_retiled=np.array(self.n_retiled),
+                    crashed=np.array(self.crashed),
                 )
 
         commit(path, write)
@@ -93,6 +103,7 @@ class RegionPart:
                     data["failed"],
                     data["saturated"],
                     int(data["n_retiled"]),
+                    bool(data["crashed"]),
                 )
         except (OSError, ValueError, KeyError, EOFError, BadZipFile):
             return None
@@ -112,6 +123,12 @@ class RegionTask:
     min_score: float
     part: Path
 
+    @property
+    def block(self) -> tuple[int, int, int, int]:
+        """What is read: x, y, width and height, px of the plane."""
+        x0, y0, x1, y1 = self.region.read.round_out()
+        return x0, y0, x1 - x0, y1 - y0
+
     def run(self) -> dict[str, float]:
         """Score the region, commit its part, and return seconds by stage."""
         taken()  # what a region before this one left that failed
@@ -123,9 +140,9 @@ class RegionTask:
 
     def score(self) -> RegionPart:
         """Read and score the region without committing anything."""
-        x0, y0, x1, y1 = self.region.read.round_out()
-        with stage("assemble"):
-            pixels = self.slide.read(x0, y0, x1 - x0, y1 - y0, self.plane)
+        x0, y0, _, _ = block = self.block
+        with being_read(self.part), stage("assemble"):
+            pixels = self.slide.read(*block, self.plane)
 
         cores: list[Box] = []
         saturated: list[Box] = []

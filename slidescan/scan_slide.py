@@ -16,14 +16,12 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from slidescan.anomaly import anomaly_map, coverage_map
-from slidescan.cluster import cluster, in_flight
 from slidescan.config import ScanConfig
 from slidescan.detections import Detections, Detector
 from slidescan.errors import ConfigError, ResultError, SlideReadError
@@ -31,8 +29,9 @@ from slidescan.geometry import Box, Frame
 from slidescan.overview import draw_overview
 from slidescan.prepare import Prepared, prepare
 from slidescan.provenance import describe_slide, peak_rss_mb, run_key, versions
-from slidescan.region import RegionPart, RegionTask, disk_error, give_back_memory, scored_at_once
+from slidescan.region import RegionPart, disk_error, give_back_memory
 from slidescan.result import MANIFEST, ScanResult, load_result, read_manifest
+from slidescan.score_regions import Progress, score_regions
 from slidescan.slides import Slide, open_slide
 from slidescan.stages import Profile
 from slidescan.stitch import stitch
@@ -43,22 +42,6 @@ if TYPE_CHECKING:
 __all__ = ["Progress", "scan"]
 
 _PARTS = "parts"
-# Regions handed to the cluster per thread: one being done and one waiting, so that no thread idles between two.
-_QUEUED_PER_THREAD = 2
-# Threads of the local cluster. On a CPU one reads while another scores, on the same cores, and each holds a region in
-# memory. Beside a GPU all cores read; beyond 16 even a fast one waits for nothing.
-_MOST_ON_CPU, _MOST_READERS = 4, 16
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """How far a scan is; handed to `on_progress` after each region."""
-
-    regions_done: int
-    regions: int
-    megapixels_done: float
-    """Megapixels of the model's plane scored in this run."""
-    megapixels: float
 
 
 def scan(
@@ -147,8 +130,7 @@ def scan(
             on_prepared(prepared)
         # The key in the name keeps the regions of another scan, stopped or still ending, out of this one.
         parts_dir = (directory / f"{_PARTS}-{key[:16]}").absolute()
-        threads = workers or _threads(variant)
-        parts, profile = _score_regions(opened, prepared, config, parts_dir, client, threads, on_progress)
+        parts, profile = score_regions(opened, prepared, config, parts_dir, client, workers, on_progress)
         result = _assemble(opened, prepared, config, parts, profile, key, threshold, started)
         if out is not None:
             drawn = result
@@ -200,6 +182,7 @@ def _assemble(
             "retiled": sum(p.n_retiled for p in parts),
             "saturated": len(saturated),
             "read_failed_boxes": len(failed),
+            "crashed_regions": sum(p.crashed for p in parts),
         },
         "versions": versions(),
         "device": detector.runs_on,
@@ -252,68 +235,6 @@ def _sweep(out: Path) -> None:
             shutil.rmtree(left, ignore_errors=True)
         else:
             left.unlink(missing_ok=True)
-
-
-def _score_regions(
-    slide: Slide,
-    prepared: Prepared,
-    config: ScanConfig,
-    parts_dir: Path,
-    client: Client | None,
-    threads: int,
-    on_progress: Callable[[Progress], None] | None,
-) -> tuple[list[RegionPart], Profile]:
-    """Score every region that has no committed part yet; return all parts in plan order, and what took the time."""
-    regions = prepared.plan.regions
-    grid = prepared.plan.grid
-    files = [parts_dir / f"{region.name}.npz" for region in regions]
-    parts = {file: part for file in files if (part := RegionPart.load(file)) is not None}
-    try:
-        parts_dir.mkdir(exist_ok=True)
-    except OSError as exc:
-        raise disk_error(parts_dir, exc) from exc
-    tasks = [
-        RegionTask(
-            slide=slide,
-            detector=prepared.detector,
-            region=region,
-            plane=prepared.plane,
-            halo_px=grid.halo_px,
-            slack_px=prepared.plane.px(config.stitch.slack_um),
-            batch_tiles=config.detect.batch_tiles,
-            min_score=config.detect.min_score,
-            part=file,
-        )
-        for region, file in zip(regions, files, strict=True)
-        if file not in parts
-    ]
-    core_mp = grid.core_px**2 / 1e6
-    n_before = len(parts)
-    total_mp = core_mp * sum(len(t.region.tiles) for t in tasks)
-    profile = Profile(threads, scored_at_once(prepared.detector))
-    if tasks:
-        with cluster(client, threads) as (running, all_threads, processes):
-            profile.threads, profile.scoring = all_threads, processes * profile.scoring
-            started = time.perf_counter()
-            for task, seconds in in_flight(running, tasks, _QUEUED_PER_THREAD * all_threads):
-                profile.add(core_mp * len(task.region.tiles), seconds)
-                profile.wall_s = time.perf_counter() - started
-                if on_progress:
-                    on_progress(Progress(n_before + profile.regions, len(regions), profile.megapixels, total_mp))
-    for file in files:
-        if file not in parts:
-            part = RegionPart.load(file)
-            if part is None:
-                raise ResultError(f"{file}: a committed region cannot be read back; run the same command again")
-            parts[file] = part
-    return [parts[file] for file in files], profile
-
-
-def _threads(detector: Detector) -> int:
-    """Return how many regions are in flight on this machine."""
-    cores = os.cpu_count() or 1
-    at_once = scored_at_once(detector)
-    return max(2, min(_MOST_ON_CPU, cores)) if at_once == 1 else at_once + min(_MOST_READERS, cores)
 
 
 def _stitch_parts(

@@ -19,7 +19,7 @@ import numpy as np
 from slidescan.errors import SlideFormatError, SlideReadError
 from slidescan.slides.remote import Remote, Where, read_small
 from slidescan.slides.resolution import NOTHING, Resolution, judge
-from slidescan.slides.source import MAX_BLOB_BYTES, MAX_TILE_PX
+from slidescan.slides.source import MAX_BLOB_BYTES, MAX_SIDE_PX, MAX_TILE_PX
 
 __all__ = ["META", "Dataset", "ZarrImage", "is_zarr", "read_zarr_image"]
 
@@ -29,12 +29,17 @@ _CODECS = frozenset(
     ("blosc", "bytes", "bz2", "crc32c", "delta", "gzip", "lz4", "lzma", "sharding_indexed", "transpose", "zlib", "zstd")
 ) | {"imagecodecs_jpeg", "imagecodecs_jpeg8", "imagecodecs_jpeg2k", "imagecodecs_deflate"}
 _UM = {"micrometer": 1.0, "millimeter": 1e3, "centimeter": 1e4, "meter": 1e6, "nanometer": 1e-3}  # µm, NGFF units
-_MALFORMED = (KeyError, TypeError, ValueError, IndexError, AttributeError, StopIteration)
+_ROUNDING_PX = 1.5  # a level's side may differ by this from the exact ratio, as in TIFF
+_MALFORMED = (KeyError, TypeError, ValueError, IndexError, AttributeError, StopIteration, ArithmeticError)
 
 
 @dataclass(frozen=True, slots=True)
 class Dataset:
-    """One level: an array below `path`, stored in `files` sized pieces of `chunks` sized decoding units."""
+    """One level: an array below `path`, stored in `files` sized pieces of `chunks` sized decoding units.
+
+    `coder` packs a unit last, "" if nothing known does. `index` is the size of a shard's index in bytes, negative at
+    the end of its file, 0 without shards.
+    """
 
     path: Where
     shape: tuple[int, ...]
@@ -43,6 +48,8 @@ class Dataset:
     key_prefix: str
     key_separator: str
     fill: int
+    coder: str
+    index: int = 0
 
     def key(self, index: tuple[int, ...]) -> str:
         """Return the name of one piece's file, below `path`."""
@@ -93,7 +100,16 @@ class _Reader:
         paths, axes, resolution = self._plain() if told is None else self._ngff(told)
         datasets = [self._dataset(p, axes) for p in paths]
         datasets.sort(key=lambda d: -d.shape[axes.index("x")])
-        return ZarrImage(tuple(datasets), axes, resolution, told is not None)
+        image = ZarrImage(tuple(datasets), axes, resolution, told is not None)
+        sizes = [image.wh(dataset.shape) for dataset in datasets]
+        for width, height in sizes[1:]:
+            width0, height0 = sizes[0]
+            if abs(width - width0 * height / height0) > _ROUNDING_PX * max(1.0, width0 / height0):
+                self._fail(
+                    f"{width0} × {height0} px and {width} × {height} px are not one picture at two sizes; "
+                    "the slide is damaged, or its arrays must be opened one by one"
+                )
+        return image
 
     def _multiscale(self, group: Where) -> dict[str, Any] | None:
         told = self._json(group / ".zattrs") or _mapping(self._json(group / "zarr.json").get("attributes"))
@@ -142,7 +158,7 @@ class _Reader:
                 dtype, codecs, dataset = _version_2(where, told)
             else:
                 dtype, codecs, dataset = _version_3(where, self._json(where / "zarr.json"))
-            known = all(_is_known(codec) for codec in codecs if codec is not None)
+            known = all(_is_known(codec) for codec in codecs)
         except _MALFORMED as exc:
             raise SlideFormatError(f"{self._name}: an array's metadata is missing or damaged") from exc
         if not known:
@@ -155,6 +171,8 @@ class _Reader:
                 f"expected one uint8 RGB image with axes {', '.join(axes)}, found {dtype} of shape {dataset.shape}; "
                 "export the brightfield image alone"
             )
+        if not all(0 < n <= MAX_SIDE_PX for n in dataset.shape):
+            self._fail(f"an array of shape {dataset.shape} is not plausible; the slide is damaged")
         if min(*dataset.chunks, *dataset.files) <= 0 or math.prod(dataset.chunks) > 3 * MAX_TILE_PX:
             self._fail(f"one chunk unpacks to {dataset.chunks}, more than the safe {3 * MAX_TILE_PX} values")
         return dataset
@@ -167,11 +185,11 @@ class _Reader:
             if len(content) > MAX_BLOB_BYTES:
                 self._fail(f"{where.name} has more than {MAX_BLOB_BYTES} bytes; unsafe to open")
             return _mapping(json.loads(content))
-        except SlideReadError:
+        except (SlideReadError, SlideFormatError):
             raise
         except OSError as exc:
             raise SlideReadError(f"{self._name}: {where.name} cannot be read ({exc.strerror})") from exc
-        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as exc:
+        except (ValueError, RecursionError) as exc:  # a number of thousands of digits is a plain ValueError
             raise SlideFormatError(f"{self._name}: {where.name} is not valid JSON; the slide is damaged") from exc
 
     def _fail(self, reason: str) -> NoReturn:
@@ -181,29 +199,42 @@ class _Reader:
 def _version_2(where: Where, told: dict[str, Any]) -> tuple[str, list[Any], Dataset]:
     shape, chunks = _ints(told["shape"]), _ints(told["chunks"])
     separator, fill = str(told.get("dimension_separator") or "."), int(told.get("fill_value") or 0)
-    codecs = [told.get("compressor"), *(told.get("filters") or [])]
-    return np.dtype(told["dtype"]).name, codecs, Dataset(where, shape, chunks, chunks, "", separator, fill)
+    codecs = [codec for codec in (*(told.get("filters") or []), told.get("compressor")) if codec is not None]
+    coder = _name(codecs[-1]) if codecs else ""
+    return np.dtype(told["dtype"]).name, codecs, Dataset(where, shape, chunks, chunks, "", separator, fill, coder)
 
 
 def _version_3(where: Where, told: dict[str, Any]) -> tuple[str, list[Any], Dataset]:
     files = chunks = _ints(told["chunk_grid"]["configuration"]["chunk_shape"])
     codecs = list(told["codecs"])
+    coder, index = _name(codecs[-1]), 0
     for codec in codecs:
         if codec["name"] == "sharding_indexed":
-            chunks = _ints(codec["configuration"]["chunk_shape"])
+            shard = codec["configuration"]
+            chunks = _ints(shard["chunk_shape"])
+            # An index that is not coded as every writer does is not looked into.
+            names, little = [_name(c) for c in shard["index_codecs"]], "big" not in str(shard["index_codecs"])
+            plain = names == ["bytes", "crc32c"] and little and codec is codecs[-1]
+            coder = _name(shard["codecs"][-1]) if plain else ""
+            index = 16 * math.prod(n // m for n, m in zip(files, chunks, strict=True)) + 4
+            index = index if shard.get("index_location") == "start" else -index
     encoding = _mapping(told.get("chunk_key_encoding"))
     plain = encoding.get("name") == "v2"
     separator = str(_mapping(encoding.get("configuration")).get("separator") or ("." if plain else "/"))
     prefix, fill = "" if plain else "c" + separator, int(told.get("fill_value") or 0)
-    return str(told["data_type"]), codecs, Dataset(where, _ints(told["shape"]), chunks, files, prefix, separator, fill)
+    dataset = Dataset(where, _ints(told["shape"]), chunks, files, prefix, separator, fill, coder, index)
+    return str(told["data_type"]), codecs, dataset
 
 
 def _is_known(codec: dict[str, Any]) -> bool:
     """Return whether a codec, and those inside it, are on the list."""
     inner = _mapping(codec.get("configuration"))
     below = [*inner.get("codecs", []), *inner.get("index_codecs", [])]
-    name = str(codec.get("id") or codec.get("name")).removeprefix("numcodecs.")
-    return name in _CODECS and all(_is_known(item) for item in below)
+    return _name(codec) in _CODECS and all(_is_known(item) for item in below)
+
+
+def _name(codec: dict[str, Any]) -> str:
+    return str(codec.get("id") or codec.get("name")).removeprefix("numcodecs.")
 
 
 def _scale(steps: list[dict[str, Any]]) -> list[float]:

@@ -19,9 +19,9 @@ from PIL import ImageCms
 
 from slidescan.errors import SlideFormatError, SlideReadError
 from slidescan.geometry import Box
+from slidescan.slides.ifd import Directory, File, read_directories
 from slidescan.slides.resolution import NOTHING, judge, number
-from slidescan.slides.source import MAX_BLOB_BYTES, WHITE, Facts, check_levels, composite, pyramid
-from slidescan.slides.tiff import guard_tiff
+from slidescan.slides.source import MAX_BLOB_BYTES, WHITE, Declined, Facts, check_levels, composite, pyramid
 from slidescan.stages import stage
 
 __all__ = ["OpenSlideSource"]
@@ -50,7 +50,7 @@ class OpenSlideSource:
     """
 
     def __init__(self, path: Path) -> None:
-        guard_tiff(path)
+        directories = _checked_directories(path)
         self._path = path
         self._lock = threading.Lock()
         try:
@@ -80,6 +80,7 @@ class OpenSlideSource:
             icc=icc,
         )
         check_levels(path.name, self.facts.levels)
+        self._unsafe = _unsafe_tiles(directories, sizes)
         colour = said.get("background-color", "")
         known = len(colour) == 6 and all(c in "0123456789abcdefABCDEF" for c in colour)
         r, g, b = bytes.fromhex(colour) if known else (WHITE,) * 3
@@ -131,6 +132,10 @@ class OpenSlideSource:
     def _read(self, handle: openslide.OpenSlide, level: int, x: int, y: int, out: NDArray[np.uint8]) -> None:
         factor = self._factors[level]
         height, width = out.shape[:2]
+        margin = int(factor % 1 > 0)  # between two px OpenSlide mixes them
+        touched = Box(x - margin, y - margin, x + width + margin, y + height + margin)
+        if any(tile.intersects(touched) for tile in self._unsafe[level]):
+            raise openslide.OpenSlideError("a tile with more bytes than its px can have")
         with stage("decode"):
             image = handle.read_region((round(x * factor), round(y * factor)), level, (width, height))
         if image.getextrema()[3][0] == 255:
@@ -149,7 +154,7 @@ class OpenSlideSource:
         for i in range(_PROBES):
             place = width * (2 * i + 1) // (2 * _PROBES), height * (2 * i + 1) // (2 * _PROBES)
             try:
-                self._handle.read_region(place, 0, (1, 1))
+                self._read(self._handle, 0, *place, np.empty((1, 1, 3), np.uint8))
             except openslide.OpenSlideError as exc:
                 reason = _short(exc, self._path)
                 self._handle = self._reopen()
@@ -168,6 +173,38 @@ class OpenSlideSource:
         except (ImageCms.PyCMSError, OSError):
             return _UNUSABLE
         return bytes(profile.tobytes()) if profile is not None else None
+
+
+def _checked_directories(path: Path) -> list[Directory]:
+    """Return a TIFF file's directories, none of which is damaged or unsafe; of other files none.
+
+    Nor of a Hamamatsu file: its layout is OpenSlide's own.
+    """
+    try:
+        directories = read_directories(File(path))
+    except Declined:
+        return []
+    for index, directory in enumerate(directories):
+        if index == 0 or directory.is_tiled:
+            directory.check()
+    return directories
+
+
+def _unsafe_tiles(directories: list[Directory], sizes_wh: list[tuple[int, int]]) -> list[list[Box]]:
+    """Return each level's tiles that list more bytes than their px can have, in level px.
+
+    OpenSlide makes room for as many as are listed, and ends the process where it cannot.
+    """
+    found: list[list[Box]] = [[] for _ in sizes_wh]
+    for directory in (d for d in directories if d.is_tiled):
+        (tile_w, tile_h), (columns, _) = directory.tile_wh, directory.grid_wh
+        counts = directory.segments()[1].astype(np.uint64)
+        for index in np.flatnonzero(counts > 8 * tile_w * tile_h + 65536).tolist():
+            if directory.size_wh not in sizes_wh:  # where its tiles lie is known to OpenSlide alone
+                directory.fail(f"a tile of {counts[index]} bytes is listed")
+            x, y = index % columns * tile_w, index // columns * tile_h
+            found[sizes_wh.index(directory.size_wh)].append(Box(x, y, x + tile_w, y + tile_h))
+    return found
 
 
 def _open(path: Path) -> openslide.OpenSlide:

@@ -1,21 +1,28 @@
 """Pixels of an OME-NGFF (or bare RGB) Zarr directory.
 
-Hides zarr-python. Invariants: `ngff` has judged the metadata before an array is opened; a chunk that cannot be decoded
-is a hole. So is one that is absent, unless the array's fill value is white: zarr-python would return black there, and
-black glass is either a lost file or a place that was never scanned.
+Hides zarr-python. Invariants: `ngff` has judged the metadata before an array is opened; what a chunk says of its own
+size is checked before a codec believes it; a chunk that cannot be decoded is a hole. So is one that is absent, unless
+the array's fill value is white: zarr-python would return black there, and black glass is either a lost file or a place
+that was never scanned. Limit: zlib, bzip2 and LZMA streams do not say how far they unpack.
 """
 
 from __future__ import annotations
 
+import lzma
+import math
+import zlib
 from collections.abc import Iterator
 from itertools import product
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from zarr.abc.store import SuffixByteRequest
+from zarr.storage import LocalStore, WrapperStore
 
 from slidescan.errors import SlideFormatError, SlideReadError
 from slidescan.geometry import Box
+from slidescan.slides.codecs import jpeg_size
 from slidescan.slides.ngff import META, Dataset, is_zarr, read_zarr_image
 from slidescan.slides.remote import Remote, Where, read_small
 from slidescan.slides.source import MAX_BLOB_BYTES, WHITE, Facts, check_levels, pyramid
@@ -23,9 +30,19 @@ from slidescan.stages import stage
 
 __all__ = ["ZarrSource"]
 
-# What zarr-python and its codecs raise for damaged data.
 _PIECES, _PIECE_BYTES = 17, 32 << 10  # files of level 0 that tell a slide, and bytes of each (`fingerprint`)
-_CHUNK_ERRORS = (RuntimeError, ValueError, TypeError, KeyError, IndexError, EOFError)
+# What zarr-python and its codecs raise for damaged data; bzip2 and gzip also an OSError without a number.
+_CHUNK_ERRORS = (
+    RuntimeError,
+    ValueError,
+    TypeError,
+    LookupError,
+    EOFError,
+    ArithmeticError,
+    zlib.error,
+    lzma.LZMAError,
+)
+_NO_CHUNK = 2**64 - 1  # stands in a shard's index for a chunk that was not written
 
 
 class ZarrSource:
@@ -50,15 +67,7 @@ class ZarrSource:
     def read_level(self, level: int, x: int, y: int, out: NDArray[np.uint8]) -> list[Box]:
         """Fill `out` from (x, y) level px; return the chunks that failed, in level px."""
         block = Box(x, y, x + out.shape[1], y + out.shape[0])
-        try:
-            out[...] = self._block(level, block)
-            holes = []
-        except _CHUNK_ERRORS:
-            holes = self._salvage(level, block, out)
-        except SlideReadError:
-            raise
-        except OSError as exc:
-            raise SlideReadError(f"{self._name}: cannot be read ({exc.strerror or type(exc).__name__})") from exc
+        holes = [] if self._fill(level, block, out) else self._salvage(level, block, out)
         if self._image.datasets[level].fill != WHITE:
             holes += self._absent(level, block)
         for hole in holes:
@@ -73,18 +82,32 @@ class ZarrSource:
                 yield read_small(dataset.path / name, MAX_BLOB_BYTES) or b""
         dataset = self._image.datasets[0]
         width, height = self.facts.levels[0].size_wh
-        cells = _pieces(Box(0, 0, width, height), self._image.wh(dataset.files))
-        for (column, row), _ in cells[:: max(1, len(cells) // _PIECES)]:
+        file_w, file_h = self._image.wh(dataset.files)
+        columns, rows = -(-width // file_w), -(-height // file_h)
+        for i in range(0, columns * rows, max(1, columns * rows // _PIECES)):
+            row, column = divmod(i, columns)
             yield read_small(dataset.path / self._key(dataset, column, row), _PIECE_BYTES) or b""
+
+    def _fill(self, level: int, block: Box, out: NDArray[np.uint8]) -> bool:
+        """Put the px of a block into `out`; return whether all could be decoded."""
+        try:
+            out[...] = self._block(level, block)
+        except SlideReadError:
+            raise
+        except OSError as exc:
+            if exc.errno is None:  # a codec's
+                return False
+            raise SlideReadError(f"{self._name}: cannot be read ({exc.strerror})") from exc
+        except _CHUNK_ERRORS:
+            return False
+        return True
 
     def _salvage(self, level: int, block: Box, out: NDArray[np.uint8]) -> list[Box]:
         """Read chunk by chunk."""
         holes: list[Box] = []
         for _, part in _pieces(block, self.facts.levels[level].tile_wh):
             x0, y0, x1, y1 = part.translate(-block.x0, -block.y0).round_out()
-            try:
-                out[y0:y1, x0:x1] = self._block(level, part)
-            except _CHUNK_ERRORS:
+            if not self._fill(level, part, out[y0:y1, x0:x1]):
                 holes.append(part)
         return holes
 
@@ -124,16 +147,73 @@ class ZarrSource:
         from imagecodecs.numcodecs import register_codecs
 
         register_codecs(verbose=False)
-        store: Any = dataset.path
         self._missing.append(set())
-        if isinstance(store, Remote):
+        if isinstance(dataset.path, Remote):
             from slidescan.slides.urlstore import UrlStore
 
-            store = UrlStore(store, self._missing[-1])
+            store = UrlStore(dataset.path, self._missing[-1])
+        else:
+            store = LocalStore(dataset.path, read_only=True)
         try:
-            return zarr.open_array(store, mode="r")
+            return zarr.open_array(_Checked(store, dataset), mode="r")
         except _CHUNK_ERRORS as exc:
             raise SlideFormatError(f"{self._name}: zarr cannot open its array ({type(exc).__name__})") from exc
+
+
+class _Checked(WrapperStore):  # type: ignore[misc]  # zarr's own types do not pass strict mode
+    """A store that gives no chunk whose own words are unsafe to decode; raises ValueError instead."""
+
+    def __init__(self, store: Any, dataset: Dataset) -> None:
+        super().__init__(store)
+        self._coder, self._index = dataset.coder, dataset.index
+        # A filter may have widened the values.
+        self._most_bytes = 8 * math.prod(dataset.chunks) + 65536
+
+    async def get(self, key: str, prototype: Any, byte_range: Any = None) -> Any:
+        found = await super().get(key, prototype, byte_range)
+        if found is not None and key.rsplit("/", 1)[-1] not in META:
+            for unit in self._units(found.as_numpy_array().data, byte_range):
+                _check(self._coder, unit, self._most_bytes)
+        return found
+
+    def _units(self, data: memoryview, byte_range: Any) -> list[memoryview]:
+        """Return what of the data will be decoded alone: all of it, or the parts of a whole shard."""
+        size, at_end = abs(self._index), self._index < 0
+        if size and byte_range is None:
+            table = (data[-size:] if at_end else data[:size])[: size // 16 * 16]
+            places = np.frombuffer(table, "<u8").reshape(-1, 2).tolist()
+            return [data[start : start + count] for start, count in places if start < _NO_CHUNK]
+        is_index = isinstance(byte_range, SuffixByteRequest) if at_end else size and byte_range.start == 0
+        return [] if is_index else [data]
+
+
+def _check(coder: str, data: memoryview, most_bytes: int) -> None:
+    """Raise ValueError where packed data says that it unpacks to more than is safe, or is longer than it is."""
+    size = 0
+    if coder == "blosc":  # whose decoder takes these numbers for true, and reads on behind the end
+        size, packed = _number(data[4:8]), _number(data[12:16])
+        if len(data) < 16 or packed > len(data):
+            raise ValueError("cut off")
+    elif coder == "lz4":
+        size = _number(data[:4])
+    elif coder == "gzip":
+        size = _number(data[-4:])
+    elif coder == "zstd" and bytes(data[:4]) == b"\x28\xb5\x2f\xfd" and len(data) > 4:
+        # RFC 8878, 3.1.1.1: how long the fields before the size are, and the size, is in the fifth byte.
+        flags = data[4]
+        at = 5 + (not flags & 32) + (0, 1, 2, 4)[flags & 3]
+        size = _number(data[at : at + (0, 2, 4, 8)[flags >> 6]])
+    elif coder.startswith("imagecodecs_jpeg") and bytes(data[:2]) == b"\xff\xd8":
+        stream = bytes(data)
+        size = 3 * math.prod(jpeg_size(stream))
+        if stream.rfind(b"\xff\xd9") < 0:  # a decoder would fill the rest with grey
+            raise ValueError("cut off")
+    if size > most_bytes:
+        raise ValueError(f"unpacks to {size} bytes")
+
+
+def _number(data: memoryview) -> int:
+    return int.from_bytes(data, "little")
 
 
 def _pieces(block: Box, piece_wh: tuple[int, int]) -> list[tuple[tuple[int, int], Box]]:

@@ -1,0 +1,128 @@
+"""All regions of a plan, scored and committed: what is left to do, who does it, and what cannot be read.
+
+Invariants: a committed part is never done again; a region whose reading kills the process is given up, committed as not
+analysed; the parts come back in the order of the plan.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from slidescan.cluster import cluster, in_flight
+from slidescan.config import ScanConfig
+from slidescan.detections import Detector
+from slidescan.errors import ResultError
+from slidescan.prepare import Prepared
+from slidescan.region import RegionPart, RegionTask, disk_error, scored_at_once
+from slidescan.slides import Slide
+from slidescan.stages import Profile
+from slidescan.suspects import is_suspect, kills_its_reader
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+__all__ = ["Progress", "score_regions"]
+
+# Regions handed to the cluster per thread: one being done and one waiting, so that no thread idles between two.
+_QUEUED_PER_THREAD = 2
+# Threads of the local cluster. On a CPU one reads while another scores, on the same cores, and each holds a region in
+# memory (50 MB). Beside a GPU all cores read, 16 at most for the memory.
+_MOST_ON_CPU, _MOST_READERS = 4, 16
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a scan is; handed to `on_progress` after each region."""
+
+    regions_done: int
+    regions: int
+    megapixels_done: float
+    """Megapixels of the model's plane scored in this run."""
+    megapixels: float
+
+
+def score_regions(
+    slide: Slide,
+    prepared: Prepared,
+    config: ScanConfig,
+    parts_dir: Path,
+    client: Client | None,
+    workers: int | None,
+    on_progress: Callable[[Progress], None] | None,
+) -> tuple[list[RegionPart], Profile]:
+    """Score every region that has no committed part yet; return all parts in plan order, and what took the time."""
+    regions = prepared.plan.regions
+    grid = prepared.plan.grid
+    files = [parts_dir / f"{region.name}.npz" for region in regions]
+    parts = {file: part for file in files if (part := RegionPart.load(file)) is not None}
+    try:
+        parts_dir.mkdir(exist_ok=True)
+    except OSError as exc:
+        raise disk_error(parts_dir, exc) from exc
+    tasks = [
+        RegionTask(
+            slide=slide,
+            detector=prepared.detector,
+            region=region,
+            plane=prepared.plane,
+            halo_px=grid.halo_px,
+            slack_px=prepared.plane.px(config.stitch.slack_um),
+            batch_tiles=config.detect.batch_tiles,
+            min_score=config.detect.min_score,
+            part=file,
+        )
+        for region, file in zip(regions, files, strict=True)
+        if file not in parts
+    ]
+    tasks = _survivors(tasks)
+    core_mp = grid.core_px**2 / 1e6
+    n_before = len(regions) - len(tasks)
+    total_mp = core_mp * sum(len(t.region.tiles) for t in tasks)
+    threads = workers or _threads(prepared.detector)
+    profile = Profile(threads, scored_at_once(prepared.detector))
+    if tasks:
+        with cluster(client, threads) as (running, all_threads, processes):
+            profile.threads, profile.scoring = all_threads, processes * profile.scoring
+            started = time.perf_counter()
+            for task, seconds in in_flight(running, tasks, _QUEUED_PER_THREAD * all_threads, _gives_up):
+                profile.add(core_mp * len(task.region.tiles), seconds)
+                profile.wall_s = time.perf_counter() - started
+                if on_progress:
+                    on_progress(Progress(n_before + profile.regions, len(regions), profile.megapixels, total_mp))
+    for file in files:
+        if file not in parts:
+            part = RegionPart.load(file)
+            if part is None:
+                raise ResultError(f"{file}: a committed region cannot be read back; run the same command again")
+            parts[file] = part
+    return [parts[file] for file in files], profile
+
+
+def _survivors(tasks: list[RegionTask]) -> list[RegionTask]:
+    """Return the tasks but those whose reading kills the process, as it did an earlier one; these are given up."""
+    given_up = [task for task in tasks if _gives_up(task)]
+    # The tile that did it may lie where regions overlap.
+    near = [task for task in tasks if any(task.region.read.intersects(bad.region.read) for bad in given_up)]
+    given_up += [task for task in near if task not in given_up and _gives_up(task, suspect=True)]
+    return [task for task in tasks if task not in given_up]
+
+
+def _gives_up(task: RegionTask, *, suspect: bool = False) -> bool:
+    """Commit the region as not analysed and return True, if it is a suspect and reading it kills the process."""
+    suspect = suspect or is_suspect(task.part)
+    if not suspect or not kills_its_reader(task.part, task.slide, *task.block, task.plane):
+        return False
+    RegionPart.given_up(task.region).save(task.part)
+    return True
+
+
+def _threads(detector: Detector) -> int:
+    """Return how many regions are in flight on this machine."""
+    cores = os.cpu_count() or 1
+    at_once = scored_at_once(detector)
+    return max(2, min(_MOST_ON_CPU, cores)) if at_once == 1 else at_once + min(_MOST_READERS, cores)
