@@ -9,6 +9,7 @@ The one path::
 `open_slide`              Open a whole-slide image (SVS, OME-TIFF, NDPI, DICOM, OME-Zarr, …)
 `load_detector`           Load a detector: ``"mitosis"``, a directory, or a Hugging Face id
 `scan`                    Scan one slide at full resolution
+`scan_archive`            Scan all slides of a list, a folder or a pattern, and go on after anything
 `detect_image`            Detect on one picture, sliced like a slide where it is large
 `accelerate`              Put the fast deformable attention into a transformers model
 `ops`                     The deformable-attention op itself
@@ -34,6 +35,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from slidescan import ops as ops
+    from slidescan.archive import scan_archive as scan_archive
     from slidescan.config import ScanConfig as ScanConfig
     from slidescan.detect import load_detector as load_detector
     from slidescan.detections import Detections as Detections
@@ -66,6 +68,7 @@ _HOME = {
     "load_result": "result",
     "open_slide": "slides",
     "scan": "scan_slide",
+    "scan_archive": "archive",
 }
 
 __all__ = [
@@ -85,6 +88,7 @@ __all__ = [
     "open_slide",
     "ops",
     "scan",
+    "scan_archive",
 ]
 
 

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
-import yaml
 
-from slidescan import cli_train
+from slidescan import cli_archive, cli_train
+from slidescan.cli_archive import assigned
 from slidescan.errors import ConfigError, ResultError, SlideError, SlidescanError, SlideWarning
 
 if TYPE_CHECKING:
@@ -255,6 +255,8 @@ def demo(
     _report(result)
 
 
+app.command()(cli_archive.archive)
+app.command()(cli_archive.status)
 app.command()(cli_train.train)
 app.command()(cli_train.evaluate)
 
@@ -263,16 +265,7 @@ def _settings(config: Path | None, assignments: list[str] | None) -> ScanConfig:
     """Return the settings of a file (or the defaults) under `--set` overrides."""
     from slidescan.config import ScanConfig
 
-    overrides = {}
-    for assignment in assignments or []:
-        key, equals, value = assignment.partition("=")
-        if not equals:
-            raise ConfigError(f"--set expects section.key=value, got {assignment!r}")
-        try:
-            overrides[key.strip()] = yaml.safe_load(value)
-        except yaml.YAMLError as exc:
-            raise ConfigError(f"--set {key.strip()}: expected a YAML value, got {value!r}") from exc
-    return ScanConfig.load(config or {}, overrides)
+    return ScanConfig.load(config or {}, assigned(assignments or []))
 
 
 def _open(path: str | Path, mpp: float | None, backend: str, verify: bool = False) -> Slide:

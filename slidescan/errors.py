@@ -11,6 +11,8 @@
     │  └─ ResolutionError (ValueError)       µm/px missing, implausible or too coarse
     ├─ ModelError (RuntimeError)             weights, device or model directory
     ├─ ResultError (RuntimeError)            a result directory is missing, damaged or in the way
+    │  ├─ ResultBusyError                    another scan is writing there
+    │  └─ ResultInTheWayError                it holds another scan's result
     └─ MissingExtraError (ImportError)       an optional package is not installed
 
 A message is one line and gives the name, what was expected, what came and what to do.
@@ -24,7 +26,9 @@ __all__ = [
     "MissingExtraError",
     "ModelError",
     "ResolutionError",
+    "ResultBusyError",
     "ResultError",
+    "ResultInTheWayError",
     "SlideError",
     "SlideFormatError",
     "SlideNotFoundError",
@@ -79,6 +83,14 @@ class ModelError(SlidescanError, RuntimeError):
 
 class ResultError(SlidescanError, RuntimeError):
     """A result directory is missing, damaged, unfinished, or in the way."""
+
+
+class ResultBusyError(ResultError):
+    """Another scan is writing to the result directory."""
+
+
+class ResultInTheWayError(ResultError):
+    """The directory holds a result of other settings, or one that cannot be read."""
 
 
 class MissingExtraError(SlidescanError, ImportError):

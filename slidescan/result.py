@@ -28,7 +28,7 @@ import pyarrow.parquet as pq
 from slidescan.anomaly import AnomalyMap
 from slidescan.config import ScanConfig
 from slidescan.detections import Detections
-from slidescan.errors import ConfigError, ResultError, SlidescanError
+from slidescan.errors import ConfigError, ResultError, ResultInTheWayError, SlidescanError
 from slidescan.export import detection_features, detection_ids, region_features, write_geojson
 from slidescan.export.ngff import Channel, read_ngff, write_ngff
 from slidescan.flagged import FlaggedRegion, Hotspot, flag_regions, mitotic_hotspot
@@ -330,9 +330,11 @@ def read_manifest(out: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as exc:
-        raise ResultError(f"{out}: {MANIFEST} cannot be read; scan again with --overwrite") from exc
+        raise ResultInTheWayError(f"{out}: {MANIFEST} cannot be read; scan again with --overwrite") from exc
     if not isinstance(manifest, dict) or manifest.get("schema") != _SCHEMA:
-        raise ResultError(f"{out}: expected {MANIFEST} of schema {_SCHEMA}; it was written by another slidescan")
+        raise ResultInTheWayError(
+            f"{out}: expected {MANIFEST} of schema {_SCHEMA}; it was written by another slidescan"
+        )
     return manifest
 
 

@@ -24,7 +24,7 @@ import numpy as np
 from slidescan.anomaly import anomaly_map, coverage_map
 from slidescan.config import ScanConfig
 from slidescan.detections import Detections, Detector
-from slidescan.errors import ConfigError, ResultError, SlideReadError
+from slidescan.errors import ConfigError, ResultBusyError, ResultInTheWayError, SlideReadError
 from slidescan.geometry import Box, Frame
 from slidescan.overview import draw_overview
 from slidescan.prepare import Prepared, prepare
@@ -207,7 +207,7 @@ def _claimed(out: Path) -> Iterator[None]:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as exc:
                 said = f"{out}: another scan is writing there; wait for it or choose another directory"
-                raise ResultError(said) from exc
+                raise ResultBusyError(said) from exc
         yield
     finally:
         os.close(handle)
@@ -221,7 +221,7 @@ def _is_done(out: Path, key: str, *, overwrite: bool) -> bool:
     if manifest is not None:
         if manifest["run_key"] == key:
             return True
-        raise ResultError(
+        raise ResultInTheWayError(
             f"{out}: holds the result of another slide, detector, setting or version; choose another output directory "
             "or pass --overwrite (overwrite=True)"
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING
 from slidescan.cluster import cluster, in_flight
 from slidescan.config import ScanConfig
 from slidescan.detections import Detector
-from slidescan.errors import ResultError
+from slidescan.errors import ModelError, ResultError
 from slidescan.prepare import Prepared
 from slidescan.region import RegionPart, RegionTask, disk_error, scored_at_once
 from slidescan.slides import Slide
@@ -89,7 +90,10 @@ def score_regions(
         with cluster(client, threads) as (running, all_threads, processes):
             profile.threads, profile.scoring = all_threads, processes * profile.scoring
             started = time.perf_counter()
-            for task, seconds in in_flight(running, tasks, _QUEUED_PER_THREAD * all_threads, _gives_up):
+            waiting = deque(tasks)
+            todo = lambda: waiting.popleft() if waiting else None  # noqa: E731
+            limit = _QUEUED_PER_THREAD * all_threads
+            for task, seconds in in_flight(running, RegionTask.run, todo, limit, _killed):
                 profile.add(core_mp * len(task.region.tiles), seconds)
                 profile.wall_s = time.perf_counter() - started
                 if on_progress:
@@ -119,6 +123,22 @@ def _gives_up(task: RegionTask, *, suspect: bool = False) -> bool:
         return False
     RegionPart.given_up(task.region).save(task.part)
     return True
+
+
+def _killed(task: RegionTask) -> dict[str, float]:
+    """Give up the region if reading it killed the workers.
+
+    Raises
+    ------
+    ModelError
+        If it was not the reading.
+    """
+    if not _gives_up(task):
+        raise ModelError(
+            "a worker process died while scoring a region, most likely out of memory; run the same command to "
+            "continue, with a smaller tiling.region_px or fewer --workers"
+        )
+    return {}
 
 
 def _threads(detector: Detector) -> int:

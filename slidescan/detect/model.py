@@ -9,6 +9,7 @@ process holds each network once, whatever the number of detectors and threads.
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -254,8 +255,8 @@ class Family:
 
     @property
     def sha256(self) -> str:
-        """Digest of the finest variant."""
-        return self.variants[0].sha256
+        """Digest of all variants."""
+        return hashlib.sha256("".join(variant.sha256 for variant in self.variants).encode()).hexdigest()
 
     @property
     def classes(self) -> Sequence[str]:

@@ -19,6 +19,7 @@ from pathlib import Path
 from xml.etree import ElementTree as ET
 
 import numpy as np
+from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
 from slidescan.errors import SlideFormatError
@@ -113,6 +114,9 @@ class TiffSource:
         """Fill `out` from (x, y) level px; return the tiles that failed, in level px."""
         grid = self._grids[level]
         holes: list[Box] = []
+        # Rows of bytes: numpy copies these in half the time that it takes for rows of px.
+        assert out.strides[1:] == (3, 1)
+        into = as_strided(out, (out.shape[0], 3 * out.shape[1]), (out.strides[0], 1))
         (tile_w, tile_h), (width, height) = grid.codec.tile_wh, grid.size_wh
         columns = list(_spans(x, x + out.shape[1], tile_w, width))
         rows = list(_spans(y, y + out.shape[0], tile_h, height))
@@ -121,7 +125,7 @@ class TiffSource:
             self._file.want((int(grid.offsets[i]), int(grid.counts[i])) for i in places)
         for row, y0, y1, top, bottom, once_y in rows:
             for column, x0, x1, left, right, once_x in columns:
-                part = out[top - y : bottom - y, left - x : right - x]
+                part = into[top - y : bottom - y, 3 * (left - x) : 3 * (right - x)]
                 index, need_wh = row * grid.columns + column, (x1 - x0, y1 - y0)
                 if grid.counts[index] == 0:
                     part[...] = WHITE
@@ -135,7 +139,7 @@ class TiffSource:
                     part[...] = WHITE
                     holes.append(Box(x0, y0, x1, y1))
                     continue
-                part[...] = tile[top - y0 : bottom - y0, left - x0 : right - x0]
+                part[...] = tile.reshape(len(tile), -1)[top - y0 : bottom - y0, 3 * (left - x0) : 3 * (right - x0)]
         return holes
 
     def _tile(self, grid: _Grid, index: int, need_wh: tuple[int, int]) -> NDArray[np.uint8]:

@@ -1,0 +1,265 @@
+"""`scan_archive`: many slides on one Dask cluster, each scanned as `scan` does, and what became of each on record.
+
+A slide is one task, which opens it, finds its tissue and stitches; its regions are tasks of their own on the same
+cluster, so that one slide's reading and another's scoring overlap and a large last slide has all workers. Nothing is
+decoded in the process that hands out the tasks. A worker that dies takes the regions in flight with it: the slide's
+task runs again elsewhere and continues from the committed ones.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from slidescan.archive.listing import Entry, read_listing
+from slidescan.archive.record import TRANSIENT, Record, read_records, write_tables
+from slidescan.archive.slide import SlideTask, estimate_slide, scan_slide
+from slidescan.cluster import in_flight, processes
+from slidescan.config import ScanConfig
+from slidescan.detections import Detector
+from slidescan.errors import ConfigError, ResultError
+from slidescan.region import disk_error
+from slidescan.slides.remote import locate
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+__all__ = ["ArchiveProgress", "estimate_archive", "scan_archive"]
+
+_VERSION = importlib.metadata.version("slidescan")
+_MOST_ATTEMPTS = 3  # of one run at a slide that fails for a reason that may pass
+_TABLES_EVERY_S = 60  # between two writings of the tables while a run is on
+# Slides in flight beside the processes: one more is opened and masked while the others are scored.
+_AHEAD = 1
+
+
+@dataclass(frozen=True, slots=True)
+class ArchiveProgress:
+    """How far an archive is; handed to `on_slide` after each slide."""
+
+    record: Record
+    """The slide that ended."""
+    done: int
+    failed: int
+    slides: int
+    """In this run's share of the list."""
+    megapixels: float
+    """Scored in this run, megapixels of the model's plane."""
+    seconds: float
+
+
+def scan_archive(
+    listing: str | Path | list[Entry],
+    detector: Detector | str = "mitosis",
+    *,
+    out: str | Path,
+    config: ScanConfig | None = None,
+    client: Client | None = None,
+    workers: int | None = None,
+    shard: tuple[int, int] | None = None,
+    allow_coarse: bool = False,
+    retry_failed: bool | str = False,
+    max_failures: int | None = None,
+    on_slide: Callable[[ArchiveProgress], None] | None = None,
+) -> list[Record]:
+    """Scan all slides of a list; run it again after anything, and it continues.
+
+    A slide is done when its result's manifest is there and its file, settings, detector and slidescan are still those
+    it was made with; any other is scanned, from its committed regions where there are some. A failure is recorded with
+    its reason and costs its slide only.
+
+    Parameters
+    ----------
+    listing : str, Path or list of Entry
+        What `read_listing` reads.
+    detector : Detector or str
+        A detector, or a name or path for `load_detector`.
+    out : str or Path
+        Directory for ``slides/<slide id>/`` (results), ``records/``, ``index.parquet``, ``failures.csv`` and
+        ``log.jsonl``.
+    config : ScanConfig, optional
+        Settings; default: `ScanConfig()`.
+    client : distributed.Client, optional
+        A Dask cluster; its workers must see the slides and `out`. Default: processes of this machine, which is why a
+        script that calls this needs ``if __name__ == "__main__":``.
+    workers : int, optional
+        Processes of the local cluster; default: one a core, one in all beside a GPU. No result depends on it.
+    shard : tuple of int, optional
+        (i, n): only every n-th slide, from the i-th on, i from 1 to n. For job arrays without a scheduler.
+    allow_coarse : bool
+        Scan slides coarser than the detector was trained for.
+    retry_failed : bool or str
+        Try again what failed for a reason that does not pass by itself: all, or those of one reason.
+    max_failures : int, optional
+        Stop after so many failures in this run.
+    on_slide : callable, optional
+        Called after each slide.
+
+    Returns
+    -------
+    list of Record
+        Of every slide of the list (or the shard), as it is now.
+
+    Raises
+    ------
+    ConfigError
+        If the list or a setting cannot be meant.
+    ModelError
+        If the detector cannot be loaded.
+    ResultError
+        If `out` cannot be written, or `max_failures` was reached.
+    """
+    entries = listing if isinstance(listing, list) else read_listing(listing)
+    entries = _share(entries, shard)
+    run = _Run(Path(out), detector, config or ScanConfig(), allow_coarse)
+    tasks = deque(task for entry in entries if (task := run.task(entry, retry_failed)) is not None)
+    started, failures, megapixels = time.time(), 0, 0.0
+    written = time.monotonic()
+    run.log("run_started", slides=len(entries), to_do=len(tasks), version=_VERSION, detector=run.detector.name)
+    try:
+        with contextlib.ExitStack() as held:
+            if tasks:
+                gpu = not run.detector.runs_on.startswith("cpu")
+                running, n = held.enter_context(processes(client, workers, gpu=gpu))
+                ended = in_flight(running, scan_slide, _next_of(tasks), n + _AHEAD, _killed)
+                for task, record in held.enter_context(contextlib.closing(ended)):  # type: ignore[type-var]
+                    if record.state == "busy":  # another run is at it, and will put it on record
+                        run.log("slide_busy", slide_id=record.slide_id)
+                        continue
+                    run.keep(record)
+                    if record.reason in TRANSIENT and record.attempts < _MOST_ATTEMPTS and record.reason != "not_found":
+                        tasks.append(replace(task, attempts=record.attempts))
+                        continue
+                    failures += record.state == "failed"
+                    megapixels += record.told.get("megapixels", 0.0)
+                    if on_slide:
+                        counts = run.counts(entries)
+                        seconds = time.time() - started
+                        on_slide(ArchiveProgress(record, *counts, len(entries), megapixels, seconds))
+                    if max_failures is not None and failures >= max_failures:
+                        raise ResultError(f"{run.out}: stopped after {failures} failures; see failures.csv")
+                    if time.monotonic() - written > _TABLES_EVERY_S:
+                        write_tables(run.out, run.records.values())
+                        written = time.monotonic()
+    finally:
+        done, failed = run.counts(entries)
+        run.log("run_ended", done=done, failed=failed, seconds=round(time.time() - started, 3))
+        write_tables(run.out, run.records.values())
+    return [run.records[entry.slide_id] for entry in entries if entry.slide_id in run.records]
+
+
+def estimate_archive(
+    listing: str | Path | list[Entry],
+    detector: Detector | str = "mitosis",
+    *,
+    config: ScanConfig | None = None,
+    client: Client | None = None,
+    workers: int | None = None,
+    shard: tuple[int, int] | None = None,
+    allow_coarse: bool = False,
+) -> Iterator[tuple[Entry, dict[str, Any]]]:
+    """Open every slide of a list and yield what a scan would do with it, or why it would fail; nothing is written."""
+    entries = _share(listing if isinstance(listing, list) else read_listing(listing), shard)
+    run = _Run(None, detector, config or ScanConfig(), allow_coarse)
+    tasks = deque(run.new_task(entry) for entry in entries)
+    gpu = not run.detector.runs_on.startswith("cpu")
+    with processes(client, workers, gpu=gpu) as (running, n):
+        died = {"reason": "killed", "message": "opening it killed its worker"}
+        for task, told in in_flight(running, estimate_slide, _next_of(tasks), 2 * n, lambda _: died):
+            yield task.entry, told
+
+
+class _Run:
+    """One run over an output directory: what is on record, and what goes there."""
+
+    def __init__(self, out: Path | None, detector: Detector | str, config: ScanConfig, allow_coarse: bool) -> None:
+        if isinstance(detector, str):
+            from slidescan.detect import load_detector
+
+            detector = load_detector(detector)
+        self.detector, self._config, self._coarse = detector, config, allow_coarse
+        settings = [_VERSION, detector.sha256, detector.runs_on, config.model_dump(mode="json"), allow_coarse]
+        self._settings = json.dumps(settings, sort_keys=True)
+        self.records: dict[str, Record] = {}
+        self.out = Path() if out is None else out
+        if out is None:
+            return
+        try:
+            for folder in ("slides", "records"):
+                (out / folder).mkdir(parents=True, exist_ok=True)
+        except OSError as exc:
+            raise disk_error(out / "slides", exc) from exc
+        self.records = read_records(out / "records")
+
+    def new_task(self, entry: Entry) -> SlideTask:
+        """Return the task that scans a slide from its beginning or from where it was."""
+        result = (self.out / "slides" / entry.slide_id).absolute()
+        return SlideTask(entry, self.detector, self._config, result, self._key(entry), self._coarse)
+
+    def task(self, entry: Entry, retry_failed: bool | str) -> SlideTask | None:
+        """Return the task of a slide, None where it is done or would fail again."""
+        task, record = self.new_task(entry), self.records.get(entry.slide_id)
+        if record is None or record.key != task.key:
+            return task
+        if record.state == "done":
+            return None if (task.out / "manifest.json").is_file() else task
+        again = record.reason in TRANSIENT or retry_failed is True or retry_failed == record.reason
+        return task if again else None
+
+    def keep(self, record: Record) -> None:
+        """Put what became of a slide on record; the disk's own troubles end the run."""
+        self.records[record.slide_id] = record
+        record.save(self.out / "records")
+        said = {"slide_id": record.slide_id, "reason": record.reason, "message": record.message}
+        self.log(f"slide_{record.state}", attempts=record.attempts, **said, **record.told)
+
+    def counts(self, entries: list[Entry]) -> tuple[int, int]:
+        """Return how many of the slides are done and how many failed."""
+        states = [self.records[entry.slide_id].state for entry in entries if entry.slide_id in self.records]
+        return states.count("done"), states.count("failed")
+
+    def log(self, event: str, **told: object) -> None:
+        """Append a line to the log: one write, so that lines of two runs do not mix."""
+        line = json.dumps({"at": round(time.time(), 3), "event": event, **told}, ensure_ascii=False)
+        try:
+            with (self.out / "log.jsonl").open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+        except OSError as exc:
+            raise disk_error(self.out / "log.jsonl", exc) from exc
+
+    def _key(self, entry: Entry) -> str:
+        """Name all that a slide's result depends on, without opening it."""
+        where = locate(entry.path)
+        stamp: list[int] = []
+        with contextlib.suppress(OSError):
+            if isinstance(where, Path):
+                stat = where.stat()
+                stamp = [stat.st_size, stat.st_mtime_ns]
+        text = json.dumps([self._settings, entry.path, entry.mpp, entry.sha256, stamp])
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _share(entries: list[Entry], shard: tuple[int, int] | None) -> list[Entry]:
+    if shard is None:
+        return entries
+    i, n = shard
+    if not 1 <= i <= n:
+        raise ConfigError(f"shard: expected i/n with i from 1 to n, got {i}/{n}")
+    return entries[i - 1 :: n]
+
+
+def _next_of(tasks: deque[SlideTask]) -> Callable[[], SlideTask | None]:
+    return lambda: tasks.popleft() if tasks else None
+
+
+def _killed(task: SlideTask) -> Record:
+    message = "its worker died more than once; more memory or a smaller tiling.region_px may help"
+    return task.failed("killed", message)

@@ -1,0 +1,176 @@
+"""Which slides an archive holds: from a table, a folder or a pattern, judged before the night begins.
+
+Invariants: every slide has an id of its own, which names its results; two slides of one name in two folders do not
+collide; an id depends on the slide's place and the names in the list, not on the order of it.
+"""
+
+from __future__ import annotations
+
+import csv
+import glob
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from slidescan.errors import ConfigError
+from slidescan.slides.remote import Remote, locate
+from slidescan.slides.resolution import override
+
+__all__ = ["Entry", "read_listing"]
+
+# What a folder is searched for: slide formats by the suffix that is opened. A picture is no slide, and the files beside
+# a .mrxs or a .vms are theirs.
+_SUFFIXES = frozenset(
+    ".svs .tif .tiff .ndpi .mrxs .scn .bif .vms .vmu .svslide .czi .zarr".split()  # noqa: SIM905  # one line to read
+)
+_COLUMNS = ("slide_path", "slide_id", "mpp", "group", "sha256")
+_TAG_CHARS = 8  # hex digits that tell slides of one name apart: 1 in 4 billion
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One slide to scan.
+
+    Parameters
+    ----------
+    slide_id : str
+        Names its results; no two are the same.
+    path : str
+        File, directory or URL.
+    mpp : float, optional
+        µm per level-0 px, where the file's own is wrong or missing.
+    group : str
+        Patient, site, cohort: as the list says.
+    sha256 : str, optional
+        Digest the whole file must have.
+    """
+
+    slide_id: str
+    path: str
+    mpp: float | None = None
+    group: str = ""
+    sha256: str | None = None
+
+
+def read_listing(source: str | Path) -> list[Entry]:
+    r"""Return the slides of a list.
+
+    Parameters
+    ----------
+    source : str or Path
+        A .csv, .tsv or .parquet file with a column ``slide_path`` (relative to the file) and optionally ``slide_id``,
+        ``mpp``, ``group`` and ``sha256``; other columns are left alone. Or a folder, searched whole. Or a pattern such
+        as ``slides/**/*.svs``.
+
+    Raises
+    ------
+    ConfigError
+        If there is no such list, or a row of it cannot be meant.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     table = Path(folder, "slides.csv")
+    ...     _ = table.write_text("slide_path,mpp,group\na/case.svs,,north\nb/case.svs,0.25,south\nc.svs,,\n")
+    ...     [(entry.slide_id.split("-")[0], entry.mpp, entry.group) for entry in read_listing(table)]
+    [('case', None, 'north'), ('case', 0.25, 'south'), ('c', None, '')]
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        entries = [Entry("", str(file)) for file in _found(path)]
+        said = f"{path}: expected a folder with slides, found none ({', '.join(sorted(_SUFFIXES))})"
+    elif path.is_file():
+        entries = _table(path)
+        said = f"{path.name}: expected slides, found none"
+    elif glob.has_magic(str(source)):
+        matched = sorted(glob.glob(str(path), recursive=True))  # noqa: PTH207  # patterns may be absolute
+        entries = [Entry("", os.path.abspath(file)) for file in matched]  # noqa: PTH100  # keeps a link a link
+        said = f"{source}: no file fits this pattern; quote it so that the shell leaves it alone, and check it"
+    else:
+        raise ConfigError(f"{source}: expected a table of slides, a folder or a pattern, found nothing there")
+    if not entries:
+        raise ConfigError(said)
+    return _named(entries)
+
+
+def _found(folder: Path) -> Iterable[Path]:
+    """Yield the slides below a folder, sorted; a Zarr directory is one slide, and hidden ones are nobody's."""
+    for directory, below, files in os.walk(folder.absolute()):
+        zarrs = [name for name in below if name.lower().endswith(".zarr")]
+        below[:] = sorted(name for name in below if name not in zarrs and not name.startswith("."))
+        for name in sorted([*zarrs, *files]):
+            if not name.startswith(".") and Path(name).suffix.lower() in _SUFFIXES:
+                yield Path(directory, name)
+
+
+def _table(path: Path) -> list[Entry]:
+    rows: list[Mapping[str, Any]]
+    kind = path.suffix.lower()
+    try:
+        if kind == ".parquet":
+            names = [name for name in _COLUMNS if name in pq.read_schema(path).names]
+            rows = pq.read_table(path, columns=names).to_pylist()
+        elif kind in (".csv", ".tsv"):
+            with path.open(encoding="utf-8-sig", newline="") as file:  # what Excel writes begins with a mark
+                reader = csv.DictReader(file, delimiter="\t" if kind == ".tsv" else ",")
+                rows, names = list(reader), list(reader.fieldnames or ())
+        else:
+            raise ConfigError(
+                f"{path.name}: expected a list of slides as .csv, .tsv or .parquet, got {kind or 'no'} file"
+            )
+    except (OSError, UnicodeDecodeError, csv.Error, pa.ArrowException) as exc:
+        raise ConfigError(f"{path.name}: cannot be read as a list of slides ({type(exc).__name__})") from exc
+    if "slide_path" not in names:
+        raise ConfigError(f"{path.name}: expected a column slide_path, found {', '.join(names) or 'no header'}")
+    return [_entry(path, number, row) for number, row in enumerate(rows, 1)]
+
+
+def _entry(table: Path, number: int, row: Mapping[str, Any]) -> Entry:
+    where = f"{table.name}, slide {number}"
+    told = {name: str(row.get(name) if row.get(name) is not None else "").strip() for name in _COLUMNS}
+    if not told["slide_path"]:
+        raise ConfigError(f"{where}: expected a slide_path, found none")
+    slide_id = told["slide_id"]
+    if slide_id in (".", "..") or any(char in slide_id for char in "/\\") or not slide_id.isprintable():
+        raise ConfigError(f"{where}: slide_id must be a plain name, got {slide_id!r}")
+    try:
+        mpp = float(told["mpp"]) if told["mpp"] else None
+        if mpp is not None:
+            override(mpp)
+    except ValueError as exc:  # a ConfigError is one
+        raise ConfigError(f"{where}: mpp must be µm/px such as 0.25, or empty, got {told['mpp']!r}") from exc
+    at = locate(told["slide_path"]) if "://" in told["slide_path"] else table.absolute().parent / told["slide_path"]
+    path = at.url if isinstance(at, Remote) else os.path.abspath(Path(at).expanduser())  # noqa: PTH100
+    return Entry(slide_id, path, mpp, told["group"], told["sha256"].lower() or None)
+
+
+def _named(entries: list[Entry]) -> list[Entry]:
+    """Give each slide its id: its name, and a tag of its path where the name alone would not tell."""
+    twice = [path for path, n in Counter(entry.path for entry in entries).items() if n > 1]
+    if twice:
+        raise ConfigError(f"{locate(twice[0]).name}: expected each slide once, this one is listed twice")
+    names = [entry.slide_id or _stem(entry.path) for entry in entries]
+    times = Counter(name.casefold() for name in names)  # some file systems know one case
+    named = []
+    for entry, name in zip(entries, names, strict=True):
+        tag = "" if times[name.casefold()] == 1 else f"-{hashlib.sha256(entry.path.encode()).hexdigest()[:_TAG_CHARS]}"
+        if tag and entry.slide_id:
+            raise ConfigError(
+                f"slide_id {name!r} is given to {times[name.casefold()]} slides; each needs one of its own"
+            )
+        named.append(replace(entry, slide_id=name + tag))
+    return named
+
+
+def _stem(path: str) -> str:
+    where = locate(path)
+    stem = where.stem
+    return stem.removesuffix(".ome") if where.suffix.lower() in (".zarr", ".tif", ".tiff") else stem

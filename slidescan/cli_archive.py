@@ -1,0 +1,147 @@
+"""The commands for many slides: `archive` and `status`."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+import yaml
+
+from slidescan.errors import ConfigError
+
+if TYPE_CHECKING:
+    from slidescan.archive import ArchiveProgress
+
+__all__ = ["archive", "assigned", "status"]
+
+
+def archive(
+    listing: Annotated[
+        str, typer.Argument(help="CSV, TSV or Parquet with slide_path, a folder, or a pattern in quotes.")
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Directory for all results and records.")] = Path("runs"),
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="Detector: `mitosis`, a directory, or a Hugging Face id.")
+    ] = "mitosis",
+    config: Annotated[Path | None, typer.Option("--config", "-c", help="YAML with settings.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="One setting, as section.key=value.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes; default: one a core, one beside a GPU.")
+    ] = None,
+    scheduler: Annotated[str | None, typer.Option(help="Address of a running Dask scheduler.")] = None,
+    shard: Annotated[str | None, typer.Option(help="i/n: every n-th slide from the i-th on, for job arrays.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Open every slide, say what is to do, write nothing.")
+    ] = False,
+    allow_coarse: Annotated[
+        bool, typer.Option("--allow-coarse", help="Scan coarser slides than was trained for.")
+    ] = False,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try again what failed for good.")] = False,
+    retry_reason: Annotated[str | None, typer.Option(help="Try again what failed for this reason.")] = None,
+    max_failures: Annotated[int | None, typer.Option(min=1, help="Stop after so many failures.")] = None,
+    fail_fast: Annotated[bool, typer.Option("--fail-fast", help="Stop at the first failure.")] = False,
+) -> None:
+    """Scan many slides; run it again after anything and it continues."""
+    from slidescan.archive import read_listing, scan_archive
+    from slidescan.archive.record import REASONS
+    from slidescan.cluster import connect
+    from slidescan.config import ScanConfig
+
+    if retry_reason is not None and retry_reason not in REASONS:
+        raise ConfigError(f"--retry-reason must be one of {', '.join(REASONS)}, got {retry_reason!r}")
+    settings = ScanConfig.load(config or {}, assigned(set_ or []))
+    entries = read_listing(listing)
+    part = _shard(shard)
+    client = connect(scheduler) if scheduler else None
+    common: dict[str, Any] = {"config": settings, "client": client, "workers": workers, "shard": part}
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a queue's polite end is the user's Ctrl-C
+    try:
+        if dry_run:
+            _estimate(entries, model, allow_coarse, common)
+            return
+        records = scan_archive(
+            entries,
+            model,
+            out=out,
+            allow_coarse=allow_coarse,
+            retry_failed=retry_reason or retry_failed,
+            max_failures=1 if fail_fast else max_failures,
+            on_slide=_say,
+            **common,
+        )
+    finally:
+        if client is not None:
+            client.close()
+    status(out)
+    if any(record.state == "failed" for record in records):
+        raise typer.Exit(1)
+
+
+def status(
+    out: Annotated[Path, typer.Argument(help="Output directory of `slidescan archive`.")],
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """Say how an archive stands: done, failed by reason, rate, what is left."""
+    from slidescan.archive import archive_status
+
+    now = archive_status(out)
+    typer.echo(json.dumps(now.told()) if as_json else "\n".join(now.lines()))
+
+
+def assigned(assignments: list[str]) -> dict[str, Any]:
+    """Return what `--set section.key=value` options say."""
+    found = {}
+    for assignment in assignments:
+        key, equals, value = assignment.partition("=")
+        if not equals:
+            raise ConfigError(f"--set expects section.key=value, got {assignment!r}")
+        try:
+            found[key.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError as exc:
+            raise ConfigError(f"--set {key.strip()}: expected a YAML value, got {value!r}") from exc
+    return found
+
+
+def _shard(shard: str | None) -> tuple[int, int] | None:
+    if shard is None:
+        return None
+    found = re.fullmatch(r"(\d+)/(\d+)", shard)
+    if found is None:
+        raise ConfigError(f"--shard must be i/n such as 3/64, got {shard!r}")
+    return int(found[1]), int(found[2])
+
+
+def _say(now: ArchiveProgress) -> None:
+    """Say a line on stderr for each slide that ended."""
+    record = now.record
+    if record.state == "failed":
+        what = f"failed, {record.reason}: {record.message}"
+    else:
+        seen = record.told.get("analysed_fraction")
+        what = f"{record.told.get('found', 0):,} found" + (
+            "; no tissue" if seen is None else f", {seen:.1%} of tissue seen"
+        )
+    typer.echo(f"[{now.done + now.failed}/{now.slides}] {record.slide_id}: {what}", err=True)
+
+
+def _estimate(entries: list[Any], model: str, allow_coarse: bool, common: dict[str, Any]) -> None:
+    from slidescan.archive.engine import estimate_archive
+
+    total: dict[str, float] = {"bytes": 0, "tissue_mm2": 0, "tiles": 0, "megapixels": 0}
+    n = bad = 0
+    for entry, told in estimate_archive(entries, model, allow_coarse=allow_coarse, **common):
+        n += 1
+        if "reason" in told:
+            bad += 1
+            typer.echo(f"{entry.slide_id}: would fail, {told['reason']}: {told['message']}")
+        for name in total:
+            total[name] += told.get(name) or 0
+    typer.echo(f"slides      {n:,}, {bad:,} of which would fail; {total['bytes'] / 1e9:,.1f} GB")
+    typer.echo(f"tissue      {total['tissue_mm2']:,.1f} mm²")
+    typer.echo(f"plan        {total['tiles']:,.0f} tiles, {total['megapixels']:,.0f} MP")
+    if bad:
+        raise typer.Exit(1)
