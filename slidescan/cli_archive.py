@@ -53,9 +53,8 @@ def archive(
 
     if retry_reason is not None and retry_reason not in REASONS:
         raise ConfigError(f"--retry-reason must be one of {', '.join(REASONS)}, got {retry_reason!r}")
-    settings = ScanConfig.load(config or {}, assigned(set_ or []))
+    settings, part = ScanConfig.load(config or {}, assigned(set_ or [])), _shard(shard)
     entries = read_listing(listing)
-    part = _shard(shard)
     client = connect(scheduler) if scheduler else None
     common: dict[str, Any] = {"config": settings, "client": client, "workers": workers, "shard": part}
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a queue's polite end is the user's Ctrl-C

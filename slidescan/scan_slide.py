@@ -122,6 +122,7 @@ def scan(
             directory = Path(out)
         held.enter_context(_claimed(directory))
         if _is_done(directory, key, overwrite=overwrite):
+            _sweep(directory)
             return load_result(directory)
         started = time.perf_counter()
         prepared = prepare(opened, variant, config, allow_coarse=True)

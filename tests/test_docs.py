@@ -18,6 +18,7 @@ from nbclient import NotebookClient
 from PIL import Image
 
 import slidescan
+from slidescan import cli
 from slidescan.phantom import Phantom, write_phantom
 from tests.families import DETECTORS
 
@@ -48,6 +49,7 @@ def beside_a_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         feature = {"type": "Feature", "properties": {"classification": {"name": "mitotic figure"}}}
         features = [{**feature, "geometry": {"type": "Point", "coordinates": xy}} for xy in points]
         path.with_suffix(".geojson").write_text(json.dumps({"type": "FeatureCollection", "features": features}))
+    (tmp_path / "slides.csv").write_text("slide_path,group\ntrain/a.tiff,north\ntest/c.tiff,south\n")
     (settings,) = blocks("yaml")
     short = settings.replace("steps: 2000", "steps: 2, tile_px: [256], mine_steps: 2")
     (tmp_path / "my.yaml").write_text(f"{short}\nshifts: 1\n")
@@ -62,8 +64,8 @@ def test_readme_python_runs(beside_a_case: Path) -> None:
     assert (beside_a_case / "case.geojson.gz").is_file()
 
 
-def test_readme_commands_run(beside_a_case: Path) -> None:
-    """Each slidescan command of the README runs as it stands; make targets exist."""
+def test_readme_commands_run(beside_a_case: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each slidescan command of the README runs as it stands, in this process: torch loads once. Make targets exist."""
     commands = [line.split("#")[0].strip() for block in blocks("sh") for line in block.splitlines() if line.strip()]
     assert len(commands) >= 6
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
@@ -72,9 +74,10 @@ def test_readme_commands_run(beside_a_case: Path) -> None:
         if program == "make":
             assert re.search(rf"^{arguments[0]}:", makefile, re.MULTILINE)
             continue
-        run = [sys.executable, "-m", "slidescan.cli", *arguments]
-        done = subprocess.run(run, capture_output=True, text=True, check=False, timeout=300)
-        assert done.returncode == 0, f"{command}: {done.stderr}"
+        monkeypatch.setattr(sys, "argv", ["slidescan", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        assert not ended.value.code, command
 
 
 def test_readme_links_lead_somewhere() -> None:
@@ -97,7 +100,19 @@ def test_benchmark_smoke() -> None:
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stdout.splitlines()[1:] if not line.startswith("|")]  # the rows of a table
     names = [line.split(":")[0] for line in lines]
-    assert names == ["stitch", "memory", "read", "ops", "ops", "models", "models", "detector", "grid", "tune"]
+    assert names == [
+        "stitch",
+        "memory",
+        "read",
+        "overlap",
+        "ops",
+        "ops",
+        "models",
+        "models",
+        "detector",
+        "grid",
+        "tune",
+    ]
 
 
 def test_gpu_smoke(tmp_path: Path) -> None:

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import numpy as np
 import openslide
+import pyarrow as pa
 from numpy.typing import NDArray
-from PIL import ImageCms
+from PIL import Image, ImageCms
 
 from slidescan.errors import SlideFormatError, SlideReadError
 from slidescan.geometry import Box
@@ -138,10 +139,12 @@ class OpenSlideSource:
             raise openslide.OpenSlideError("a tile with more bytes than its px can have")
         with stage("decode"):
             image = handle.read_region((round(x * factor), round(y * factor)), level, (width, height))
-        if image.getextrema()[3][0] == 255:
-            out[...] = np.asarray(image.convert("RGB"))
+        rgba = _pixels(image)
+        if rgba[..., 3].min() == 255:
+            for channel in range(3):  # one after the other: a third of the time that numpy takes for px of three
+                out[..., channel] = rgba[..., channel]
         else:
-            out[...] = composite(np.asarray(image), self._background)
+            out[...] = composite(rgba, self._background)
 
     def _reopen(self) -> openslide.OpenSlide:
         try:
@@ -229,6 +232,17 @@ def _bounds(said: dict[str, str]) -> Box | None:
     if x is None or y is None or width is None or height is None:
         return None
     return Box(x, y, x + width, y + height)
+
+
+def _pixels(image: Image.Image) -> NDArray[np.uint8]:
+    """Return an image's RGBA (H, W, 4), read only.
+
+    Its own memory, where Pillow lends it: to copy it out took as long as OpenSlide's decoding.
+    """
+    try:
+        return np.asarray(pa.array(image).flatten()).reshape(image.height, image.width, 4)
+    except ValueError:  # Pillow keeps it in pieces
+        return np.asarray(image)
 
 
 def _short(exc: openslide.OpenSlideError, path: Path) -> str:

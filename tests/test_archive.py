@@ -1,0 +1,362 @@
+"""Many slides: each scanned or explained, whatever happens to files, workers and the run itself."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import slidescan as ss
+from slidescan.archive import Entry, archive_status, read_listing
+from slidescan.archive.engine import ArchiveProgress, estimate_archive
+from slidescan.archive.record import Record, read_records
+from slidescan.errors import ConfigError, ResultError
+from slidescan.scan_slide import _claimed
+from tests.archives import DEADLY, write_slide
+from tests.discs import ORACLE, config
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+ROOT = Path(__file__).parents[1]
+RESULT = ("detections.parquet", "flagged.geojson")
+
+
+@pytest.fixture(scope="module")
+def client() -> Iterator[Client]:
+    from distributed import Client, LocalCluster
+
+    with (
+        LocalCluster(n_workers=2, threads_per_worker=2, dashboard_address=None, silence_logs=50) as cluster,
+        Client(cluster) as client,
+    ):
+        yield client
+
+
+@pytest.fixture
+def cohort(tmp_path: Path) -> Path:
+    """Four slides that can be scanned, two of one name; one without scale, one broken, one that is not there."""
+    folder = tmp_path / "Doe^Jane 1970-01-01"
+    write_slide(folder / "north/case.tiff", 1)
+    write_slide(folder / "south/case.tiff", 2)
+    write_slide(folder / "south/other.tiff", 3)
+    write_slide(folder / "unscaled.tiff", 4, mpp=None)
+    (folder / "broken.svs").write_bytes(b"II*\0 not a slide")
+    rows = ["north/case.tiff,,north", "south/case.tiff,,south", "south/other.tiff,,south", "unscaled.tiff,0.5,"]
+    rows += ["broken.svs,,", "lost.svs,,"]
+    (folder / "unscaled-too.tiff").symlink_to(folder / "unscaled.tiff")
+    rows.append("unscaled-too.tiff,,")
+    table = folder / "slides.csv"
+    table.write_text("slide_path,mpp,group\n" + "\n".join(rows) + "\n")
+    return table
+
+
+def results(out: Path) -> dict[str, bytes]:
+    """Return all files of all results but the manifests, which tell times, and the pictures' paths."""
+    found = {}
+    for file in sorted((out / "slides").rglob("*")):
+        if file.is_file() and file.name != "manifest.json":
+            found[file.relative_to(out).as_posix()] = file.read_bytes()
+    return found
+
+
+class TestListing:
+    def test_formats_agree(self, cohort: Path, tmp_path: Path) -> None:
+        entries = read_listing(cohort)
+        rows = list(csv.DictReader(cohort.read_text().splitlines()))
+        absolute = [{**row, "slide_path": str(cohort.parent / row["slide_path"])} for row in rows]
+        lines = ["\t".join(rows[0]), *("\t".join(row.values()) for row in absolute)]
+        (tmp_path / "a.tsv").write_text("\n".join(lines))
+        table = pa.Table.from_pylist([{**r, "mpp": float(r["mpp"]) if r["mpp"] else None, "more": 7} for r in absolute])
+        pq.write_table(table, tmp_path / "a.parquet")
+        assert read_listing(tmp_path / "a.tsv") == entries == read_listing(tmp_path / "a.parquet")
+        assert [e.slide_id for e in entries][2:] == ["other", "unscaled", "broken", "lost", "unscaled-too"]
+        assert entries[3].mpp == 0.5
+        assert [e.group for e in entries][:3] == ["north", "south", "south"]
+
+    def test_a_folder_and_a_pattern(self, cohort: Path) -> None:
+        (cohort.parent / ".trash").mkdir()
+        write_slide(cohort.parent / ".trash/gone.tiff", 1)
+        (cohort.parent / "a.ome.zarr/0").mkdir(parents=True)
+        (cohort.parent / "a.ome.zarr/0/inner.tiff").touch()
+        names = sorted(Path(e.path).name for e in read_listing(cohort.parent))
+        assert names == [
+            "a.ome.zarr",
+            "broken.svs",
+            "case.tiff",
+            "case.tiff",
+            "other.tiff",
+            "unscaled-too.tiff",
+            "unscaled.tiff",
+        ]
+        found = read_listing(f"{cohort.parent}/**/case.tiff")
+        assert found == [e for e in read_listing(cohort.parent) if e.path.endswith("case.tiff")]
+
+    @given(st.permutations(range(6)))
+    def test_ids_do_not_depend_on_the_order(self, order: list[int]) -> None:
+        from slidescan.archive.listing import _named
+
+        paths = ["/a/x.svs", "/b/x.svs", "/b/X.svs", "/c/y.ome.tiff", "/c/z.svs", "https://h/p/x.svs?t=1"]
+        ids = {entry.path: entry.slide_id for entry in _named([Entry("", paths[i]) for i in order])}
+        assert ids == {entry.path: entry.slide_id for entry in _named([Entry("", path) for path in paths])}
+        assert len({name.casefold() for name in ids.values()}) == 6
+        assert (ids["/c/y.ome.tiff"], ids["/c/z.svs"]) == ("y", "z")
+
+    @pytest.mark.parametrize(
+        ("text", "told"),
+        [
+            ("path\na.svs\n", "expected a column slide_path, found path"),
+            ("", "found no header"),
+            ("slide_path\n", "expected slides, found none"),
+            ("slide_path,mpp\na.svs,0\n", r"slide 1: mpp must be µm/px .* got '0'"),
+            ("slide_path,mpp\na.svs,\nb.svs,fine\n", "slide 2: mpp must be"),
+            ("slide_path,slide_id\na.svs,../up\n", "slide_id must be a plain name"),
+            ("slide_path,slide_id\na.svs,x\nb.svs,x\n", "slide_id 'x' is given to 2 slides"),
+            ("slide_path\na.svs\n./a.svs\n", "a.svs: expected each slide once"),
+            ("slide_path,group\n,north\n", "slide 1: expected a slide_path"),
+        ],
+    )
+    def test_what_cannot_be_meant(self, tmp_path: Path, text: str, told: str) -> None:
+        (tmp_path / "slides.csv").write_text(text)
+        with pytest.raises(ConfigError, match=told):
+            read_listing(tmp_path / "slides.csv")
+
+    def test_nothing_there(self, tmp_path: Path) -> None:
+        (tmp_path / "list.xlsx").write_bytes(b"PK")
+        (tmp_path / "bad.parquet").write_bytes(b"PAR1")
+        for source in (
+            tmp_path / "no.csv",
+            tmp_path,
+            tmp_path / "*.svs",
+            tmp_path / "list.xlsx",
+            tmp_path / "bad.parquet",
+        ):
+            with pytest.raises(ConfigError):
+                read_listing(source)
+
+
+class TestRuns:
+    def test_each_is_scanned_or_explained(self, cohort: Path, tmp_path: Path, client: Client) -> None:
+        """Results are those of `scan`; failures have reasons; nothing names the folder the slides lie in."""
+        out, seen = tmp_path / "runs", []
+        records = ss.scan_archive(cohort, ORACLE, out=out, config=config(), client=client, on_slide=seen.append)
+        entries = read_listing(cohort)
+        assert [r.slide_id for r in records] == [e.slide_id for e in entries]
+        assert [r.reason for r in records] == [None] * 4 + ["open_error", "not_found", "no_mpp"]
+        assert (seen[-1].done, seen[-1].failed, seen[-1].slides) == (4, 3, 7)
+        for entry in entries[:4]:
+            slide, alone = ss.open_slide(entry.path, mpp=entry.mpp), tmp_path / "alone"
+            ss.scan(slide, ORACLE, out=alone, config=config())
+            ours, whole = (
+                json.loads((at / "manifest.json").read_text()) for at in (out / "slides" / entry.slide_id, alone)
+            )
+            assert ours["summary"]["detections"] == 12
+            assert ours["run_key"] == whole["run_key"]
+            assert {n: ours["files"][n] for n in RESULT} == {n: whole["files"][n] for n in RESULT}
+            shutil.rmtree(tmp_path / "alone")
+        index = pq.read_table(out / "index.parquet").to_pylist()
+        assert [row["found"] for row in index if row["state"] == "done"] == [12] * 4
+        failures = list(csv.DictReader((out / "failures.csv").read_text().splitlines()))
+        assert sorted(row["reason"] for row in failures) == ["no_mpp", "not_found", "open_error"]
+        assert all(row["message"] for row in failures)
+        for file in out.rglob("*"):
+            if file.is_file():
+                content = file.read_bytes()
+                assert b"Doe^Jane" not in content, file
+                assert str(tmp_path).encode() not in content, file
+        now = archive_status(out)
+        assert (now.slides, now.done, now.running, now.found) == (7, 4, False, 48)
+        assert now.failed == {"no_mpp": 1, "not_found": 1, "open_error": 1}
+        assert now.analysed_fraction == 1.0
+
+    def test_only_what_changed_is_done_again(self, cohort: Path, tmp_path: Path, client: Client) -> None:
+        out = tmp_path / "runs"
+
+        def run(**more: object) -> set[str]:
+            done: list[ArchiveProgress] = []
+            options: dict[str, object] = {"config": config(), **more}
+            ss.scan_archive(cohort, ORACLE, out=out, client=client, on_slide=done.append, **options)  # type: ignore[arg-type]
+            return {each.record.slide_id for each in done}
+
+        everything = {entry.slide_id for entry in read_listing(cohort)}
+        assert run() == everything
+        before = results(out)
+        assert run() == {"lost"}  # a file that is not there may come
+        assert run(retry_failed="no_mpp") == {"lost", "unscaled-too"}
+        assert run(retry_failed=True) == {"lost", "unscaled-too", "broken"}
+        write_slide(cohort.parent / "lost.svs", 9)
+        write_slide(cohort.parent / "south/other.tiff", 8)
+        assert run() == {"lost", "other"}
+        after = results(out)
+        kept = [name for name in before if name.startswith("slides/unscaled/")]
+        assert kept
+        assert [after[name] for name in kept] == [before[name] for name in kept]
+        assert after["slides/other/detections.parquet"] != before["slides/other/detections.parquet"]
+        assert run(config=config(detect__min_score=0.3)) == everything
+        shutil.rmtree(out / "slides/unscaled")
+        assert run(config=config(detect__min_score=0.3)) == {"unscaled"}
+
+    def test_shards_share_the_work(self, cohort: Path, tmp_path: Path, client: Client) -> None:
+        parts = []
+        for i in (1, 2, 3):
+            records = ss.scan_archive(
+                cohort, ORACLE, out=tmp_path / "runs", config=config(), client=client, shard=(i, 3)
+            )
+            parts.append([record.slide_id for record in records])
+        assert sorted(name for part in parts for name in part) == sorted(
+            entry.slide_id for entry in read_listing(cohort)
+        )
+        assert archive_status(tmp_path / "runs").done == 4
+        with pytest.raises(ConfigError, match="i from 1 to n, got 4/3"):
+            ss.scan_archive(cohort, ORACLE, out=tmp_path / "runs", shard=(4, 3))
+
+    def test_a_slide_another_run_is_at_is_left_to_it(self, cohort: Path, tmp_path: Path, client: Client) -> None:
+        out = tmp_path / "runs"
+        with _claimed(out / "slides/other"):
+            ss.scan_archive(cohort, ORACLE, out=out, config=config(), client=client)
+        assert "other" not in read_records(out / "records")
+        ss.scan_archive(cohort, ORACLE, out=out, config=config(), client=client)
+        assert read_records(out / "records")["other"].state == "done"
+
+    def test_max_failures(self, cohort: Path, tmp_path: Path, client: Client) -> None:
+        with pytest.raises(ResultError, match="stopped after 2 failures"):
+            ss.scan_archive(cohort, ORACLE, out=tmp_path / "runs", config=config(), client=client, max_failures=2)
+        assert sum(archive_status(tmp_path / "runs").failed.values()) >= 2
+
+    def test_a_wrong_file_is_not_scanned(self, cohort: Path, tmp_path: Path, client: Client) -> None:
+        entries = [Entry("a", str(cohort.parent / "south/other.tiff"), sha256="0" * 64)]
+        (record,) = ss.scan_archive(entries, ORACLE, out=tmp_path / "runs", config=config(), client=client)
+        assert record.reason == "wrong_digest"
+        assert not (tmp_path / "runs/slides/a/manifest.json").exists()
+
+    def test_estimate_writes_nothing_and_names_what_will_fail(
+        self, cohort: Path, tmp_path: Path, client: Client
+    ) -> None:
+        before = set(tmp_path.rglob("*"))
+        told = {
+            entry.slide_id: said for entry, said in estimate_archive(cohort, ORACLE, config=config(), client=client)
+        }
+        assert {name: said["reason"] for name, said in told.items() if "reason" in said} == {
+            "broken": "open_error", "lost": "not_found", "unscaled-too": "no_mpp"
+        }  # fmt: skip
+        assert told["other"]["tiles"] > 4
+        assert told["other"]["bytes"] == (cohort.parent / "south/other.tiff").stat().st_size
+        assert set(tmp_path.rglob("*")) == before
+
+
+class TestAccidents:
+    def test_a_worker_that_dies_costs_its_slide(self, tmp_path: Path) -> None:
+        """As when memory is short: tried three times, then on record; the others are done."""
+        for seed in range(3):
+            write_slide(tmp_path / f"in/{seed}.tiff", seed, deadly=seed == 1)
+        records = ss.scan_archive(tmp_path / "in", DEADLY, out=tmp_path / "runs", config=config(), workers=2)
+        assert [(r.slide_id, r.state, r.reason) for r in records] == [
+            ("0", "done", None), ("1", "failed", "killed"), ("2", "done", None)
+        ]  # fmt: skip
+        assert records[1].attempts == 3
+
+    def test_a_killed_run_continues_and_ends_the_same(self, tmp_path: Path) -> None:
+        """SIGKILL of everything, at several moments, leaves what an undisturbed run leaves."""
+        for seed in range(4):
+            write_slide(tmp_path / f"in/{seed}.tiff", seed)
+        command = [sys.executable, "-m", "tests.archives", str(tmp_path / "in")]
+        subprocess.run([*command, str(tmp_path / "whole")], cwd=ROOT, check=True, capture_output=True)
+        out = tmp_path / "runs"
+        for committed in (1, 9, 20):
+            run = subprocess.Popen([*command, str(out)], cwd=ROOT, start_new_session=True, stderr=subprocess.DEVNULL)
+            until = time.monotonic() + 60
+            while run.poll() is None and time.monotonic() < until:
+                if (
+                    len(list(out.glob("slides/*/parts-*/*.npz"))) + 8 * len(list(out.glob("slides/*/manifest.json")))
+                    >= committed
+                ):
+                    break
+            os.killpg(run.pid, signal.SIGKILL)
+            run.wait()
+        subprocess.run([*command, str(out)], cwd=ROOT, check=True, capture_output=True)
+        assert results(out) == results(tmp_path / "whole")
+        assert not list(out.glob("slides/*/parts-*"))
+        assert archive_status(out).done == 4
+
+    def test_a_full_disk_ends_the_run(self, cohort: Path, tmp_path: Path, client: Client) -> None:
+        out = tmp_path / "runs"
+        (out / "slides").mkdir(parents=True)
+        (out / "records").touch()  # a file where a directory is to be
+        with pytest.raises(ResultError, match="cannot be written"):
+            ss.scan_archive(cohort, ORACLE, out=out, config=config(), client=client)
+
+    def test_records_that_cannot_be_read_are_as_none(self, tmp_path: Path) -> None:
+        Record("a", "", "k", "done").save(tmp_path)
+        (tmp_path / "b.json").write_text('{"slide_id": "b"')
+        (tmp_path / "c.json").write_text('{"slide_id": "c", "color": 1}')
+        assert set(read_records(tmp_path)) == {"a"}
+
+    def test_a_spreadsheet_runs_nothing(self, tmp_path: Path) -> None:
+        from slidescan.archive.record import write_tables
+
+        write_tables(tmp_path, [Record("=cmd()", "@x", "k", "failed", "open_error", "-1+1")])
+        (row,) = csv.DictReader((tmp_path / "failures.csv").read_text().splitlines())
+        assert (row["slide_id"], row["group"], row["message"]) == ("'=cmd()", "'@x", "'-1+1")
+
+
+class TestCommands:
+    def test_archive_and_status(self, tmp_path: Path) -> None:
+        """With the bundled detector; a second run finds nothing to do; the exit code says that something failed."""
+        write_slide(tmp_path / "in/a.tiff", 1)
+        command = [sys.executable, "-m", "slidescan.cli"]
+        run = [*command, "archive", str(tmp_path / "in"), "-o", str(tmp_path / "runs"), "--workers", "1"]
+        first = subprocess.run(run, capture_output=True, text=True, check=False)
+        assert first.returncode == 0, first.stderr
+        assert "[1/1] a: " in first.stderr
+        assert "slides      1: 1 done, 0 failed, 0 to do" in first.stdout
+        (tmp_path / "in/b.svs").write_bytes(b"no slide")
+        second = subprocess.run(run, capture_output=True, text=True, check=False)
+        assert second.returncode == 1
+        assert "[2/2] b: failed, open_error: b.svs" in second.stderr
+        assert "Traceback" not in second.stderr
+        told = json.loads(subprocess.check_output([*command, "status", str(tmp_path / "runs"), "--json"]))
+        assert (told["done"], told["failed"]) == (1, {"open_error": 1})
+
+    def test_sigterm_ends_it_soon_and_it_continues(self, tmp_path: Path) -> None:
+        for seed in range(3):
+            write_slide(tmp_path / f"in/{seed}.tiff", seed)
+        command = [sys.executable, "-m", "slidescan.cli", "archive", str(tmp_path / "in"), "-o", str(tmp_path / "runs")]
+        run = subprocess.Popen([*command, "--workers", "1"], stderr=subprocess.PIPE, text=True)
+        assert run.stderr is not None
+        assert run.stderr.readline().startswith("[1/3]")
+        run.terminate()
+        _, said = run.communicate(timeout=60)
+        assert run.returncode == 3
+        assert "run the same command to continue" in said
+        assert "Traceback" not in said
+        assert archive_status(tmp_path / "runs").done >= 1
+        assert not archive_status(tmp_path / "runs").running
+
+    @pytest.mark.parametrize(
+        ("options", "told"),
+        [
+            (["--shard", "x"], "--shard must be i/n"),
+            (["--retry-reason", "x"], "--retry-reason must be one of not_found"),
+        ],
+    )
+    def test_usage(self, tmp_path: Path, options: list[str], told: str) -> None:
+        command = [sys.executable, "-m", "slidescan.cli", "archive", str(tmp_path), *options]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 2
+        assert told in done.stderr
+        assert np.size(done.stderr.strip().splitlines()) == 1
