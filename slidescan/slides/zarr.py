@@ -91,7 +91,7 @@ class ZarrSource:
     def _fill(self, level: int, block: Box, out: NDArray[np.uint8]) -> bool:
         """Put the px of a block into `out`; return whether all could be decoded."""
         try:
-            out[...] = self._block(level, block)
+            self._block(level, block, out)
         except SlideReadError:
             raise
         except OSError as exc:
@@ -133,14 +133,19 @@ class ZarrSource:
         place = {"x": column, "y": row, "c": channel}
         return dataset.key(tuple(place.get(axis, 0) for axis in self._image.axes))
 
-    def _block(self, level: int, block: Box) -> NDArray[np.uint8]:
+    def _block(self, level: int, block: Box, out: NDArray[np.uint8]) -> None:
         x0, y0, x1, y1 = block.round_out()
         where = {"y": slice(y0, y1), "x": slice(x0, x1), "c": slice(None)}
         axes = self._image.axes
         with stage("decode"):
             pixels = np.asarray(self._arrays[level][tuple(where.get(axis, 0) for axis in axes)])
         kept = [axis for axis in axes if axis in where]
-        return pixels.transpose([kept.index(axis) for axis in "yxc"])
+        rgb = pixels.transpose([kept.index(axis) for axis in "yxc"])
+        if rgb.strides[2] == 1:
+            out[...] = rgb
+        else:
+            for channel in range(3):  # a fifth of the time that numpy takes for all at once
+                out[..., channel] = rgb[..., channel]
 
     def _open(self, dataset: Dataset) -> Any:  # zarr's own types do not pass strict mode
         import zarr
