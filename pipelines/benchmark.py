@@ -2,7 +2,7 @@
 
 python pipelines/benchmark.py stitch      1,000,000 boxes on one core
 python pipelines/benchmark.py memory      peak memory on a 20,000² and a 60,000² slide
-python pipelines/benchmark.py read        px per second from file to batches of tiles, against the codec and OpenSlide
+python pipelines/benchmark.py read        px per second from file to batches of tiles, against codecs and other readers
 python pipelines/benchmark.py overlap     a scan against the slower of its reading and its model
 python pipelines/benchmark.py ops         deformable attention against transformers' own, and others on a GPU
 python pipelines/benchmark.py models      whole detectors, accelerated or not
