@@ -221,7 +221,9 @@ class TestRuns:
         assert sorted(name for part in parts for name in part) == sorted(
             entry.slide_id for entry in read_listing(cohort)
         )
-        assert archive_status(tmp_path / "runs").done == 4
+        assert pq.read_table(tmp_path / "runs/index.parquet").num_rows == 7
+        now = archive_status(tmp_path / "runs")
+        assert (now.slides, now.done) == (7, 4)
         with pytest.raises(ConfigError, match="i from 1 to n, got 4/3"):
             ss.scan_archive(cohort, ORACLE, out=tmp_path / "runs", shard=(4, 3))
 

@@ -13,7 +13,7 @@ import hashlib
 import importlib.metadata
 import json
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,7 +36,8 @@ __all__ = ["ArchiveProgress", "estimate_archive", "scan_archive"]
 
 _VERSION = importlib.metadata.version("slidescan")
 _MOST_ATTEMPTS = 3  # of one run at a slide that fails for a reason that may pass
-_TABLES_EVERY_S = 60  # between two writings of the tables while a run is on
+# Between two writings of the tables while a run is on: seconds, and how many times longer than one takes.
+_TABLES_EVERY_S, _TABLES_SHARE = 60, 30
 # Slides in flight beside the processes: one more is opened and masked while the others are scored.
 _AHEAD = 1
 
@@ -117,13 +118,15 @@ def scan_archive(
     ResultError
         If `out` cannot be written, or `max_failures` was reached.
     """
-    entries = listing if isinstance(listing, list) else read_listing(listing)
-    entries = _share(entries, shard)
+    listed = listing if isinstance(listing, list) else read_listing(listing)
+    entries = _share(listed, shard)
     run = _Run(Path(out), detector, config or ScanConfig(), allow_coarse)
     tasks = deque(task for entry in entries if (task := run.task(entry, retry_failed)) is not None)
+    states = Counter(run.records[entry.slide_id].state for entry in entries if entry.slide_id in run.records)
+    states.subtract(run.records[task.entry.slide_id].state for task in tasks if task.entry.slide_id in run.records)
     started, failures, megapixels = time.time(), 0, 0.0
-    written = time.monotonic()
-    run.log("run_started", slides=len(entries), to_do=len(tasks), version=_VERSION, detector=run.detector.name)
+    tables = _Tables(run.out)
+    run.log("run_started", slides=len(listed), to_do=len(tasks), version=_VERSION, detector=run.detector.name)
     try:
         with contextlib.ExitStack() as held:
             if tasks:
@@ -138,21 +141,20 @@ def scan_archive(
                     if record.reason in TRANSIENT and record.attempts < _MOST_ATTEMPTS and record.reason != "not_found":
                         tasks.append(replace(task, attempts=record.attempts))
                         continue
+                    states[record.state] += 1
                     failures += record.state == "failed"
                     megapixels += record.told.get("megapixels", 0.0)
                     if on_slide:
-                        counts = run.counts(entries)
                         seconds = time.time() - started
-                        on_slide(ArchiveProgress(record, *counts, len(entries), megapixels, seconds))
+                        counts = states["done"], states["failed"], len(entries)
+                        on_slide(ArchiveProgress(record, *counts, megapixels, seconds))
                     if max_failures is not None and failures >= max_failures:
                         raise ResultError(f"{run.out}: stopped after {failures} failures; see failures.csv")
-                    if time.monotonic() - written > _TABLES_EVERY_S:
-                        write_tables(run.out, run.records.values())
-                        written = time.monotonic()
+                    tables.write_if_due()
     finally:
-        done, failed = run.counts(entries)
-        run.log("run_ended", done=done, failed=failed, seconds=round(time.time() - started, 3))
-        write_tables(run.out, run.records.values())
+        seconds = round(time.time() - started, 3)
+        run.log("run_ended", done=states["done"], failed=states["failed"], seconds=seconds)
+        tables.write()
     return [run.records[entry.slide_id] for entry in entries if entry.slide_id in run.records]
 
 
@@ -221,11 +223,6 @@ class _Run:
         said = {"slide_id": record.slide_id, "reason": record.reason, "message": record.message}
         self.log(f"slide_{record.state}", attempts=record.attempts, **said, **record.told)
 
-    def counts(self, entries: list[Entry]) -> tuple[int, int]:
-        """Return how many of the slides are done and how many failed."""
-        states = [self.records[entry.slide_id].state for entry in entries if entry.slide_id in self.records]
-        return states.count("done"), states.count("failed")
-
     def log(self, event: str, **told: object) -> None:
         """Append a line to the log: one write, so that lines of two runs do not mix."""
         line = json.dumps({"at": round(time.time(), 3), "event": event, **told}, ensure_ascii=False)
@@ -245,6 +242,24 @@ class _Run:
                 stamp = [stat.st_size, stat.st_mtime_ns]
         text = json.dumps([self._settings, entry.path, entry.mpp, entry.sha256, stamp])
         return hashlib.sha256(text.encode()).hexdigest()
+
+
+class _Tables:
+    """The tables of an output directory, made of all records there, also those of other runs at the same time."""
+
+    def __init__(self, out: Path) -> None:
+        self._out, self._due_s = out, time.monotonic() + _TABLES_EVERY_S
+
+    def write_if_due(self) -> None:
+        """Write them once a minute, or more rarely where there are so many records that it takes long."""
+        begun = time.monotonic()
+        if begun > self._due_s:
+            self.write()
+            self._due_s = time.monotonic() + max(_TABLES_EVERY_S, _TABLES_SHARE * (time.monotonic() - begun))
+
+    def write(self) -> None:
+        """Write them now."""
+        write_tables(self._out, read_records(self._out / "records").values())
 
 
 def _share(entries: list[Entry], shard: tuple[int, int] | None) -> list[Entry]:

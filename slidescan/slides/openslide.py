@@ -199,11 +199,12 @@ def _unsafe_tiles(directories: list[Directory], sizes_wh: list[tuple[int, int]])
     OpenSlide makes room for as many as are listed, and ends the process where it cannot.
     """
     found: list[list[Box]] = [[] for _ in sizes_wh]
-    for directory in (d for d in directories if d.is_tiled):
+    tiled = [(directory, directory.segments()[1].astype(np.uint64)) for directory in directories if directory.is_tiled]
+    for directory, counts in tiled:
         (tile_w, tile_h), (columns, _) = directory.tile_wh, directory.grid_wh
-        counts = directory.segments()[1].astype(np.uint64)
         for index in np.flatnonzero(counts > 8 * tile_w * tile_h + 65536).tolist():
-            if directory.size_wh not in sizes_wh:  # where its tiles lie is known to OpenSlide alone
+            # What it will be read for is known to OpenSlide alone: empty tiles are filled from finer levels.
+            if directory.size_wh not in sizes_wh or not all(listed.all() for _, listed in tiled):
                 directory.fail(f"a tile of {counts[index]} bytes is listed")
             x, y = index % columns * tile_w, index // columns * tile_h
             found[sizes_wh.index(directory.size_wh)].append(Box(x, y, x + tile_w, y + tile_h))

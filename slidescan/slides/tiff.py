@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
-from pathlib import Path
 from xml.etree import ElementTree as ET
 
 import numpy as np
@@ -25,14 +24,14 @@ from numpy.typing import NDArray
 from slidescan.errors import SlideFormatError
 from slidescan.geometry import Box
 from slidescan.slides.codecs import DECODER_ERRORS, Codec
-from slidescan.slides.ifd import Directory, File, open_file, read_directories
+from slidescan.slides.ifd import Directory, open_file, read_directories
 from slidescan.slides.pool import pool
 from slidescan.slides.remote import Where
 from slidescan.slides.resolution import NOTHING, Resolution, judge
 from slidescan.slides.source import MAX_UNTILED_PX, WHITE, Declined, Facts, check_levels, pyramid
 from slidescan.stages import stage
 
-__all__ = ["TiffSource", "guard_tiff"]
+__all__ = ["TiffSource"]
 
 _ROUNDING_PX = 1.5  # a level's side may differ by this from the exact ratio: floor, ceil and round are all in use
 # px: tiles that reach so near a block's edge are kept for the next block. Neighbouring regions overlap by two halos, of
@@ -42,23 +41,6 @@ _keys = itertools.count()  # of the sources of this process: a tile is never tak
 _PROBES = 4  # tiles decoded at opening, to decline a codec variant before a scan relies on it
 # OME PhysicalSize units in µm (OME-XML 2016-06); the default is µm.
 _UM = {"m": 1e6, "cm": 1e4, "mm": 1e3, "µm": 1.0, "um": 1.0, "nm": 1e-3, "in": 25400.0}
-
-
-def guard_tiff(path: Path) -> None:
-    """Refuse a TIFF file that is damaged or unsafe, for readers that do not check by themselves.
-
-    Raises
-    ------
-    SlideFormatError
-        With the reason. A Hamamatsu file passes: its layout is OpenSlide's own.
-    """
-    try:
-        directories = read_directories(File(path))
-    except Declined:
-        return
-    for index, directory in enumerate(directories):
-        if index == 0 or directory.is_tiled:
-            directory.check()
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,19 +1,112 @@
-"""Random damage, as `pipelines/fuzz_slides.py` does it ten thousand times."""
+"""Random damage, as `pipelines/fuzz_slides.py` does it ten thousand times, and what that found."""
 
 from __future__ import annotations
 
+import json
+import struct
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+import pytest
+import tifffile
+import zarr
+from imagecodecs.numcodecs import Jpeg, register_codecs
+from numpy.typing import NDArray
+from zarr.codecs import BloscCodec, GzipCodec, ZstdCodec
+
+from slidescan.errors import SlideFormatError
+from slidescan.geometry import Box
+from slidescan.slides import open_slide
+
 ROOT = Path(__file__).resolve().parents[2]
+LAYOUTS = ["jpeg.svs", "jp2.svs", "zlib.tiff", "lzw.tiff", "raw.tiff", "pyramid.ome.tiff", "strips.tiff"]
+LAYOUTS += [f"{name}@openslide" for name in ("jpeg.svs", "zlib.tiff", "lzw.tiff", "raw.tiff", "pyramid.ome.tiff")]
+LAYOUTS += ["blosc-0.4.zarr", "jpeg-0.4.zarr", "zstd-0.5.zarr", "sharded-0.5.zarr"]
 
 
 def test_damaged_slides_are_refused_or_read() -> None:
-    """No crash, hang, other error or more than 1 GB over files damaged at random, in a process of its own."""
-    command = [sys.executable, ROOT / "pipelines" / "fuzz_slides.py", "--count", "150", "--seed", "20000"]
+    """No crash, hang, other error or more than 1 GB over slides damaged at random, in a process of its own."""
+    command = [sys.executable, ROOT / "pipelines" / "fuzz_slides.py", "--count", "140", "--seed", "20000"]
     told = subprocess.run(command, capture_output=True, text=True, check=False)
     assert told.returncode == 0, told.stdout + told.stderr
-    assert told.stdout.startswith("150 damaged slides: ")
+    *layouts, total = told.stdout.splitlines()
+    assert total.startswith("140 damaged slides: ")
     for outcome in ("refused", "holes", "read"):
-        assert outcome in told.stdout  # the damage does all of it
+        assert outcome in total  # the damage does all of it
+    assert {line.split(":")[0] for line in layouts} >= set(LAYOUTS)
+
+
+def with_giant_frame(stream: bytes) -> bytes:
+    """Return a JPEG stream that says it has 30000 × 30000 px."""
+    at = stream.index(b"\xff\xc0") + 5
+    return stream[:at] + struct.pack(">HH", 30000, 30000) + stream[at + 4 :]
+
+
+@pytest.mark.parametrize(
+    ("coder", "sharded", "damage"),
+    [
+        (BloscCodec(), False, lambda data: data[: len(data) // 2]),  # its decoder would read on behind the end
+        (BloscCodec(), False, lambda data: data[:10]),
+        (BloscCodec(), True, lambda data: data[:12] + struct.pack("<I", len(data) + 1) + data[16:]),
+        (BloscCodec(), False, lambda data: data[:4] + struct.pack("<I", 2**31) + data[8:]),
+        (GzipCodec(), False, lambda data: b"no" + data[2:]),  # an OSError
+        (GzipCodec(), False, lambda data: data[:12] + b"\xff" * 8 + data[20:]),  # a zlib.error
+        (GzipCodec(), True, lambda data: b"no" + data[2:]),
+        (ZstdCodec(), False, lambda data: data[:4] + b"\xe0" + struct.pack("<Q", 2**62) + data[6:]),
+        (Jpeg(), False, with_giant_frame),
+        (Jpeg(), False, lambda data: data[: len(data) // 2]),  # its decoder would fill the rest with grey
+    ],
+)
+def test_what_a_chunk_says_is_not_believed(
+    tmp_path: Path, coder: object, sharded: bool, damage: Callable[[bytes], bytes]
+) -> None:
+    """A chunk that claims an impossible size, or ends early, is one hole; the one beside it is read."""
+    register_codecs(verbose=False)
+    pixels = np.random.default_rng(0).integers(0, 99, (100, 200, 3), np.uint8).cumsum(1, np.uint8)
+    more = {"shards": (100, 200, 3)} if sharded else {}
+    version = 2 if isinstance(coder, Jpeg) else 3
+    path, chunks = tmp_path / "a.zarr", (100, 100, 3)
+    zarr.create_array(path, data=pixels, chunks=chunks, compressors=coder, zarr_format=version, **more)
+    good = open_slide(path).read_level(0, 0, 0, 200, 100).rgb
+    file = path / ("0.0.0" if version == 2 else "c/0/0/0")
+    data = file.read_bytes()
+    start, size = struct.unpack("<QQ", data[-36:-20]) if sharded else (0, len(data))  # of the first chunk in a shard
+    file.write_bytes(data[:start] + damage(data[start : start + size]) + data[start + size :])
+    read = open_slide(path).read_level(0, 0, 0, 200, 100)
+    assert read.holes == (Box(0, 0, 100, 100),)
+    assert np.array_equal(read.rgb[:, 100:], good[:, 100:])
+
+
+@pytest.mark.parametrize("number", ["1e999", "1" + "0" * 400, "9" * 5000, "0", "-1", "2147483647"])
+@pytest.mark.parametrize("key", ["shape", "chunk_shape"])
+def test_extreme_numbers_are_refused(
+    tmp_path: Path, levels: list[NDArray[np.uint8]], write_ngff: Callable[..., Path], key: str, number: str
+) -> None:
+    """A size that no array has is a damaged slide, whatever Python makes of the number."""
+    path = write_ngff(tmp_path / "a.zarr", levels, "0.5")
+    file = path / "0" / "zarr.json"
+    told = json.loads(file.read_text())
+    (told if key == "shape" else told["chunk_grid"]["configuration"])[key][2] = "here"
+    file.write_text(json.dumps(told).replace('"here"', number))
+    with pytest.raises(SlideFormatError, match=r"^a\.zarr: "):
+        open_slide(path)
+
+
+def test_a_tile_that_lists_more_bytes_than_there_are(tmp_path: Path) -> None:
+    """OpenSlide would make room for them and end the process; the tile is a hole, and costs nothing else."""
+    pixels = np.random.default_rng(0).integers(0, 256, (128, 192, 3), np.uint8)
+    path = tmp_path / "a.svs"
+    coding = {"tile": (64, 64), "photometric": "rgb", "compression": "jpeg", "bigtiff": True}
+    tifffile.imwrite(path, pixels, **coding, description="Aperio Image Library v1|MPP = 0.5", metadata=None)
+    good = open_slide(path, backend="openslide").read_level(0, 0, 0, 192, 128).rgb
+    with tifffile.TiffFile(path, mode="r+") as file:
+        counts = list(file.pages.first.tags[325].value)
+        counts[4] = 2**62
+        file.pages.first.tags[325].overwrite(counts, dtype="Q")
+    read = open_slide(path, backend="openslide").read_level(0, 0, 0, 192, 128)
+    assert read.holes == (Box(64, 64, 128, 128),)
+    read.rgb[64:, 64:128] = good[64:, 64:128]
+    assert np.array_equal(read.rgb, good)
