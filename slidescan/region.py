@@ -208,7 +208,7 @@ def give_back_memory() -> None:
 
     glibc keeps up to 64 MB a thread once arrays of that size were freed: over 256 regions a scan grew by 230 MB. And
     once a large array was freed it puts the next ones among the small ones, where they leave gaps: a slide of 60,000²
-    took 595 MB, and takes 520 since arrays of 1 MB and more stay apart.
+    took 595 MB, and takes 521 since arrays of 1 MB and more stay apart.
     """
     with contextlib.suppress(AttributeError, OSError):  # another C library
         libc = ctypes.CDLL(None)

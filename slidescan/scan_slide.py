@@ -125,6 +125,7 @@ def scan(
             _sweep(directory)
             return load_result(directory)
         started = time.perf_counter()
+        give_back_memory()
         prepared = prepare(opened, variant, config, allow_coarse=True)
         give_back_memory()
         if on_prepared:
