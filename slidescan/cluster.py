@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
-from slidescan.errors import ConfigError, ModelError
+from slidescan.errors import ConfigError, WorkerError
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -149,7 +149,7 @@ def in_flight(
             try:
                 outcome = future.result()
             except (CancelledError, ClosedClientError, CommClosedError) as exc:
-                raise ModelError("the Dask cluster is gone; start it and run the same command to continue") from exc
+                raise WorkerError("the Dask cluster is gone; start it and run the same command to continue") from exc
             except KilledWorker:
                 outcome = killed(task)
             hand_out()

@@ -10,6 +10,7 @@
     │  ├─ SlideReadError (OSError)           opened, but pixels cannot be had
     │  └─ ResolutionError (ValueError)       µm/px missing, implausible or too coarse
     ├─ ModelError (RuntimeError)             weights, device or model directory
+    │  └─ WorkerError                        a worker process, or the cluster, died
     ├─ ResultError (RuntimeError)            a result directory is missing, damaged or in the way
     │  ├─ ResultBusyError                    another scan is writing there
     │  └─ ResultInTheWayError                it holds another scan's result
@@ -35,6 +36,7 @@ __all__ = [
     "SlideReadError",
     "SlideWarning",
     "SlidescanError",
+    "WorkerError",
 ]
 
 
@@ -79,6 +81,10 @@ class ResolutionError(SlideError, ValueError):
 
 class ModelError(SlidescanError, RuntimeError):
     """A detector cannot be loaded or run."""
+
+
+class WorkerError(ModelError):
+    """A worker process died over a task, or the cluster is gone."""
 
 
 class ResultError(SlidescanError, RuntimeError):

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from slidescan.cluster import cluster, in_flight
 from slidescan.config import ScanConfig
 from slidescan.detections import Detector
-from slidescan.errors import ModelError, ResultError
+from slidescan.errors import ResultError, WorkerError
 from slidescan.prepare import Prepared
 from slidescan.region import RegionPart, RegionTask, disk_error, scored_at_once
 from slidescan.slides import Slide
@@ -130,11 +130,11 @@ def _killed(task: RegionTask) -> dict[str, float]:
 
     Raises
     ------
-    ModelError
+    WorkerError
         If it was not the reading.
     """
     if not _gives_up(task):
-        raise ModelError(
+        raise WorkerError(
             "a worker process died while scoring a region, most likely out of memory; run the same command to "
             "continue, with a smaller tiling.region_px or fewer --workers"
         )

@@ -58,7 +58,7 @@ def test_missing_file_is_refused(tmp_path: Path) -> None:
         ScanConfig.load(tmp_path / "nowhere.yaml")
 
 
-@pytest.mark.parametrize("name", errors.__all__)
+@pytest.mark.parametrize("name", [name for name in errors.__all__ if not issubclass(getattr(errors, name), Warning)])
 def test_every_error_survives_pickling(name: str) -> None:
     """Errors cross process borders: same type, same one-line text."""
     error = getattr(errors, name)("case.svs: expected this,\n got that")

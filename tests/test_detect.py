@@ -199,7 +199,6 @@ def test_the_slide_chooses_the_variant() -> None:
     finest = family.at(0.25)
     for fact in (
         "name",
-        "sha256",
         "classes",
         "attributes",
         "mpp",
@@ -213,6 +212,12 @@ def test_the_slide_chooses_the_variant() -> None:
     ):
         assert getattr(family, fact) == getattr(finest, fact)
     assert pickle.loads(pickle.dumps(family)) == family
+    # Other weights of any variant are another detector, and a slide may need that one.
+    alone = [
+        Family(family.title, variants).sha256
+        for variants in (family.variants, family.variants[:1], family.variants[1:])
+    ]
+    assert len(set(alone)) == 3
 
 
 def test_too_coarse_a_slide_is_refused_unless_asked_for() -> None:

@@ -17,6 +17,7 @@ from slidescan.cluster import from_within
 from slidescan.config import ScanConfig
 from slidescan.detections import Detector
 from slidescan.errors import (
+    ConfigError,
     ModelError,
     ResolutionError,
     ResultBusyError,
@@ -25,6 +26,7 @@ from slidescan.errors import (
     SlideError,
     SlideNotFoundError,
     SlideReadError,
+    WorkerError,
 )
 from slidescan.prepare import prepare
 from slidescan.provenance import peak_rss_mb
@@ -74,8 +76,8 @@ def scan_slide(task: SlideTask) -> Record:
 
     Raises
     ------
-    ResultError
-        If the output cannot be written: that concerns all slides.
+    ResultError, ConfigError
+        If the output cannot be written or a setting cannot be meant: that concerns all slides.
     """
     try:
         return _explained(task, lambda: task.done(_told(_scanned(task))), task.failed)
@@ -106,7 +108,7 @@ def estimate_slide(task: SlideTask) -> dict[str, Any]:
 def _explained(task: SlideTask, do: Callable[[], T], failed: Callable[[str, str], T]) -> T:
     try:
         return do()
-    except ResultError:
+    except (ConfigError, ResultError):  # of all slides
         raise
     except SlideNotFoundError as exc:
         return failed("not_found", _without_paths(exc, task))
@@ -116,8 +118,10 @@ def _explained(task: SlideTask, do: Callable[[], T], failed: Callable[[str, str]
         return failed("read_error", _without_paths(exc, task))
     except SlideError as exc:
         return failed("open_error", _without_paths(exc, task))
+    except WorkerError as exc:
+        return failed("killed", str(exc))
     except ModelError as exc:
-        return failed("killed" if "worker process died" in str(exc) else "model_error", str(exc))
+        return failed("model_error", str(exc))
     except Exception as exc:  # noqa: BLE001  # a fault of ours must not end a night's run, and is reported
         return failed("internal_error", f"{type(exc).__name__} in {_place(exc)}")
 
