@@ -152,7 +152,8 @@ class Profile:
         if not self.regions:
             return ["profile     nothing was scored in this run"]
         total = sum(self.thread_s.values())
-        table = [f"profile     {self.regions:,} regions, {self.megapixels:,.1f} MP in {self.wall_s:.1f} s"]
+        regions = f"{self.regions:,} region{'' if self.regions == 1 else 's'}"
+        table = [f"profile     {regions}, {self.megapixels:,.1f} MP in {self.wall_s:.1f} s"]
         for name, what in _STAGES.items():
             if name in self.thread_s:
                 seconds = self.thread_s[name]

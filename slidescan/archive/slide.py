@@ -143,7 +143,7 @@ def _opened(task: SlideTask) -> Slide:
     slide = open_slide(entry.path, mpp=entry.mpp)
     if slide.mpp is None:
         reason = "no_mpp" if slide.mpp_source == "none" else "implausible_mpp"
-        raise _ExplainedError(reason, f"{where.name}: {slide.mpp_problem}; give it in the list's column mpp")
+        raise _ExplainedError(reason, f"{where.name}: µm/px: {slide.mpp_problem}; give it in the list's column mpp")
     try:
         task.detector.at(slide.mpp, allow_coarse=task.allow_coarse)
     except ResolutionError as exc:
