@@ -6,7 +6,6 @@ the end.
 
 from __future__ import annotations
 
-import math
 import sys
 import warnings
 from pathlib import Path
@@ -16,6 +15,7 @@ import typer
 
 from slidescan import cli_archive, cli_train
 from slidescan.cli_archive import assigned
+from slidescan.cli_report import chosen, duration, report, say_profile, seconds_of
 from slidescan.errors import ConfigError, ResultError, SlideError, SlidescanError, SlideWarning
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ def info(
     from slidescan.prepare import estimate_s, prepare
 
     prepared = prepare(opened, _detector(model), settings, allow_coarse=allow_coarse)
-    typer.echo(f"detector    {_chosen(prepared)}")
+    typer.echo(f"detector    {chosen(prepared)}")
     if prepared.tissue is not None:
         note = f"; {prepared.tissue.note}" if prepared.tissue.note else ""
         tissue_mm2 = prepared.tissue.fraction * frame.area_mm2
@@ -127,7 +127,7 @@ def info(
     plan = prepared.plan
     typer.echo(f"plan        {plan.n_tiles:,} tiles in {len(plan.regions):,} regions, {plan.core_megapixels:,.0f} MP")
     if plan.n_tiles:
-        typer.echo(f"time        about {_duration(estimate_s(opened, prepared, settings))} on this machine")
+        typer.echo(f"time        about {duration(estimate_s(opened, prepared, settings))} on this machine")
 
 
 @app.command()
@@ -163,9 +163,9 @@ def scan(
         allow_coarse=allow_coarse,
         overwrite=overwrite,
     )
-    _report(result)
+    report(result)
     if profile:
-        _profile(result)
+        say_profile(result)
 
 
 @app.command()
@@ -251,8 +251,8 @@ def demo(
     outcome = compare(result, phantom)
     typer.echo(f"planted {outcome.planted}   found {outcome.found}   extra {outcome.extra}")
     typer.echo(f"on tile and region seams: planted {outcome.planted_on_seams}   found {outcome.found_on_seams}")
-    typer.echo("seconds     " + _seconds(result))
-    _report(result)
+    typer.echo("seconds     " + seconds_of(result))
+    report(result)
 
 
 app.command()(cli_archive.archive)
@@ -323,7 +323,7 @@ def _scan(
         def prepared(what: Prepared) -> None:
             frame = opened.frame
             console.print(
-                f"{frame.mpp:.4g} µm/px (from {opened.mpp_source}): {_chosen(what)}", highlight=False, soft_wrap=True
+                f"{frame.mpp:.4g} µm/px (from {opened.mpp_source}): {chosen(what)}", highlight=False, soft_wrap=True
             )
             if what.tissue is not None and what.tissue.note:
                 console.print(f"tissue: {what.tissue.note}", highlight=False, soft_wrap=True)
@@ -351,62 +351,6 @@ def _scan(
         finally:
             if client is not None:
                 client.close()
-
-
-def _chosen(prepared: Prepared) -> str:
-    """Say which variant of the detector reads what."""
-    detector, plane = prepared.detector, prepared.plane
-    exact = math.isclose(plane.mpp, detector.mpp, rel_tol=1e-9)
-    how = f"at {plane.mpp:.4g} µm/px" if exact else f"on the slide's own {plane.mpp:.4g} µm/px, without resampling"
-    return f"{detector.name}, trained at {detector.mpp:g} µm/px, reads {how}"
-
-
-def _duration(seconds: float) -> str:
-    """Say a duration as a person would."""
-    if seconds < 90:
-        return f"{max(1, round(seconds))} s"
-    minutes = seconds / 60
-    return f"{minutes:.0f} min" if minutes < 90 else f"{minutes / 60:.1f} h"
-
-
-def _report(result: ScanResult) -> None:
-    """Say what was found and where it is."""
-    summary = result.summary()
-    what = result.classes[0] if len(result.classes) == 1 else "object"
-    plural = "" if summary["found"] == 1 else "s"
-    regions = summary["flagged_regions"]
-    typer.echo(
-        f"found       {summary['found']:,} {what}{plural} at score ≥ {result.threshold:.2f}, "
-        f"in {regions:,} flagged region{'' if regions == 1 else 's'}"
-    )
-    if result.hotspot is not None:
-        typer.echo(f"hotspot     {result.hotspot.count} in {result.hotspot.area_mm2:.2g} mm²")
-    fraction = summary["analysed_fraction"]
-    if fraction is None:
-        typer.echo("looked at   nothing: no tissue was found on this slide")
-    else:
-        typer.echo(f"looked at   {fraction:.2%} of {summary['tissue_mm2']:.2f} mm² of tissue")
-    saturated = result.provenance["tiles"]["saturated"]
-    if saturated:
-        typer.echo(f"saturated   {saturated} tiles hold more than the detector can report; their counts are too low")
-    crashed = result.provenance["tiles"].get("crashed_regions", 0)
-    if crashed:
-        typer.echo(f"crashed     the reader, on {crashed} regions; they count as tissue that was not analysed")
-    typer.echo(f"result      {result.path}")
-    typer.echo(f"overview    {result.path / 'overview.png' if result.path else ''}")
-
-
-def _profile(result: ScanResult) -> None:
-    """Say where the time went."""
-    from slidescan.stages import Profile
-
-    told = {"threads": 0, "scoring": 0, **result.provenance.get("profile", {})}
-    typer.echo("\n".join(Profile(**told).lines()))
-    typer.echo("seconds     " + _seconds(result))
-
-
-def _seconds(result: ScanResult) -> str:
-    return "   ".join(f"{name} {value:.1f}" for name, value in result.provenance["seconds"].items())
 
 
 if __name__ == "__main__":

@@ -1,0 +1,71 @@
+"""What the command line says of a scan: what it will do, what came of it, where its time went."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import typer
+
+if TYPE_CHECKING:
+    from slidescan.prepare import Prepared
+    from slidescan.result import ScanResult
+
+__all__ = ["chosen", "duration", "report", "say_profile", "seconds_of"]
+
+
+def chosen(prepared: Prepared) -> str:
+    """Say which variant of the detector reads what."""
+    detector, plane = prepared.detector, prepared.plane
+    exact = math.isclose(plane.mpp, detector.mpp, rel_tol=1e-9)
+    how = f"at {plane.mpp:.4g} µm/px" if exact else f"on the slide's own {plane.mpp:.4g} µm/px, without resampling"
+    return f"{detector.name}, trained at {detector.mpp:g} µm/px, reads {how}"
+
+
+def duration(seconds: float) -> str:
+    """Say a duration as a person would."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    minutes = seconds / 60
+    return f"{minutes:.0f} min" if minutes < 90 else f"{minutes / 60:.1f} h"
+
+
+def report(result: ScanResult) -> None:
+    """Say what was found and where it is."""
+    summary = result.summary()
+    what = result.classes[0] if len(result.classes) == 1 else "object"
+    plural = "" if summary["found"] == 1 else "s"
+    regions = summary["flagged_regions"]
+    typer.echo(
+        f"found       {summary['found']:,} {what}{plural} at score ≥ {result.threshold:.2f}, "
+        f"in {regions:,} flagged region{'' if regions == 1 else 's'}"
+    )
+    if result.hotspot is not None:
+        typer.echo(f"hotspot     {result.hotspot.count} in {result.hotspot.area_mm2:.2g} mm²")
+    fraction = summary["analysed_fraction"]
+    if fraction is None:
+        typer.echo("looked at   nothing: no tissue was found on this slide")
+    else:
+        typer.echo(f"looked at   {fraction:.2%} of {summary['tissue_mm2']:.2f} mm² of tissue")
+    saturated = result.provenance["tiles"]["saturated"]
+    if saturated:
+        typer.echo(f"saturated   {saturated} tiles hold more than the detector can report; their counts are too low")
+    crashed = result.provenance["tiles"].get("crashed_regions", 0)
+    if crashed:
+        typer.echo(f"crashed     the reader, on {crashed} regions; they count as tissue that was not analysed")
+    typer.echo(f"result      {result.path}")
+    typer.echo(f"overview    {result.path / 'overview.png' if result.path else ''}")
+
+
+def say_profile(result: ScanResult) -> None:
+    """Say where the time went."""
+    from slidescan.stages import Profile
+
+    told = {"threads": 0, "scoring": 0, **result.provenance.get("profile", {})}
+    typer.echo("\n".join(Profile(**told).lines()))
+    typer.echo("seconds     " + seconds_of(result))
+
+
+def seconds_of(result: ScanResult) -> str:
+    """Return the wall seconds of a scan's parts on a line."""
+    return "   ".join(f"{name} {value:.1f}" for name, value in result.provenance["seconds"].items())
