@@ -20,7 +20,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 # Seconds to wait for a scheduler to answer before saying that it does not.
-_SCHEDULER_TIMEOUT_S = 10
+_SCHEDULER_TIMEOUT_S = 5
 # Dask starts its status servers even when told to have none: they must not be seen from outside this machine.
 _LOOPBACK = "127.0.0.1"
 # Worker processes that a task may take with it before it counts as their killer.

@@ -124,7 +124,7 @@ def _heed_sigint() -> None:
 def test_ctrl_c_stops_with_one_line_and_exit_code_3(tmp_path: Path) -> None:
     """SIGINT in the middle of a scan: no traceback, exit code 3, and the same command finishes it."""
     path = tmp_path / "case.tiff"
-    write_phantom(path, Phantom((2560, 2560), 0.25, n_figures=5, n_look_alikes=0, tissue=0.9))
+    write_phantom(path, Phantom((1792, 1792), 0.25, n_figures=5, n_look_alikes=0, tissue=0.9))
     command = [sys.executable, "-m", "slidescan.cli", "scan", path, "-o", tmp_path, "--set", "tiling.region_px=900"]
     running = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=_heed_sigint
