@@ -14,7 +14,7 @@ from slidescan.errors import ConfigError, WorkerError
 if TYPE_CHECKING:
     from distributed import Client
 
-__all__ = ["cluster", "connect", "from_within", "in_flight", "processes"]
+__all__ = ["cluster", "connect", "from_within", "in_flight", "processes", "readers_beside_gpu"]
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -25,7 +25,7 @@ _SCHEDULER_TIMEOUT_S = 5
 _LOOPBACK = "127.0.0.1"
 # Worker processes that a task may take with it before it counts as their killer.
 _DEATHS = 1
-_MOST_READERS = 16  # threads that read beside a GPU; each holds a region of 50 MB
+_MOST_READERS = 16  # threads that read beside a GPU, a core each; every one holds a region of 50 MB
 
 
 def connect(address: str) -> Client:
@@ -75,6 +75,11 @@ def cluster(client: Client | None, threads: int) -> Iterator[tuple[Client, int, 
         yield local, threads, 1
 
 
+def readers_beside_gpu() -> int:
+    """Return how many threads read while a GPU scores."""
+    return min(_MOST_READERS, os.cpu_count() or 1)
+
+
 @contextmanager
 def processes(client: Client | None, workers: int | None, *, gpu: bool) -> Iterator[tuple[Client, int]]:
     """Give a Dask client and how many processes it has: the caller's, or a cluster of this machine's processes.
@@ -98,7 +103,7 @@ def processes(client: Client | None, workers: int | None, *, gpu: bool) -> Itera
         LocalCluster(
             n_workers=n,
             # One reads while another scores.
-            threads_per_worker=2 + (min(_MOST_READERS, cores) if gpu else 0),
+            threads_per_worker=2 + (readers_beside_gpu() if gpu else 0),
             processes=True,
             host=_LOOPBACK,
             dashboard_address=f"{_LOOPBACK}:0",

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from slidescan.cluster import cluster, in_flight
+from slidescan.cluster import cluster, in_flight, readers_beside_gpu
 from slidescan.config import ScanConfig
 from slidescan.detections import Detector
 from slidescan.errors import ResultError, WorkerError
@@ -31,9 +31,8 @@ __all__ = ["Progress", "score_regions"]
 
 # Regions handed to the cluster per thread: one being done and one waiting, so that no thread idles between two.
 _QUEUED_PER_THREAD = 2
-# Threads of the local cluster. On a CPU one reads while another scores, on the same cores, and each holds a region in
-# memory (50 MB). Beside a GPU all cores read, 16 at most for the memory.
-_MOST_ON_CPU, _MOST_READERS = 4, 16
+# Threads of the local cluster on a CPU: one reads while another scores, on the same cores, and each holds a region.
+_MOST_ON_CPU = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +142,5 @@ def _killed(task: RegionTask) -> dict[str, float]:
 
 def _threads(detector: Detector) -> int:
     """Return how many regions are in flight on this machine."""
-    cores = os.cpu_count() or 1
     at_once = scored_at_once(detector)
-    return max(2, min(_MOST_ON_CPU, cores)) if at_once == 1 else at_once + min(_MOST_READERS, cores)
+    return at_once + readers_beside_gpu() if at_once > 1 else max(2, min(_MOST_ON_CPU, os.cpu_count() or 1))

@@ -26,7 +26,7 @@ from slidescan.cluster import in_flight, processes
 from slidescan.config import ScanConfig
 from slidescan.detections import Detector
 from slidescan.errors import ConfigError, ResultError
-from slidescan.region import disk_error
+from slidescan.region import disk_error, scored_at_once
 from slidescan.slides.remote import locate
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ def scan_archive(
     try:
         with contextlib.ExitStack() as held:
             if tasks:
-                gpu = not run.detector.runs_on.startswith("cpu")
+                gpu = scored_at_once(run.detector) > 1
                 running, n = held.enter_context(processes(client, workers, gpu=gpu))
                 ended = in_flight(running, scan_slide, _next_of(tasks), n + _AHEAD, _killed)
                 for task, record in held.enter_context(contextlib.closing(ended)):  # type: ignore[type-var]
@@ -172,7 +172,7 @@ def estimate_archive(
     entries = _share(listing if isinstance(listing, list) else read_listing(listing), shard)
     run = _Run(None, detector, config or ScanConfig(), allow_coarse)
     tasks = deque(run.new_task(entry) for entry in entries)
-    gpu = not run.detector.runs_on.startswith("cpu")
+    gpu = scored_at_once(run.detector) > 1
     with processes(client, workers, gpu=gpu) as (running, n):
         died = {"reason": "killed", "message": "opening it killed its worker"}
         for task, told in in_flight(running, estimate_slide, _next_of(tasks), 2 * n, lambda _: died):
