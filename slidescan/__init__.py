@@ -35,6 +35,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from slidescan import ops as ops
+    from slidescan.archive import open_archive as open_archive
     from slidescan.archive import scan_archive as scan_archive
     from slidescan.config import ScanConfig as ScanConfig
     from slidescan.detect import load_detector as load_detector
@@ -66,6 +67,7 @@ _HOME = {
     "detect_image": "picture",
     "load_detector": "detect",
     "load_result": "result",
+    "open_archive": "archive",
     "open_slide": "slides",
     "scan": "scan_slide",
     "scan_archive": "archive",
@@ -85,6 +87,7 @@ __all__ = [
     "detect_image",
     "load_detector",
     "load_result",
+    "open_archive",
     "open_slide",
     "ops",
     "scan",

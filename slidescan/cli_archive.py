@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import re
 import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 import yaml
 
+from slidescan.cli_report import duration
 from slidescan.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -44,6 +47,9 @@ def archive(
     retry_reason: Annotated[str | None, typer.Option(help="Try again what failed for this reason.")] = None,
     max_failures: Annotated[int | None, typer.Option(min=1, help="Stop after so many failures.")] = None,
     fail_fast: Annotated[bool, typer.Option("--fail-fast", help="Stop at the first failure.")] = False,
+    timeout: Annotated[
+        float, typer.Option(min=1, help="Seconds for opening a slide or doing a region; then its process is ended.")
+    ] = 1800,
 ) -> None:
     """Scan many slides; run it again after anything and it continues."""
     from slidescan.archive import read_listing, scan_archive
@@ -62,16 +68,18 @@ def archive(
         if dry_run:
             _estimate(entries, model, allow_coarse, common)
             return
-        records = scan_archive(
-            entries,
-            model,
-            out=out,
-            allow_coarse=allow_coarse,
-            retry_failed=retry_reason or retry_failed,
-            max_failures=1 if fail_fast else max_failures,
-            on_slide=_say,
-            **common,
-        )
+        with _bar() as on_slide:
+            records = scan_archive(
+                entries,
+                model,
+                out=out,
+                allow_coarse=allow_coarse,
+                retry_failed=retry_reason or retry_failed,
+                max_failures=1 if fail_fast else max_failures,
+                timeout_s=timeout,
+                on_slide=on_slide,
+                **common,
+            )
     finally:
         if client is not None:
             client.close()
@@ -83,11 +91,15 @@ def archive(
 def status(
     out: Annotated[Path, typer.Argument(help="Output directory of `slidescan archive`.")],
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+    write: Annotated[bool, typer.Option("--report", help="Write report.html of what is there now.")] = False,
 ) -> None:
     """Say how an archive stands: done, failed by reason, rate, what is left."""
-    from slidescan.archive import archive_status
+    from slidescan.archive import archive_status, open_archive
+    from slidescan.archive.report import write_report
 
     now = archive_status(out)
+    if write:
+        write_report(out, open_archive(out).records.values())
     typer.echo(json.dumps(now.told()) if as_json else "\n".join(now.lines()))
 
 
@@ -114,23 +126,35 @@ def _shard(shard: str | None) -> tuple[int, int] | None:
     return int(found[1]), int(found[2])
 
 
-def _say(now: ArchiveProgress) -> None:
-    """Say a line on stderr for each slide that ended."""
-    record = now.record
-    if record.state == "failed":
-        what = f"failed, {record.reason}: {record.message}"
-    else:
-        seen = record.told.get("analysed_fraction")
-        what = f"{record.told.get('found', 0):,} found" + (
-            "; no tissue" if seen is None else f", {seen:.1%} of tissue seen"
-        )
-    typer.echo(f"[{now.done + now.failed}/{now.slides}] {record.slide_id}: {what}", err=True)
+@contextmanager
+def _bar() -> Iterator[Callable[[ArchiveProgress], None]]:
+    """Show a bar to a person; say what failed to everybody. Machines read log.jsonl."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("slides"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
+    with Progress(
+        *columns, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal
+    ) as bar:
+        task = bar.add_task("", total=None)
+
+        def on_slide(now: ArchiveProgress) -> None:
+            record = now.record
+            if record.reason is not None and record.reason != "no_tissue":
+                told = f"{record.slide_id}: {record.state}, {record.reason}: {record.message}"
+                console.print(told, markup=False, highlight=False, soft_wrap=True)
+            rate = f"{now.megapixels / now.seconds:.1f} MP/s" if now.seconds else ""
+            failed = f"{now.failed:,} failed  " if now.failed else ""
+            bar.update(task, completed=now.done + now.failed, total=now.slides, description=failed + rate)
+
+        yield on_slide
 
 
 def _estimate(entries: list[Any], model: str, allow_coarse: bool, common: dict[str, Any]) -> None:
     from slidescan.archive.engine import estimate_archive
 
-    total: dict[str, float] = {"bytes": 0, "tissue_mm2": 0, "tiles": 0, "megapixels": 0}
+    total: dict[str, float] = {"bytes": 0, "tissue_mm2": 0, "tiles": 0, "megapixels": 0, "seconds": 0}
     n = bad = 0
     for entry, told in estimate_archive(entries, model, allow_coarse=allow_coarse, **common):
         n += 1
@@ -142,5 +166,6 @@ def _estimate(entries: list[Any], model: str, allow_coarse: bool, common: dict[s
     typer.echo(f"slides      {n:,}, {bad:,} of which would fail; {total['bytes'] / 1e9:,.1f} GB")
     typer.echo(f"tissue      {total['tissue_mm2']:,.1f} mm²")
     typer.echo(f"plan        {total['tiles']:,.0f} tiles, {total['megapixels']:,.0f} MP")
+    typer.echo(f"time        about {duration(total['seconds'])} for one process; shared by all there are")
     if bad:
         raise typer.Exit(1)

@@ -7,10 +7,12 @@
     ├─ SlideError
     │  ├─ SlideNotFoundError (FileNotFoundError)
     │  ├─ SlideFormatError (ValueError)      not a slide, damaged, or unsafe to open
+    │  │  └─ SlideUnsupportedError           a slide, but of a kind that is not read
     │  ├─ SlideReadError (OSError)           opened, but pixels cannot be had
     │  └─ ResolutionError (ValueError)       µm/px missing, implausible or too coarse
     ├─ ModelError (RuntimeError)             weights, device or model directory
     │  └─ WorkerError                        a worker process, or the cluster, died
+    │     └─ WorkerTimeoutError              it was ended because it took too long
     ├─ ResultError (RuntimeError)            a result directory is missing, damaged or in the way
     │  ├─ ResultBusyError                    another scan is writing there
     │  └─ ResultInTheWayError                it holds another scan's result
@@ -34,9 +36,11 @@ __all__ = [
     "SlideFormatError",
     "SlideNotFoundError",
     "SlideReadError",
+    "SlideUnsupportedError",
     "SlideWarning",
     "SlidescanError",
     "WorkerError",
+    "WorkerTimeoutError",
 ]
 
 
@@ -71,6 +75,10 @@ class SlideFormatError(SlideError, ValueError):
     """The file is not a slide, is damaged beyond opening, or is unsafe to open."""
 
 
+class SlideUnsupportedError(SlideFormatError):
+    """The file is a slide, but of a kind that is not read."""
+
+
 class SlideReadError(SlideError, OSError):
     """The slide opened but its pixels cannot be read."""
 
@@ -85,6 +93,10 @@ class ModelError(SlidescanError, RuntimeError):
 
 class WorkerError(ModelError):
     """A worker process died over a task, or the cluster is gone."""
+
+
+class WorkerTimeoutError(WorkerError):
+    """A worker process was ended because it took too long."""
 
 
 class ResultError(SlidescanError, RuntimeError):

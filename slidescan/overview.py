@@ -20,13 +20,15 @@ from slidescan.anomaly import Coverage
 if TYPE_CHECKING:
     from slidescan.result import ScanResult
 
-__all__ = ["draw_overview"]
+__all__ = ["draw_overview", "heat_panel"]
 
 # px of the picture. One panel fits a laptop screen; two side by side a printed page.
 _PANEL_PX = 1100
 _MARGIN_PX = 28
 _HEADER_PX = 92
 _LEGEND_PX = 150
+_LEAST_COLUMN_PX = 620  # a narrow slide still needs room for its heading and legend
+_ROUNDING_PX = 10  # of the page: two columns, each off by up to one px of the smallest thumbnail, which has 256
 _MOST_NUMBERS = 20
 
 _INK, _GREY, _PAPER = (30, 30, 36), (110, 110, 118), (255, 255, 255)
@@ -62,15 +64,11 @@ def draw_overview(thumbnail: NDArray[np.uint8], result: ScanResult, title: str) 
         RGB: slide with numbered regions on the left, density of figures and coverage on the right, legend below.
     """
     height, width = thumbnail.shape[:2]
-    shrink = _PANEL_PX / max(height, width)
-    panel_wh = max(1, round(width * shrink)), max(1, round(height * shrink))
+    panel_wh, page_wh, right = _layout((width, height))
     slide = Image.fromarray(thumbnail).resize(panel_wh, Image.Resampling.LANCZOS)
-    # A narrow slide still needs room for its heading and legend.
-    column_px = max(panel_wh[0], 620)
-    size = (2 * column_px + 3 * _MARGIN_PX, _HEADER_PX + panel_wh[1] + _LEGEND_PX)
-    page = Image.new("RGB", size, _PAPER)
+    page = Image.new("RGB", page_wh, _PAPER)
     draw = ImageDraw.Draw(page)
-    left, right, top = _MARGIN_PX, column_px + 2 * _MARGIN_PX, _HEADER_PX
+    left, top = _MARGIN_PX, _HEADER_PX
 
     page.paste(slide, (left, top))
     page.paste(_heat(slide, result), (right, top))
@@ -85,6 +83,39 @@ def draw_overview(thumbnail: NDArray[np.uint8], result: ScanResult, title: str) 
     _legend(draw, left, below + 48)
     _ramp(draw, result, right, below)
     return page
+
+
+def heat_panel(picture: Image.Image, size_wh: tuple[int, int]) -> Image.Image:
+    """Cut the right panel, density and coverage on the pale slide, out of a saved overview.
+
+    Parameters
+    ----------
+    picture : PIL.Image.Image
+        What `draw_overview` drew.
+    size_wh : tuple of int
+        Size of the slide's frame, px.
+
+    Raises
+    ------
+    ValueError
+        If the picture cannot be the overview of such a slide.
+    """
+    if min(size_wh) < 1:
+        raise ValueError(f"expected a frame of at least 1 px, got {size_wh}")
+    panel_wh, page_wh, right = _layout(size_wh)
+    # The picture was laid out for a thumbnail, whose sides are rounded to px.
+    if max(abs(picture.width - page_wh[0]), abs(picture.height - page_wh[1])) > _ROUNDING_PX:
+        raise ValueError(f"expected an overview of {page_wh[0]} x {page_wh[1]} px, got {picture.size}")
+    return picture.crop((right, _HEADER_PX, right + panel_wh[0], _HEADER_PX + panel_wh[1]))
+
+
+def _layout(size_wh: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int], int]:
+    """Return the sizes of a panel and of the page, and where the right panel begins, all px."""
+    shrink = _PANEL_PX / max(size_wh)
+    panel_w, panel_h = (max(1, round(side * shrink)) for side in size_wh)
+    column_px = max(panel_w, _LEAST_COLUMN_PX)
+    page_wh = 2 * column_px + 3 * _MARGIN_PX, _HEADER_PX + panel_h + _LEGEND_PX
+    return (panel_w, panel_h), page_wh, column_px + 2 * _MARGIN_PX
 
 
 @lru_cache

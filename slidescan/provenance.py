@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import platform
 import resource
+import sys
 from dataclasses import astuple
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from slidescan.config import ScanConfig
 from slidescan.detections import Detector
 from slidescan.slides import Slide
 
-__all__ = ["describe_slide", "peak_rss_mb", "run_key", "versions"]
+__all__ = ["describe_slide", "peak_gpu_mb", "peak_rss_mb", "run_key", "versions"]
 
 
 def run_key(slide: Slide, detector: Detector, config: ScanConfig) -> str:
@@ -60,6 +61,14 @@ def versions() -> dict[str, str]:
         "dask",
     )
     return {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in packages}
+
+
+def peak_gpu_mb() -> int | None:
+    """Return the most GPU memory torch held in this process so far, MB; None without a GPU in use."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return None
+    return int(torch.cuda.max_memory_allocated() / 1e6)
 
 
 def peak_rss_mb() -> int:

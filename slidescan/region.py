@@ -28,6 +28,7 @@ from slidescan.slides import Slide
 from slidescan.stages import stage, taken
 from slidescan.stitch import owned
 from slidescan.suspects import being_read
+from slidescan.timeouts import within
 
 __all__ = ["RegionPart", "RegionTask", "commit", "disk_error", "give_back_memory", "scored_at_once"]
 
@@ -123,6 +124,13 @@ class RegionTask:
     batch_tiles: int
     min_score: float
     part: Path
+    limit_s: float | None = None
+    """Longest its reading, and its scoring, may each take before the worker process is ended."""
+
+    @property
+    def late(self) -> Path:
+        """The mark of a region that took too long."""
+        return self.part.with_suffix(".late")
 
     @property
     def block(self) -> tuple[int, int, int, int]:
@@ -142,7 +150,7 @@ class RegionTask:
     def score(self) -> RegionPart:
         """Read and score the region without committing anything."""
         x0, y0, _, _ = block = self.block
-        with being_read(self.part), stage("assemble"):
+        with within(self.limit_s, self.late), being_read(self.part), stage("assemble"):
             pixels = self.slide.read(*block, self.plane)
 
         cores: list[Box] = []
@@ -150,7 +158,8 @@ class RegionTask:
         kept: list[Detections] = []
         n_retiled = 0
         tiles, splits = list(self.region.tiles), 0
-        with stage("wait"), _SCORING[scored_at_once(self.detector)], stage("model"):
+        limit = within(self.limit_s, self.late)
+        with stage("wait"), _SCORING[scored_at_once(self.detector)], limit, stage("model"):
             # One generation after the other: whole tiles, then the quarters of the full ones, then theirs.
             while tiles:
                 smaller: list[Tile] = []

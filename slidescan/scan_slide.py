@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import os
 import shutil
 import tempfile
@@ -33,6 +34,7 @@ from slidescan.region import RegionPart, disk_error, give_back_memory
 from slidescan.result import MANIFEST, ScanResult, load_result, read_manifest
 from slidescan.score_regions import Progress, score_regions
 from slidescan.slides import Slide, open_slide
+from slidescan.slides.fingerprint import stamp
 from slidescan.stages import Profile
 from slidescan.stitch import stitch
 
@@ -55,6 +57,7 @@ def scan(
     allow_coarse: bool = False,
     overwrite: bool = False,
     title: str | None = None,
+    timeout_s: float | None = None,
     on_progress: Callable[[Progress], None] | None = None,
     on_prepared: Callable[[Prepared], None] | None = None,
 ) -> ScanResult:
@@ -82,6 +85,9 @@ def scan(
         Replace another scan's result in `out`.
     title : str, optional
         Heading of the overview picture; default: the slide's name.
+    timeout_s : float, optional
+        On a cluster: seconds that reading a region, and scoring it, may each take before its worker process is ended. A
+        region that cannot be read in time, twice, counts as not analysed; one that cannot be scored ends the scan.
     on_progress, on_prepared : callable, optional
         Called after each region, and once before the first.
 
@@ -105,6 +111,7 @@ def scan(
 
         detector = load_detector(detector)
     opened = slide if isinstance(slide, Slide) else open_slide(slide)
+    unchanged = stamp(opened.path)
     variant = detector.at(opened.frame.mpp, allow_coarse=allow_coarse)
     opened = opened.colored(config.color or variant.color)
     threshold = variant.threshold if config.detect.threshold is None else config.detect.threshold
@@ -130,9 +137,14 @@ def scan(
         give_back_memory()
         if on_prepared:
             on_prepared(prepared)
-        # The key in the name keeps the regions of another scan, stopped or still ending, out of this one.
-        parts_dir = (directory / f"{_PARTS}-{key[:16]}").absolute()
-        parts, profile = score_regions(opened, prepared, config, parts_dir, client, workers, on_progress)
+        # The key in the name keeps the regions of another scan, stopped or still ending, out of this one; the stamp
+        # those that were read while the file was cut off or half copied.
+        begun = hashlib.sha256(f"{key} {unchanged}".encode()).hexdigest()
+        parts_dir = (directory / f"{_PARTS}-{begun[:16]}").absolute()
+        parts, profile = score_regions(opened, prepared, config, parts_dir, client, workers, on_progress, timeout_s)
+        if stamp(opened.path) != unchanged:
+            shutil.rmtree(parts_dir, ignore_errors=True)
+            raise SlideReadError(f"{opened.path.name}: the file changed while it was scanned; scan it again")
         result = _assemble(opened, prepared, config, parts, profile, key, threshold, started)
         if out is not None:
             drawn = result

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING
 from slidescan.cluster import cluster, in_flight, readers_beside_gpu
 from slidescan.config import ScanConfig
 from slidescan.detections import Detector
-from slidescan.errors import ResultError, WorkerError
+from slidescan.errors import ResultError, WorkerError, WorkerTimeoutError
 from slidescan.prepare import Prepared
 from slidescan.region import RegionPart, RegionTask, disk_error, scored_at_once
 from slidescan.slides import Slide
 from slidescan.stages import Profile
 from slidescan.suspects import is_suspect, kills_its_reader
+from slidescan.timeouts import what_ended
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -33,6 +34,7 @@ __all__ = ["Progress", "score_regions"]
 _QUEUED_PER_THREAD = 2
 # Threads of the local cluster on a CPU: one reads while another scores, on the same cores, and each holds a region.
 _MOST_ON_CPU = 4
+_MOST_DEATHS_BESIDE = 3  # times a region is handed out again that waited beside one which killed its worker, twice each
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +56,7 @@ def score_regions(
     client: Client | None,
     workers: int | None,
     on_progress: Callable[[Progress], None] | None,
+    limit_s: float | None = None,
 ) -> tuple[list[RegionPart], Profile]:
     """Score every region that has no committed part yet; return all parts in plan order, and what took the time."""
     regions = prepared.plan.regions
@@ -75,6 +78,7 @@ def score_regions(
             batch_tiles=config.detect.batch_tiles,
             min_score=config.detect.min_score,
             part=file,
+            limit_s=limit_s,
         )
         for region, file in zip(regions, files, strict=True)
         if file not in parts
@@ -92,7 +96,9 @@ def score_regions(
             waiting = deque(tasks)
             todo = lambda: waiting.popleft() if waiting else None  # noqa: E731
             limit = _QUEUED_PER_THREAD * all_threads
-            for task, seconds in in_flight(running, RegionTask.run, todo, limit, _killed):
+            for task, seconds in in_flight(running, RegionTask.run, todo, limit, _Killed(waiting)):
+                if seconds is None:  # it will be done again
+                    continue
                 profile.add(core_mp * len(task.region.tiles), seconds)
                 profile.wall_s = time.perf_counter() - started
                 if on_progress:
@@ -124,20 +130,41 @@ def _gives_up(task: RegionTask, *, suspect: bool = False) -> bool:
     return True
 
 
-def _killed(task: RegionTask) -> dict[str, float]:
-    """Give up the region if reading it killed the workers.
+class _Killed:
+    """Says what becomes of a region that was on a worker when it died, more than once."""
 
-    Raises
-    ------
-    WorkerError
-        If it was not the reading.
-    """
-    if not _gives_up(task):
-        raise WorkerError(
-            "a worker process died while scoring a region, most likely out of memory; run the same command to "
-            "continue, with a smaller tiling.region_px or fewer --workers"
-        )
-    return {}
+    def __init__(self, waiting: deque[RegionTask]) -> None:
+        self._waiting = waiting
+        self._again: Counter[Path] = Counter()
+
+    def __call__(self, task: RegionTask) -> dict[str, float] | None:
+        """Give up the region if reading it killed the workers; try it again, None, if it only waited there.
+
+        Raises
+        ------
+        WorkerTimeoutError
+            If its scoring took too long.
+        WorkerError
+            If its scoring killed them, or dead workers keep it from being done.
+        """
+        ended, reading = what_ended(task.late), is_suspect(task.part)
+        if ended == "late" and reading:  # twice in vain: a third try would only wait as long
+            RegionPart.given_up(task.region).save(task.part)
+        elif ended == "late":
+            raise WorkerTimeoutError(
+                f"scoring a region took longer than {task.limit_s:g} s, twice; a longer --timeout or a smaller "
+                "tiling.region_px may help"
+            )
+        elif not ended and not reading and task.limit_s is not None and self._again[task.part] < _MOST_DEATHS_BESIDE:
+            self._again[task.part] += 1
+            self._waiting.append(task)
+            return None
+        elif not _gives_up(task):
+            raise WorkerError(
+                "a worker process died while scoring a region, most likely out of memory; run the same command to "
+                "continue, with a smaller tiling.region_px or fewer --workers"
+            )
+        return {}
 
 
 def _threads(detector: Detector) -> int:

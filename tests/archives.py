@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from dataclasses import dataclass
+import threading
+import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +17,17 @@ import slidescan as ss
 from slidescan.testing import OracleDetector
 from tests.discs import MPP, ORACLE, config, discs, tissue
 
+Color = tuple[int, int, int]
+DEADLY: Color = (255, 0, 255)
+HANGING: Color = (0, 255, 0)
 
-def write_slide(path: Path, seed: int, *, mpp: float | None = MPP, deadly: bool = False) -> int:
+
+def write_slide(path: Path, seed: int, *, mpp: float | None = MPP, mark: Color | None = None) -> int:
     """Write a slide of discs, 900 × 700 px; return how many it has."""
     _, centers = discs(n=12, size_wh=(900, 700), seed=seed)
     pixels = tissue((900, 700), centers)
-    if deadly:
-        pixels[:40, :40] = (255, 0, 255)
+    if mark is not None:
+        pixels[:40, :40] = mark
     path.parent.mkdir(parents=True, exist_ok=True)
     scale = {} if mpp is None else {"resolution": (1e4 / mpp, 1e4 / mpp), "resolutionunit": "CENTIMETER"}
     tifffile.imwrite(path, pixels, tile=(128, 128), photometric="rgb", compression="zlib", metadata=None, **scale)
@@ -29,17 +35,50 @@ def write_slide(path: Path, seed: int, *, mpp: float | None = MPP, deadly: bool 
 
 
 @dataclass(frozen=True)
-class Deadly(OracleDetector):
-    """Takes its process with it when it sees magenta, as the system does when memory is short."""
+class Troubled(OracleDetector):
+    """Takes its process with it when it sees magenta, as the system does when memory is short; hangs over green."""
 
     def detect(self, tiles: np.ndarray, min_score: float) -> list[ss.Detections]:
-        if (tiles == (255, 0, 255)).all(-1).sum() > 100:
+        if (tiles == DEADLY).all(-1).sum() > 100:
             os.kill(os.getpid(), signal.SIGKILL)
             signal.pause()
+        if (tiles == HANGING).all(-1).sum() > 100:
+            threading.Event().wait()
         return super().detect(tiles, min_score)
 
 
-DEADLY = Deadly(mpp=MPP, input_px=256, object_um=20.0, max_per_tile=1000)
+@dataclass(frozen=True)
+class Forgetful(OracleDetector):
+    """Is short of memory once."""
+
+    path: str = ""
+
+    def detect(self, tiles: np.ndarray, min_score: float) -> list[ss.Detections]:
+        try:
+            Path(self.path).touch(exist_ok=False)
+        except FileExistsError:
+            return super().detect(tiles, min_score)
+        raise MemoryError
+
+
+@dataclass(frozen=True)
+class Gated(OracleDetector):
+    """Writes down each call, and waits for the gate to open; its digest does not depend on where they are."""
+
+    scored: Path = field(default=Path(), repr=False)
+    gate: Path = field(default=Path(), repr=False)
+
+    def detect(self, tiles: np.ndarray, min_score: float) -> list[ss.Detections]:
+        with self.scored.open("a") as file:
+            file.write(f"{os.getpid()}\n")
+        until = time.monotonic() + 60
+        while not self.gate.exists() and time.monotonic() < until:
+            time.sleep(0.005)
+        return super().detect(tiles, min_score)
+
+
+FORGETFUL = Forgetful(mpp=MPP, input_px=256, object_um=20.0, max_per_tile=1000)
+TROUBLED = Troubled(mpp=MPP, input_px=256, object_um=20.0, max_per_tile=1000)
 
 if __name__ == "__main__":
     ss.scan_archive(sys.argv[1], ORACLE, out=sys.argv[2], config=config(), workers=2)

@@ -13,20 +13,23 @@ import hashlib
 import importlib.metadata
 import json
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slidescan.archive.listing import Entry, read_listing
-from slidescan.archive.record import TRANSIENT, Record, read_records, write_tables
-from slidescan.archive.slide import SlideTask, estimate_slide, scan_slide
+from slidescan.archive.record import MOST_ATTEMPTS, Record, read_records, write_tables
+from slidescan.archive.report import write_report
+from slidescan.archive.slide import SlideTask, estimate_slide, killed, scan_slide
+from slidescan.archive.worklist import Worklist
 from slidescan.cluster import in_flight, processes
 from slidescan.config import ScanConfig
 from slidescan.detections import Detector
 from slidescan.errors import ConfigError, ResultError
 from slidescan.region import disk_error, scored_at_once
+from slidescan.slides.fingerprint import stamp
 from slidescan.slides.remote import locate
 
 if TYPE_CHECKING:
@@ -35,7 +38,6 @@ if TYPE_CHECKING:
 __all__ = ["ArchiveProgress", "estimate_archive", "scan_archive"]
 
 _VERSION = importlib.metadata.version("slidescan")
-_MOST_ATTEMPTS = 3  # of one run at a slide that fails for a reason that may pass
 # Between two writings of the tables while a run is on: seconds, and how many times longer than one takes.
 _TABLES_EVERY_S, _TABLES_SHARE = 60, 30
 # Slides in flight beside the processes: one more is opened and masked while the others are scored.
@@ -69,6 +71,7 @@ def scan_archive(
     allow_coarse: bool = False,
     retry_failed: bool | str = False,
     max_failures: int | None = None,
+    timeout_s: float | None = 1800,
     on_slide: Callable[[ArchiveProgress], None] | None = None,
 ) -> list[Record]:
     """Scan all slides of a list; run it again after anything, and it continues.
@@ -84,8 +87,8 @@ def scan_archive(
     detector : Detector or str
         A detector, or a name or path for `load_detector`.
     out : str or Path
-        Directory for ``slides/<slide id>/`` (results), ``records/``, ``index.parquet``, ``failures.csv`` and
-        ``log.jsonl``.
+        Directory for ``slides/<slide id>/`` (results), ``records/``, ``index.parquet``, ``failures.csv``,
+        ``report.html`` (at the end of a run) and ``log.jsonl``.
     config : ScanConfig, optional
         Settings; default: `ScanConfig()`.
     client : distributed.Client, optional
@@ -101,6 +104,9 @@ def scan_archive(
         Try again what failed for a reason that does not pass by itself: all, or those of one reason.
     max_failures : int, optional
         Stop after so many failures in this run.
+    timeout_s : float, optional
+        Seconds that opening a slide, reading a region, or scoring it may take before its worker process is ended and
+        started again; None: for ever. The default is a hundred times what a region takes on one core.
     on_slide : callable, optional
         Called after each slide.
 
@@ -120,41 +126,51 @@ def scan_archive(
     """
     listed = listing if isinstance(listing, list) else read_listing(listing)
     entries = _share(listed, shard)
-    run = _Run(Path(out), detector, config or ScanConfig(), allow_coarse)
-    tasks = deque(task for entry in entries if (task := run.task(entry, retry_failed)) is not None)
+    run = _Run(Path(out), detector, config or ScanConfig(), allow_coarse, timeout_s)
+    todo = Worklist(task for entry in entries if (task := run.task(entry, retry_failed)) is not None)
     states = Counter(run.records[entry.slide_id].state for entry in entries if entry.slide_id in run.records)
-    states.subtract(run.records[task.entry.slide_id].state for task in tasks if task.entry.slide_id in run.records)
-    started, failures, megapixels = time.time(), 0, 0.0
+    states.subtract(run.records[task.entry.slide_id].state for task in todo if task.entry.slide_id in run.records)
+    started, failures, megapixels, to_do = time.time(), 0, 0.0, len(todo)
     tables = _Tables(run.out)
-    run.log("run_started", slides=len(listed), to_do=len(tasks), version=_VERSION, detector=run.detector.name)
+    because, share = "finished", "" if shard is None else f"{shard[0]}/{shard[1]}"
     try:
         with contextlib.ExitStack() as held:
-            if tasks:
-                gpu = scored_at_once(run.detector) > 1
-                running, n = held.enter_context(processes(client, workers, gpu=gpu))
-                ended = in_flight(running, scan_slide, _next_of(tasks), n + _AHEAD, _killed)
+            scoring = scored_at_once(run.detector)
+            running, n = held.enter_context(processes(client, workers, gpu=scoring > 1)) if todo else (None, 0)
+            counts = {"slides": len(listed), "to_do": to_do, "scoring": n * scoring}
+            run.log("run_started", share=share, version=_VERSION, **counts)
+            while running is not None and todo:
+                todo.wait()
+                take, limit = (todo.suspect, 1) if todo.only_suspects else (todo.due, n + _AHEAD)
+                ended = in_flight(running, scan_slide, take, limit, killed)
                 for task, record in held.enter_context(contextlib.closing(ended)):  # type: ignore[type-var]
                     if record.state == "busy":  # another run is at it, and will put it on record
                         run.log("slide_busy", slide_id=record.slide_id)
                         continue
                     run.keep(record)
-                    if record.reason in TRANSIENT and record.attempts < _MOST_ATTEMPTS and record.reason != "not_found":
-                        tasks.append(replace(task, attempts=record.attempts))
+                    if record.kind in ("retry", "crash") and record.attempts < MOST_ATTEMPTS:
+                        again = replace(run.new_task(task.entry), attempts=record.attempts)
+                        (todo.alone if record.kind == "crash" else todo.later)(again)
                         continue
                     states[record.state] += 1
                     failures += record.state == "failed"
                     megapixels += record.told.get("megapixels", 0.0)
                     if on_slide:
-                        seconds = time.time() - started
-                        counts = states["done"], states["failed"], len(entries)
-                        on_slide(ArchiveProgress(record, *counts, megapixels, seconds))
+                        so_far = states["done"], states["failed"], len(entries), megapixels, time.time() - started
+                        on_slide(ArchiveProgress(record, *so_far))
                     if max_failures is not None and failures >= max_failures:
                         raise ResultError(f"{run.out}: stopped after {failures} failures; see failures.csv")
                     tables.write_if_due()
+    except BaseException as exc:
+        because = type(exc).__name__
+        raise
     finally:
         seconds = round(time.time() - started, 3)
-        run.log("run_ended", done=states["done"], failed=states["failed"], seconds=seconds)
+        done, failed = states["done"], states["failed"]
+        run.log("run_ended", share=share, because=because, done=done, failed=failed, seconds=seconds)
         tables.write()
+    if to_do or not (run.out / "report.html").exists():
+        write_report(run.out, read_records(run.out / "records").values())
     return [run.records[entry.slide_id] for entry in entries if entry.slide_id in run.records]
 
 
@@ -171,23 +187,30 @@ def estimate_archive(
     """Open every slide of a list and yield what a scan would do with it, or why it would fail; nothing is written."""
     entries = _share(listing if isinstance(listing, list) else read_listing(listing), shard)
     run = _Run(None, detector, config or ScanConfig(), allow_coarse)
-    tasks = deque(run.new_task(entry) for entry in entries)
+    todo = Worklist(run.new_task(entry) for entry in entries)
     gpu = scored_at_once(run.detector) > 1
     with processes(client, workers, gpu=gpu) as (running, n):
         died = {"reason": "killed", "message": "opening it killed its worker"}
-        for task, told in in_flight(running, estimate_slide, _next_of(tasks), 2 * n, lambda _: died):
+        for task, told in in_flight(running, estimate_slide, todo.due, 2 * n, lambda _: died):
             yield task.entry, told
 
 
 class _Run:
     """One run over an output directory: what is on record, and what goes there."""
 
-    def __init__(self, out: Path | None, detector: Detector | str, config: ScanConfig, allow_coarse: bool) -> None:
+    def __init__(
+        self,
+        out: Path | None,
+        detector: Detector | str,
+        config: ScanConfig,
+        allow_coarse: bool,
+        timeout_s: float | None = None,
+    ) -> None:
         if isinstance(detector, str):
             from slidescan.detect import load_detector
 
             detector = load_detector(detector)
-        self.detector, self._config, self._coarse = detector, config, allow_coarse
+        self.detector, self._config, self._coarse, self._timeout_s = detector, config, allow_coarse, timeout_s
         settings = [_VERSION, detector.sha256, detector.runs_on, config.model_dump(mode="json"), allow_coarse]
         self._settings = json.dumps(settings, sort_keys=True)
         self.records: dict[str, Record] = {}
@@ -204,7 +227,8 @@ class _Run:
     def new_task(self, entry: Entry) -> SlideTask:
         """Return the task that scans a slide from its beginning or from where it was."""
         result = (self.out / "slides" / entry.slide_id).absolute()
-        return SlideTask(entry, self.detector, self._config, result, self._key(entry), self._coarse)
+        key = self._key(entry)
+        return SlideTask(entry, self.detector, self._config, result, key, self._coarse, self._timeout_s)
 
     def task(self, entry: Entry, retry_failed: bool | str) -> SlideTask | None:
         """Return the task of a slide, None where it is done or would fail again."""
@@ -213,8 +237,11 @@ class _Run:
             return task
         if record.state == "done":
             return None if (task.out / "manifest.json").is_file() else task
-        again = record.reason in TRANSIENT or retry_failed is True or retry_failed == record.reason
-        return task if again else None
+        if retry_failed is True or retry_failed == record.reason or record.kind in ("retry", "next_run"):
+            return task
+        # A slide that crashes its workers is not to do so every night.
+        again = record.kind == "crash" and not record.quarantined
+        return replace(task, attempts=record.attempts) if again else None
 
     def keep(self, record: Record) -> None:
         """Put what became of a slide on record; the disk's own troubles end the run."""
@@ -227,20 +254,14 @@ class _Run:
         """Append a line to the log: one write, so that lines of two runs do not mix."""
         line = json.dumps({"at": round(time.time(), 3), "event": event, **told}, ensure_ascii=False)
         try:
-            with (self.out / "log.jsonl").open("a", encoding="utf-8") as file:
+            with (self.out / "log.jsonl").open("a", encoding="utf-8", errors="replace") as file:
                 file.write(line + "\n")
         except OSError as exc:
             raise disk_error(self.out / "log.jsonl", exc) from exc
 
     def _key(self, entry: Entry) -> str:
         """Name all that a slide's result depends on, without opening it."""
-        where = locate(entry.path)
-        stamp: list[int] = []
-        with contextlib.suppress(OSError):
-            if isinstance(where, Path):
-                stat = where.stat()
-                stamp = [stat.st_size, stat.st_mtime_ns]
-        text = json.dumps([self._settings, entry.path, entry.mpp, entry.sha256, stamp])
+        text = json.dumps([self._settings, entry.path, entry.mpp, entry.sha256, stamp(locate(entry.path))])
         return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -269,12 +290,3 @@ def _share(entries: list[Entry], shard: tuple[int, int] | None) -> list[Entry]:
     if not 1 <= i <= n:
         raise ConfigError(f"shard: expected i/n with i from 1 to n, got {i}/{n}")
     return entries[i - 1 :: n]
-
-
-def _next_of(tasks: deque[SlideTask]) -> Callable[[], SlideTask | None]:
-    return lambda: tasks.popleft() if tasks else None
-
-
-def _killed(task: SlideTask) -> Record:
-    message = "its worker died more than once; more memory or a smaller tiling.region_px may help"
-    return task.failed("killed", message)

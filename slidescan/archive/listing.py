@@ -161,7 +161,11 @@ def _named(entries: list[Entry]) -> list[Entry]:
     times = Counter(name.casefold() for name in names)  # some file systems know one case
     named = []
     for entry, name in zip(entries, names, strict=True):
-        tag = "" if times[name.casefold()] == 1 else f"-{hashlib.sha256(entry.path.encode()).hexdigest()[:_TAG_CHARS]}"
+        tag = (
+            ""
+            if times[name.casefold()] == 1
+            else f"-{hashlib.sha256(os.fsencode(entry.path)).hexdigest()[:_TAG_CHARS]}"
+        )
         if tag and entry.slide_id:
             raise ConfigError(
                 f"slide_id {name!r} is given to {times[name.casefold()]} slides; each needs one of its own"
@@ -172,5 +176,6 @@ def _named(entries: list[Entry]) -> list[Entry]:
 
 def _stem(path: str) -> str:
     where = locate(path)
-    stem = where.stem
+    # A name that is no text, from another system, would be a record that no JSON can hold.
+    stem = where.stem.encode(errors="replace").decode()
     return stem.removesuffix(".ome") if where.suffix.lower() in (".zarr", ".tif", ".tiff") else stem

@@ -1,7 +1,7 @@
 """What became of a slide: one small file each, written when it is known, and the tables made of them.
 
 Invariants: a record is whole or not there; it names no path, only the slide's id; the reasons are a closed list, each
-transient (the next run tries again) or not (only another file, other settings or `--retry-failed` do).
+of one kind, which says whether a slide is tried again.
 """
 
 from __future__ import annotations
@@ -11,29 +11,39 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from slidescan.errors import ResultError
 from slidescan.region import commit
 
-__all__ = ["REASONS", "TRANSIENT", "Record", "read_records", "write_tables"]
+__all__ = ["MOST_ATTEMPTS", "REASONS", "Record", "read_records", "records_of", "table_of", "write_tables"]
 
-# Reason: what it means, and whether the same file may do better next time.
-REASONS = {
-    "not_found": ("no slide at this place", True),
-    "read_error": ("opened, but its pixels could not be had", True),
-    "killed": ("its worker died more than once, most likely out of memory", True),
-    "wrong_digest": ("the file is not the one the list names", False),
-    "open_error": ("not a slide, damaged, or of a kind that is not read", False),
-    "no_mpp": ("the file does not say its µm/px", False),
-    "implausible_mpp": ("its µm/px cannot be true", False),
-    "too_coarse": ("scanned more coarsely than the detector was trained for", False),
-    "model_error": ("the detector failed on it", False),
-    "internal_error": ("a fault of slidescan; please report it", False),
+Kind = Literal["retry", "next_run", "crash", "stays", "caveat"]
+
+# Reason: its kind and what it means. "retry": tried again in this run, each time later, and by every run after it.
+# "next_run": only by those. "crash": again, but not more often than `MOST_ATTEMPTS` in all; then the slide is left
+# alone. "stays": only with another file, other settings or --retry-failed. "caveat": of a slide that is done.
+REASONS: Mapping[str, tuple[Kind, str]] = {
+    "not_found": ("next_run", "no slide at this place"),
+    "read_error": ("retry", "its bytes or pixels could not be had"),
+    "out_of_memory": ("retry", "the model did not fit into memory"),
+    "killed": ("crash", "its worker died more than once, most likely out of memory"),
+    "timeout": ("crash", "opening it, or scoring a region, took too long more than once"),
+    "wrong_digest": ("stays", "the file is not the one the list names"),
+    "open_error": ("stays", "not a slide, damaged, or unsafe to open"),
+    "unsupported": ("stays", "a slide of a kind that is not read"),
+    "no_mpp": ("stays", "the file does not say its µm/px"),
+    "implausible_mpp": ("stays", "its µm/px cannot be true"),
+    "too_coarse": ("stays", "scanned more coarsely than the detector was trained for"),
+    "model_error": ("stays", "the detector failed on it"),
+    "internal_error": ("stays", "a fault of slidescan; please report it"),
+    "no_tissue": ("caveat", "done, but no tissue was found on it"),
+    "decode_holes": ("caveat", "done, but parts of its tissue could not be read"),
 }
-TRANSIENT = frozenset(reason for reason, (_, again) in REASONS.items() if again)
+MOST_ATTEMPTS = 3  # of one run; of all runs at what crashes
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,13 +57,23 @@ class Record:
     state: str
     """done or failed."""
     reason: str | None = None
-    """One of `REASONS`, None where it is done."""
+    """One of `REASONS`; None where it is done and nothing is amiss."""
     message: str = ""
     attempts: int = 1
     finished_s: float = 0.0
     """When, seconds since 1970."""
     told: dict[str, Any] = field(default_factory=dict)
     """Counts, tissue, coverage, seconds by stage, memory."""
+
+    @property
+    def kind(self) -> Kind | None:
+        """Of the reason; a reason of another slidescan stays."""
+        return None if self.reason is None else REASONS.get(self.reason, ("stays", ""))[0]
+
+    @property
+    def quarantined(self) -> bool:
+        """Whether it crashed so often that only `--retry-failed` tries it again."""
+        return self.kind == "crash" and self.attempts >= MOST_ATTEMPTS
 
     def save(self, folder: Path) -> None:
         """Write it."""
@@ -73,8 +93,21 @@ def read_records(folder: Path) -> dict[str, Record]:
     return found
 
 
-def write_tables(out: Path, records: Iterable[Record]) -> None:
-    """Write index.parquet, a row a slide, and failures.csv, those that failed."""
+def records_of(out: Path) -> dict[str, Record]:
+    """Return the records of an archive's output directory.
+
+    Raises
+    ------
+    ResultError
+        If it is none.
+    """
+    if not (out / "records").is_dir():
+        raise ResultError(f"{out}: expected the output directory of an archive, found no records there")
+    return read_records(out / "records")
+
+
+def table_of(records: Iterable[Record]) -> pa.Table:
+    """Return a row a slide, sorted by id."""
     rows = sorted(records, key=lambda record: record.slide_id)
     columns: dict[str, pa.Array] = {
         name: pa.array([getattr(record, name) for record in rows], pa.string())
@@ -83,7 +116,13 @@ def write_tables(out: Path, records: Iterable[Record]) -> None:
     columns["attempts"] = pa.array([record.attempts for record in rows], pa.int32())
     for name, kind in _TOLD.items():
         columns[name] = pa.array([record.told.get(name) for record in rows], kind)
-    table = pa.table(columns)
+    return pa.table(columns)
+
+
+def write_tables(out: Path, records: Iterable[Record]) -> None:
+    """Write index.parquet, a row a slide, and failures.csv, those that failed."""
+    rows = sorted(records, key=lambda record: record.slide_id)
+    table = table_of(rows)
     commit(out / "index.parquet", lambda partial: pq.write_table(table, partial, compression="zstd"))
     failed = [record for record in rows if record.state == "failed"]
     commit(out / "failures.csv", lambda partial: _write_failures(partial, failed))
@@ -95,6 +134,7 @@ _TOLD: Mapping[str, pa.DataType] = {
     "detections": pa.int64(),
     "flagged_regions": pa.int64(),
     "hotspot_count": pa.int64(),
+    "best_evidence": pa.float64(),
     "tissue_mm2": pa.float64(),
     "analysed_fraction": pa.float64(),
     "tiles": pa.int64(),
@@ -104,6 +144,7 @@ _TOLD: Mapping[str, pa.DataType] = {
     "megapixels": pa.float64(),
     "seconds": pa.float64(),
     "peak_rss_mb": pa.int64(),
+    "peak_gpu_mb": pa.int64(),
     "mpp": pa.float64(),
     "detector": pa.string(),
     "fingerprint": pa.string(),
@@ -111,7 +152,8 @@ _TOLD: Mapping[str, pa.DataType] = {
 
 
 def _write(path: Path, text: str) -> None:
-    path.write_text(text + "\n", encoding="utf-8")
+    # A file name that is no text, from another system, is told with question marks.
+    path.write_text(text + "\n", encoding="utf-8", errors="replace")
 
 
 def _write_failures(path: Path, failed: list[Record]) -> None:

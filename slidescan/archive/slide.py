@@ -7,9 +7,12 @@ import os
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
+
+import numpy as np
 
 from slidescan.archive.listing import Entry
 from slidescan.archive.record import Record
@@ -26,19 +29,22 @@ from slidescan.errors import (
     SlideError,
     SlideNotFoundError,
     SlideReadError,
+    SlideUnsupportedError,
     WorkerError,
+    WorkerTimeoutError,
 )
-from slidescan.prepare import prepare
-from slidescan.provenance import peak_rss_mb
+from slidescan.prepare import Prepared, estimate_s, prepare
+from slidescan.provenance import peak_gpu_mb, peak_rss_mb
 from slidescan.result import ScanResult
 from slidescan.scan_slide import scan
 from slidescan.slides import Slide, open_slide
 from slidescan.slides.remote import locate
+from slidescan.timeouts import what_ended, within
 
-__all__ = ["SlideTask", "estimate_slide", "scan_slide"]
+__all__ = ["SlideTask", "estimate_slide", "killed", "scan_slide"]
 
 T = TypeVar("T")
-_SUMMARY = ("found", "detections", "flagged_regions", "tissue_mm2", "analysed_fraction")
+_SCORE_BINS = 20  # of [0, 1], for the run's distribution of scores
 _PIECE_BYTES = 1 << 22  # read at a time for a digest
 
 
@@ -52,11 +58,23 @@ class SlideTask:
     out: Path
     key: str
     allow_coarse: bool = False
+    timeout_s: float | None = None
     attempts: int = 0
+
+    @property
+    def late(self) -> Path:
+        """The mark of a slide that could not be opened in time."""
+        return self.out / "late"
 
     def done(self, told: dict[str, Any]) -> Record:
         """Return the record of a slide that is done."""
-        return self._record("done", None, "", told)
+        reason, message = None, ""
+        if told["analysed_fraction"] is None:
+            reason = "no_tissue"
+        elif holes := told["read_failed_boxes"]:
+            reason = "decode_holes"
+            message = f"{holes:,} parts could not be read; {told['analysed_fraction']:.2%} of the tissue was analysed"
+        return self._record("done", reason, message, told)
 
     def failed(self, reason: str, message: str) -> Record:
         """Return the record of a slide that failed."""
@@ -69,6 +87,14 @@ class SlideTask:
     def _record(self, state: str, reason: str | None, message: str, told: dict[str, Any]) -> Record:
         attempts, now = self.attempts + 1, round(time.time(), 3)
         return Record(self.entry.slide_id, self.entry.group, self.key, state, reason, message, attempts, now, told)
+
+
+def killed(task: SlideTask) -> Record:
+    """Return the record of a slide whose opening or stitching ended its workers."""
+    if what_ended(task.late) == "late":
+        return task.failed("timeout", f"opening it and finding its tissue took longer than {task.timeout_s:g} s, twice")
+    message = "its worker died more than once; more memory or a smaller tiling.region_px may help"
+    return task.failed("killed", message)
 
 
 def scan_slide(task: SlideTask) -> Record:
@@ -100,6 +126,7 @@ def estimate_slide(task: SlideTask) -> dict[str, Any]:
             "tissue_mm2": None if tissue is None else round(tissue.fraction * slide.frame.area_mm2, 3),
             "tiles": prepared.plan.n_tiles,
             "megapixels": round(prepared.plan.core_megapixels, 3),
+            "seconds": round(estimate_s(slide, prepared, task.config), 2) if prepared.plan.n_tiles else 0.0,
         }
 
     return _explained(task, look, lambda reason, message: {"reason": reason, "message": message})
@@ -116,13 +143,20 @@ def _explained(task: SlideTask, do: Callable[[], T], failed: Callable[[str, str]
         return failed(exc.reason, str(exc))
     except SlideReadError as exc:
         return failed("read_error", _without_paths(exc, task))
+    except SlideUnsupportedError as exc:
+        return failed("unsupported", _without_paths(exc, task))
     except SlideError as exc:
         return failed("open_error", _without_paths(exc, task))
+    except WorkerTimeoutError as exc:
+        return failed("timeout", str(exc))
     except WorkerError as exc:
         return failed("killed", str(exc))
     except ModelError as exc:
         return failed("model_error", str(exc))
     except Exception as exc:  # noqa: BLE001  # a fault of ours must not end a night's run, and is reported
+        if _is_short_of_memory(exc):
+            message = "there was not enough memory; a smaller tiling.region_px or detect.batch_tiles may help"
+            return failed("out_of_memory", message)
         return failed("internal_error", f"{type(exc).__name__} in {_place(exc)}")
 
 
@@ -162,8 +196,14 @@ def _sha256(where: Any) -> str:
 
 
 def _scanned(task: SlideTask) -> ScanResult:
-    slide = _opened(task)
+    with ExitStack() as opening:
+        with suppress(OSError):  # is said when the scan begins to write
+            task.out.mkdir(parents=True, exist_ok=True)
+        opening.enter_context(within(task.timeout_s, task.late))
+        return _scan(task, _opened(task), lambda _: opening.close())
 
+
+def _scan(task: SlideTask, slide: Slide, on_prepared: Callable[[Prepared], None]) -> ScanResult:
     def run(overwrite: bool) -> ScanResult:
         with from_within() as client:
             return scan(
@@ -175,6 +215,8 @@ def _scanned(task: SlideTask) -> ScanResult:
                 allow_coarse=task.allow_coarse,
                 overwrite=overwrite,
                 title=task.entry.slide_id,
+                timeout_s=task.timeout_s,
+                on_prepared=on_prepared,
             )
 
     try:
@@ -193,6 +235,8 @@ def _told(result: ScanResult) -> dict[str, Any]:
             for name in ("found", "detections", "flagged_regions", "tissue_mm2", "analysed_fraction")
         },
         "hotspot_count": 0 if hotspot is None else hotspot["count"],
+        "best_evidence": result.regions[0].evidence if result.regions else 0.0,
+        "scores": np.histogram(result.detections.score, _SCORE_BINS, (0.0, 1.0))[0].tolist(),
         "tiles": tiles["planned"],
         "read_failed_boxes": tiles["read_failed_boxes"],
         "saturated_tiles": tiles["saturated"],
@@ -201,10 +245,17 @@ def _told(result: ScanResult) -> dict[str, Any]:
         "seconds": provenance["seconds"]["total"],
         "stages_s": provenance["profile"]["thread_s"],
         "peak_rss_mb": peak_rss_mb(),
+        "peak_gpu_mb": peak_gpu_mb(),
         "mpp": provenance["slide"]["mpp"],
         "detector": provenance["detector"]["name"],
         "fingerprint": provenance["slide"]["fingerprint"],
     }
+
+
+def _is_short_of_memory(error: Exception) -> bool:
+    """Return whether memory ran out: numpy's, a GPU's, or torch's on the CPU, which has no error of its own."""
+    name = type(error).__name__
+    return isinstance(error, MemoryError) or name == "OutOfMemoryError" or "not enough memory" in str(error)
 
 
 def _without_paths(error: Exception, task: SlideTask) -> str:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from slidescan.archive.record import REASONS, TRANSIENT, read_records
-from slidescan.errors import ResultError
+from slidescan.archive.record import REASONS, Record, records_of
 
-__all__ = ["ArchiveStatus", "archive_status"]
+__all__ = ["ArchiveStatus", "archive_status", "standing"]
+
+_SCORING = ("batch", "transfer", "model")  # stages in which the model is busy
+_AGAIN = {"retry": "; the next run tries again", "next_run": "; the next run tries again"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,15 +26,21 @@ class ArchiveStatus:
     done: int
     failed: dict[str, int] = field(default_factory=dict)
     """Failures by reason."""
+    caveats: dict[str, int] = field(default_factory=dict)
+    """Slides that are done but for something, by reason."""
+    quarantined: int = 0
+    """Failures that are not tried again because they crashed too often."""
     running: bool = False
-    """Whether the last run has not said that it ended: it is on, or was killed."""
+    """Whether a run has not said that it ended: it is on, or was killed."""
     found: int = 0
     tissue_mm2: float = 0.0
     analysed_fraction: float | None = None
     """Of all tissue."""
     slides_per_h: float | None = None
-    """Since the last run began."""
+    """Since the runs that are on began, or the last one."""
     megapixels_per_s: float | None = None
+    busy: float | None = None
+    """Share of that time in which models scored, of all that could."""
     seconds_left: float | None = None
     """At that rate, for what has no record yet."""
 
@@ -44,18 +53,20 @@ class ArchiveStatus:
         n_failed = sum(self.failed.values())
         left = max(0, self.slides - self.done - n_failed)
         lines = [f"slides      {self.slides:,}: {self.done:,} done, {n_failed:,} failed, {left:,} to do"]
-        for reason, n in sorted(self.failed.items(), key=lambda item: -item[1]):
-            again = "; the next run tries again" if reason in TRANSIENT else ""
-            lines.append(f"  {reason:<16} {n:,}: {REASONS[reason][0]}{again}")
+        for reason, n in sorted([*self.failed.items(), *self.caveats.items()], key=lambda item: -item[1]):
+            kind, meaning = REASONS.get(reason, ("stays", "a reason of another slidescan"))
+            lines.append(f"  {reason:<16} {n:,}: {meaning}{_AGAIN.get(kind, '')}")
+        if self.quarantined:
+            lines.append(f"  {self.quarantined:,} crashed too often and are left alone until --retry-failed")
         if self.analysed_fraction is not None:
             lines.append(
                 f"looked at   {self.analysed_fraction:.2%} of {self.tissue_mm2:,.1f} mm² tissue; {self.found:,} found"
             )
         if self.slides_per_h:
             rate = f"{self.slides_per_h:,.1f} slides/h, {self.megapixels_per_s or 0:,.1f} MP/s"
-            lines.append(
-                f"rate        {rate}" + (f"; about {(self.seconds_left or 0) / 3600:.1f} h left" if left else "")
-            )
+            busy = "" if self.busy is None else f", models busy {self.busy:.0%} of the time"
+            to_go = f"; about {(self.seconds_left or 0) / 3600:.1f} h left" if left else ""
+            lines.append(f"rate        {rate}{busy}{to_go}")
         if self.running:
             lines.append("run         on, or killed before its end: run the same command to continue")
         return lines
@@ -70,46 +81,73 @@ def archive_status(out: str | Path) -> ArchiveStatus:
         If `out` holds no archive.
     """
     folder = Path(out)
-    if not (folder / "records").is_dir():
-        raise ResultError(f"{folder}: expected the output directory of an archive, found no records there")
-    records = list(read_records(folder / "records").values())
-    begun, ended = _last_run(folder / "log.jsonl")
+    return standing(records_of(folder).values(), folder / "log.jsonl")
+
+
+def standing(records: Iterable[Record], log: Path) -> ArchiveStatus:
+    """Tell how an archive stands from its records and its log."""
+    records = list(records)
+    runs = _runs(log)
     done = [record for record in records if record.state == "done"]
+    failed = [record for record in records if record.state == "failed"]
     tissue = sum(record.told.get("tissue_mm2") or 0.0 for record in done)
     seen = sum(
         (record.told.get("tissue_mm2") or 0.0) * (record.told.get("analysed_fraction") or 0.0) for record in done
     )
-    slides = max(int(begun.get("slides", 0)), len(records))
+    slides = max(int(runs[-1]["slides"]) if runs else 0, len(records))
     rates: dict[str, float] = {}
-    now = [record for record in records if begun and record.finished_s >= begun["at"]]
+    begun_s = min((run["at"] for run in runs), default=0.0)
+    now = [record for record in records if runs and record.finished_s >= begun_s]
     if now:
-        seconds = max(1e-3, max(record.finished_s for record in now) - begun["at"])
+        seconds = max(1e-3, max(record.finished_s for record in now) - begun_s)
         rates["slides_per_h"] = 3600 * len(now) / seconds
-        rates["megapixels_per_s"] = sum(record.told.get("megapixels", 0.0) for record in now) / seconds
+        rates["megapixels_per_s"] = sum(record.told.get("megapixels") or 0.0 for record in now) / seconds
         rates["seconds_left"] = seconds / len(now) * (slides - len(records))
+        if scoring := sum(run.get("scoring", 0) for run in runs):
+            rates["busy"] = min(1.0, sum(map(_model_s, now)) / (seconds * scoring))
     return ArchiveStatus(
         slides=slides,
         done=len(done),
-        failed=dict(Counter(record.reason or "" for record in records if record.state == "failed")),
-        running=bool(begun) and not ended,
-        found=sum(record.told.get("found", 0) for record in done),
+        failed=dict(Counter(record.reason or "" for record in failed)),
+        caveats=dict(Counter(record.reason for record in done if record.reason)),
+        quarantined=sum(record.quarantined for record in failed),
+        running=any(not run["ended"] for run in runs),
+        found=sum(record.told.get("found") or 0 for record in done),
         tissue_mm2=round(tissue, 3),
         analysed_fraction=round(seen / tissue, 5) if tissue else None,
         **rates,
     )
 
 
-def _last_run(log: Path) -> tuple[dict[str, Any], bool]:
-    """Return the line with which the last run began, and whether there is one with which it ended."""
-    begun: dict[str, Any] = {}
-    ended = False
+def _model_s(record: Record) -> float:
+    stages: dict[str, float] = record.told.get("stages_s") or {}
+    return sum(stages.get(name, 0.0) for name in _SCORING)
+
+
+def _runs(log: Path) -> list[dict[str, Any]]:
+    """Return the runs that are on, each of its share of the list, or the last one; a later run takes up an earlier."""
+    last: dict[str, dict[str, Any]] = {}
+    for event in _events(log):
+        share = event.get("share", "")
+        if event["event"] == "run_started":
+            for earlier in ("", share) if share else list(last):
+                last.pop(earlier, None)
+            last[share] = {**event, "ended": False}
+        elif share in last:
+            last[share]["ended"] = True
+    runs = list(last.values())
+    return [run for run in runs if not run["ended"]] or runs[-1:]
+
+
+def _events(log: Path) -> Iterator[dict[str, Any]]:
+    """Yield what the log says of runs; a line cut off by the end of a process is none."""
     try:
         with log.open(encoding="utf-8") as file:
             for line in file:
-                if '"event": "run_' not in line:
-                    continue
-                told = json.loads(line)
-                begun, ended = (told, False) if told["event"] == "run_started" else (begun, True)
-    except (OSError, ValueError, KeyError):
-        return begun, ended
-    return begun, ended
+                if '"event": "run_' in line:
+                    try:
+                        yield json.loads(line)
+                    except ValueError:
+                        continue
+    except OSError:
+        return

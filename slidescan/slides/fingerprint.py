@@ -15,7 +15,7 @@ from slidescan.errors import SlideReadError
 from slidescan.slides.ifd import File, open_file
 from slidescan.slides.remote import RemoteFile, Where
 
-__all__ = ["fingerprint"]
+__all__ = ["fingerprint", "stamp"]
 
 _WHOLE_BYTES = 4 << 20  # bytes; up to here everything is read
 _END_BYTES = 256 << 10  # bytes at each end; holds the directories of most TIFF files
@@ -52,6 +52,15 @@ def fingerprint(path: Where, size_wh: tuple[int, int], pieces: Iterable[bytes] |
     except OSError as exc:
         raise SlideReadError(f"{path.name}: cannot be read for its fingerprint ({exc.strerror})") from exc
     return digest.hexdigest()
+
+
+def stamp(path: Where) -> tuple[int, ...]:
+    """Return size and time of change of a file or directory; nothing where there is none, or behind a URL."""
+    try:
+        told = path.stat() if isinstance(path, Path) else None
+    except OSError:
+        return ()
+    return () if told is None else (told.st_size, told.st_mtime_ns)
 
 
 def _file(digest: hashlib._Hash, file: File | RemoteFile) -> None:

@@ -22,7 +22,7 @@ import openslide
 import tifffile
 from numpy.typing import NDArray
 
-from slidescan.errors import SlideError, SlideFormatError, SlideReadError
+from slidescan.errors import SlideError, SlideFormatError, SlideReadError, SlideUnsupportedError
 from slidescan.slides.remote import RemoteFile, Where
 from slidescan.slides.source import MAX_BLOB_BYTES, MAX_LEVEL0_PX, MAX_SIDE_PX, MAX_TILE_PX, Declined
 
@@ -189,8 +189,8 @@ class Directory:
         raise SlideFormatError(f"{self.file.name}: {reason}; the file is damaged or unsafe to open")
 
     def refuse(self, reason: str) -> NoReturn:
-        """Raise `SlideFormatError` for sound pixels of the wrong kind."""
-        raise SlideFormatError(f"{self.file.name}: {reason}; export the slide as 8-bit RGB")
+        """Raise `SlideUnsupportedError` for sound pixels of the wrong kind."""
+        raise SlideUnsupportedError(f"{self.file.name}: {reason}; export the slide as 8-bit RGB")
 
 
 def read_directories(file: File | RemoteFile) -> list[Directory]:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from slidescan.errors import SlideFormatError, SlideReadError
+from slidescan.errors import SlideFormatError, SlideReadError, SlideUnsupportedError
 from slidescan.geometry import Box
 from slidescan.slides.codecs import jpeg_size
 from slidescan.slides.resolution import NOTHING, Resolution
@@ -97,7 +97,7 @@ def image_source(path: Path) -> MemorySource:
             # The size is taken from the header here because Pillow only warns, on stderr.
             width, height = _png_size(head) if head.startswith(_PNG) else jpeg_size(head)
             if width * height > _MAX_IMAGE_PX:
-                raise SlideFormatError(
+                raise SlideUnsupportedError(
                     f"{path.name}: a plain image of {width} × {height} px is too large to read whole "
                     f"(at most {_MAX_IMAGE_PX} px); convert it to a tiled pyramidal TIFF"
                 )
@@ -116,7 +116,7 @@ def image_source(path: Path) -> MemorySource:
 
 def _decoded(path: Path, image: Image.Image) -> MemorySource:
     if image.mode not in ("RGB", "RGBA", "P"):
-        raise SlideFormatError(
+        raise SlideUnsupportedError(
             f"{path.name}: expected an 8-bit colour image, found mode {image.mode}; export it as 8-bit RGB"
         )
     pixels = np.array(image.convert("RGBA") if image.mode == "P" else image)

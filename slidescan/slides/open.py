@@ -26,6 +26,7 @@ from slidescan.errors import (
     SlideFormatError,
     SlideNotFoundError,
     SlideReadError,
+    SlideUnsupportedError,
     SlideWarning,
 )
 from slidescan.geometry import Box
@@ -231,7 +232,7 @@ class _FileOpener:
         try:
             return self._tiff(path)
         except Declined as declined:
-            raise SlideFormatError(
+            raise SlideUnsupportedError(
                 f"{declined}; only TIFF files and OME-Zarr (.zarr) are read from a URL; copy the slide to this machine"
             ) from declined
 

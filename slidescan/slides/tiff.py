@@ -21,7 +21,7 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
-from slidescan.errors import SlideFormatError
+from slidescan.errors import SlideFormatError, SlideUnsupportedError
 from slidescan.geometry import Box
 from slidescan.slides.codecs import DECODER_ERRORS, Codec
 from slidescan.slides.ifd import Directory, open_file, read_directories
@@ -213,11 +213,11 @@ def _ome(directories: list[Directory], text: bytes) -> tuple[Directory, Resoluti
     if pixels is None:
         raise SlideFormatError(f"{name}: its OME-XML describes no image; the file is damaged")
     if len({u.text for u in pixels.iterfind("{*}TiffData/{*}UUID")}) > 1:
-        raise SlideFormatError(f"{name}: an OME-TIFF spread over several files is not supported; merge it into one")
+        raise SlideUnsupportedError(f"{name}: an OME-TIFF spread over several files is not read; merge it into one")
     shape = {axis: pixels.get(f"Size{axis}", "1") for axis in "ZCT"}
     if (shape["Z"], shape["T"]) != ("1", "1") or shape["C"] not in ("3", "4") or pixels.get("Type") != "uint8":
         told = ", ".join(f"{axis} {n if n.isdecimal() else '?'}" for axis, n in shape.items())
-        raise SlideFormatError(
+        raise SlideUnsupportedError(
             f"{name}: expected one 8-bit RGB image, found sizes {told}; export the brightfield alone"
         )
     entry = pixels.find("{*}TiffData")
