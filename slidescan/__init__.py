@@ -10,10 +10,12 @@ The one path::
 `load_detector`           Load a detector: ``"mitosis"``, a directory, or a Hugging Face id
 `scan`                    Scan one slide at full resolution
 `scan_archive`            Scan all slides of a list, a folder or a pattern, and go on after anything
+`open_archive`            All results of such a run as one: a row a slide, the best regions of all
 `detect_image`            Detect on one picture, sliced like a slide where it is large
 `accelerate`              Put the fast deformable attention into a transformers model
 `ops`                     The deformable-attention op itself
 `load_result`             Read a result directory back
+`review`                  Look at what was flagged, decide, and keep every decision
 `ScanConfig`              Every setting, with its default and unit
 `SlidescanError`          What every foreseen failure is an instance of
 `ScanResult`              Detections, anomaly map, coverage, flagged regions, exports
@@ -49,6 +51,7 @@ if TYPE_CHECKING:
     from slidescan.picture import detect_image as detect_image
     from slidescan.result import ScanResult as ScanResult
     from slidescan.result import load_result as load_result
+    from slidescan.reviews import review as review
     from slidescan.scan_slide import scan as scan
     from slidescan.slides import Slide as Slide
     from slidescan.slides import open_slide as open_slide
@@ -69,6 +72,7 @@ _HOME = {
     "load_result": "result",
     "open_archive": "archive",
     "open_slide": "slides",
+    "review": "reviews",
     "scan": "scan_slide",
     "scan_archive": "archive",
 }
@@ -90,6 +94,7 @@ __all__ = [
     "open_archive",
     "open_slide",
     "ops",
+    "review",
     "scan",
     "scan_archive",
 ]

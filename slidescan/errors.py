@@ -15,6 +15,7 @@
     │     └─ WorkerTimeoutError              it was ended because it took too long
     ├─ ResultError (RuntimeError)            a result directory is missing, damaged or in the way
     │  ├─ ResultBusyError                    another scan is writing there
+    │  │  └─ ResultLeasedError               on another machine, now or a moment ago
     │  └─ ResultInTheWayError                it holds another scan's result
     └─ MissingExtraError (ImportError)       an optional package is not installed
 
@@ -32,6 +33,7 @@ __all__ = [
     "ResultBusyError",
     "ResultError",
     "ResultInTheWayError",
+    "ResultLeasedError",
     "SlideError",
     "SlideFormatError",
     "SlideNotFoundError",
@@ -105,6 +107,10 @@ class ResultError(SlidescanError, RuntimeError):
 
 class ResultBusyError(ResultError):
     """Another scan is writing to the result directory."""
+
+
+class ResultLeasedError(ResultBusyError):
+    """A scan on another machine is writing to the result directory, or was a moment ago."""
 
 
 class ResultInTheWayError(ResultError):

@@ -9,14 +9,11 @@ often it was killed.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
-import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,12 +22,13 @@ import numpy as np
 from slidescan.anomaly import anomaly_map, coverage_map
 from slidescan.config import ScanConfig
 from slidescan.detections import Detections, Detector
-from slidescan.errors import ConfigError, ResultBusyError, ResultInTheWayError, SlideReadError
+from slidescan.errors import ConfigError, ResultInTheWayError, SlideReadError
 from slidescan.geometry import Box, Frame
+from slidescan.lease import claimed
 from slidescan.overview import draw_overview
 from slidescan.prepare import Prepared, prepare
 from slidescan.provenance import describe_slide, peak_rss_mb, run_key, versions
-from slidescan.region import RegionPart, disk_error, give_back_memory
+from slidescan.region import RegionPart, give_back_memory
 from slidescan.result import MANIFEST, ScanResult, load_result, read_manifest
 from slidescan.score_regions import Progress, score_regions
 from slidescan.slides import Slide, open_slide
@@ -127,7 +125,7 @@ def scan(
             directory = Path(held.enter_context(tempfile.TemporaryDirectory(prefix="slidescan-")), "result")
         else:
             directory = Path(out)
-        held.enter_context(_claimed(directory))
+        held.enter_context(claimed(directory))
         if _is_done(directory, key, overwrite=overwrite):
             _sweep(directory)
             return load_result(directory)
@@ -205,26 +203,6 @@ def _assemble(
         "peak_rss_mb": peak_rss_mb(),
     }
     return ScanResult(frame, tuple(detector.classes), detections, anomaly, provenance)
-
-
-@contextmanager
-def _claimed(out: Path) -> Iterator[None]:
-    """Hold `out` for this process; the system lets go of it when the process ends, however it ends."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        handle = os.open(out, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError as exc:
-        raise disk_error(out, exc) from exc
-    try:
-        with contextlib.suppress(OSError):  # a file system without locks: two scans at once are the user's to avoid
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as exc:
-                said = f"{out}: another scan is writing there; wait for it or choose another directory"
-                raise ResultBusyError(said) from exc
-        yield
-    finally:
-        os.close(handle)
 
 
 def _is_done(out: Path, key: str, *, overwrite: bool) -> bool:

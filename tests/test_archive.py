@@ -23,13 +23,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import slidescan as ss
-from slidescan.archive import Entry, archive_status, read_listing, worklist
+from slidescan.archive import Entry, archive_status, engine, read_listing
 from slidescan.archive.engine import ArchiveProgress, estimate_archive
 from slidescan.archive.record import Record, read_records
 from slidescan.archive.slide import SlideTask
 from slidescan.archive.status import standing
 from slidescan.errors import ConfigError, ResultError
-from slidescan.scan_slide import _claimed
+from slidescan.lease import claimed
 from tests.archives import DEADLY, FORGETFUL, TROUBLED, write_slide
 from tests.discs import ORACLE, config
 
@@ -45,7 +45,7 @@ def client() -> Iterator[Client]:
     from distributed import Client, LocalCluster
 
     with (
-        LocalCluster(n_workers=2, threads_per_worker=2, dashboard_address=None, silence_logs=50) as cluster,
+        LocalCluster(n_workers=2, threads_per_worker=2, dashboard_address="127.0.0.1:0", silence_logs=50) as cluster,
         Client(cluster) as client,
     ):
         yield client
@@ -256,7 +256,7 @@ class TestRuns:
 
     def test_a_slide_another_run_is_at_is_left_to_it(self, cohort: Path, tmp_path: Path, client: Client) -> None:
         out = tmp_path / "runs"
-        with _claimed(out / "slides/other"):
+        with claimed(out / "slides/other"):
             ss.scan_archive(cohort, ORACLE, out=out, config=config(), client=client)
         assert "other" not in read_records(out / "records")
         ss.scan_archive(cohort, ORACLE, out=out, config=config(), client=client)
@@ -350,7 +350,7 @@ class TestAccidents:
     def test_what_may_pass_is_tried_again_later(
         self, cohort: Path, tmp_path: Path, client: Client, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(worklist, "_BACKOFF_S", 0.1)
+        monkeypatch.setattr(engine, "_BACKOFF_S", 0.1)
         at = tmp_path / "tried"
         detector = replace(FORGETFUL, path=str(at))
         (record,) = ss.scan_archive(

@@ -180,7 +180,7 @@ def test_scan_on_a_dask_cluster_of_processes(tmp_path: Path) -> None:
     slide = ss.open_slide(path)
     ss.scan(slide, ORACLE, out=tmp_path / "here", config=config())
     with (
-        LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None, silence_logs=50) as cluster,
+        LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address="127.0.0.1:0", silence_logs=50) as cluster,
         Client(cluster) as client,
     ):
         ss.scan(slide, ORACLE, out=tmp_path / "there", config=config(), client=client)

@@ -45,7 +45,7 @@ def test_on_a_cluster_it_costs_workers_and_its_region(tmp_path: Path) -> None:
     slide, _ = crashing_slide((800, 800))
     with (
         dask_config.set({"distributed.scheduler.allowed-failures": 0}),
-        LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None, silence_logs=50) as cluster,
+        LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address="127.0.0.1:0", silence_logs=50) as cluster,
         Client(cluster) as client,
     ):
         result = ss.scan(slide, ORACLE, out=tmp_path, config=config(), client=client)

@@ -46,7 +46,7 @@ def client() -> Iterator[Client]:
 
     with (
         config.set({"distributed.scheduler.allowed-failures": 0}),  # a task is given up at its first death
-        LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None, silence_logs=50) as cluster,
+        LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address="127.0.0.1:0", silence_logs=50) as cluster,
         Client(cluster) as client,
     ):
         yield client

@@ -40,6 +40,9 @@ __all__ = ["ArchiveProgress", "estimate_archive", "scan_archive"]
 _VERSION = importlib.metadata.version("slidescan")
 # Between two writings of the tables while a run is on: seconds, and how many times longer than one takes.
 _TABLES_EVERY_S, _TABLES_SHARE = 60, 30
+# Seconds before a slide is tried again, and how they grow: a mount that is restarted is back after some, and three
+# attempts cost no night.
+_BACKOFF_S, _BACKOFF_GROWTH = 5.0, 4.0
 # Slides in flight beside the processes: one more is opened and masked while the others are scored.
 _AHEAD = 1
 
@@ -146,11 +149,16 @@ def scan_archive(
                 for task, record in held.enter_context(contextlib.closing(ended)):  # type: ignore[type-var]
                     if record.state == "busy":  # another run is at it, and will put it on record
                         run.log("slide_busy", slide_id=record.slide_id)
+                        if "again_s" in record.told and not task.waited:
+                            todo.later(replace(task, waited=True), record.told["again_s"])
                         continue
                     run.keep(record)
                     if record.kind in ("retry", "crash") and record.attempts < MOST_ATTEMPTS:
                         again = replace(run.new_task(task.entry), attempts=record.attempts)
-                        (todo.alone if record.kind == "crash" else todo.later)(again)
+                        if record.kind == "crash":
+                            todo.alone(again)
+                        else:
+                            todo.later(again, _BACKOFF_S * _BACKOFF_GROWTH ** (record.attempts - 1))
                         continue
                     states[record.state] += 1
                     failures += record.state == "failed"

@@ -26,6 +26,7 @@ from slidescan.errors import (
     ResultBusyError,
     ResultError,
     ResultInTheWayError,
+    ResultLeasedError,
     SlideError,
     SlideNotFoundError,
     SlideReadError,
@@ -33,6 +34,7 @@ from slidescan.errors import (
     WorkerError,
     WorkerTimeoutError,
 )
+from slidescan.lease import LASTS_S
 from slidescan.prepare import Prepared, estimate_s, prepare
 from slidescan.provenance import peak_gpu_mb, peak_rss_mb
 from slidescan.result import ScanResult
@@ -60,6 +62,8 @@ class SlideTask:
     allow_coarse: bool = False
     timeout_s: float | None = None
     attempts: int = 0
+    waited: bool = False
+    """Whether it was another run's once before."""
 
     @property
     def late(self) -> Path:
@@ -73,16 +77,20 @@ class SlideTask:
             reason = "no_tissue"
         elif holes := told["read_failed_boxes"]:
             reason = "decode_holes"
-            message = f"{holes:,} parts could not be read; {told['analysed_fraction']:.2%} of the tissue was analysed"
+            parts = "1 part" if holes == 1 else f"{holes:,} parts"
+            message = f"{parts} could not be read; {told['analysed_fraction']:.2%} of the tissue was analysed"
         return self._record("done", reason, message, told)
 
     def failed(self, reason: str, message: str) -> Record:
         """Return the record of a slide that failed."""
         return self._record("failed", reason, message, {})
 
-    def busy(self) -> Record:
-        """Return what is said of a slide that another run is at; it is not kept."""
-        return self._record("busy", None, "", {})
+    def busy(self, again_s: float | None = None) -> Record:
+        """Return what is said of a slide that another run is at; it is not kept.
+
+        `again_s` is when to look again: that run may be on another machine and dead.
+        """
+        return self._record("busy", None, "", {} if again_s is None else {"again_s": again_s})
 
     def _record(self, state: str, reason: str | None, message: str, told: dict[str, Any]) -> Record:
         attempts, now = self.attempts + 1, round(time.time(), 3)
@@ -107,6 +115,8 @@ def scan_slide(task: SlideTask) -> Record:
     """
     try:
         return _explained(task, lambda: task.done(_told(_scanned(task))), task.failed)
+    except ResultLeasedError:
+        return task.busy(again_s=LASTS_S + 1)
     except ResultBusyError:
         return task.busy()
 

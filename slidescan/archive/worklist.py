@@ -11,10 +11,6 @@ from slidescan.archive.slide import SlideTask
 
 __all__ = ["Worklist"]
 
-# Seconds before a slide is tried again, and how they grow: a mount that is restarted is back after some, and three
-# attempts at a file that is not there cost no night.
-_BACKOFF_S, _BACKOFF_GROWTH = 5.0, 4.0
-
 
 class Worklist:
     """Slides to do.
@@ -46,9 +42,8 @@ class Worklist:
             return heapq.heappop(self._later)[2]
         return self._first.popleft() if self._first else None
 
-    def later(self, task: SlideTask) -> None:
-        """Put a slide back, the longer the more often it failed."""
-        wait_s = _BACKOFF_S * _BACKOFF_GROWTH ** (task.attempts - 1)
+    def later(self, task: SlideTask, wait_s: float) -> None:
+        """Put a slide back for some time."""
         heapq.heappush(self._later, (time.monotonic() + wait_s, self._n, task))
         self._n += 1
 
