@@ -177,17 +177,32 @@ def export(
     what: Annotated[str, typer.Option(help="GeoJSON objects: all, detections or regions.")] = "all",
     min_score: Annotated[float | None, typer.Option(help="Lowest score; default: the operating threshold.")] = None,
     top_k: Annotated[int | None, typer.Option(min=1, help="At most so many, best first.")] = None,
+    decisions: Annotated[
+        str | None,
+        typer.Option(
+            help="Only what was decided so: accepted, rejected or unsure regions and the detections in them; where "
+            "reviewers differ, the later decision counts."
+        ),
+    ] = None,
+    reviewer: Annotated[str | None, typer.Option(help="With --decisions: count only this reviewer's.")] = None,
 ) -> None:
     """Write a result for QuPath or a spreadsheet."""
     from slidescan.result import load_result
 
     result = load_result(run)
+    if reviewer is not None and decisions is None:
+        raise ConfigError(f"--reviewer goes with --decisions, got {reviewer!r} alone")
+    only = None
+    if decisions is not None:
+        from slidescan.reviews import decided_ids
+
+        only = decided_ids(result, decisions, reviewer=reviewer)
     if what not in ("all", "detections", "regions"):
         raise ConfigError(f"--what must be all, detections or regions, got {what!r}")
     if format_ == "geojson":
-        n = result.to_geojson(out, origin=origin, min_score=min_score, top_k=top_k, what=what)  # type: ignore[arg-type]
+        n = result.to_geojson(out, origin=origin, min_score=min_score, top_k=top_k, what=what, only=only)  # type: ignore[arg-type]
     elif format_ == "csv":
-        n = result.to_csv(out, min_score=min_score, top_k=top_k)
+        n = result.to_csv(out, min_score=min_score, top_k=top_k, only=only)
     else:
         raise ConfigError(f"--format must be geojson or csv, got {format_!r}")
     typer.echo(f"{out}: {n:,} objects")

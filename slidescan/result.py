@@ -13,9 +13,10 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import astuple, dataclass, replace
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -120,6 +121,11 @@ class ScanResult:
         )
 
     @cached_property
+    def region_ids(self) -> list[str]:
+        """A UUID for each of `regions`, as in flagged.geojson."""
+        return [feature.id for feature in region_features(self.regions, run_namespace=self._namespace)]
+
+    @cached_property
     def hotspot(self) -> Hotspot | None:
         """The square of `config.flagged.hotspot_mm2` with most figures; None if nothing was found."""
         area_mm2 = self.config.flagged.hotspot_mm2
@@ -144,6 +150,7 @@ class ScanResult:
         min_score: float | None = None,
         top_k: int | None = None,
         what: Literal["all", "detections", "regions"] = "all",
+        only: Collection[str] | None = None,
     ) -> int:
         """Write detections and flagged regions for QuPath and other viewers; return the number of objects.
 
@@ -159,28 +166,41 @@ class ScanResult:
             At most so many detections, best first, and so many regions.
         what : {"all", "detections", "regions"}
             Which objects.
+        only : collection of str, optional
+            Ids of the detections and regions that may be written; default: any.
         """
         offset = self.origin_l0(origin)
         lowest = self.threshold if min_score is None else min_score
-        n = min(int((self.detections.score >= lowest).sum()), len(self.detections) if top_k is None else top_k)
 
         def features() -> Iterator[Any]:
             if what != "detections":
-                yield from region_features(self.regions[:top_k], run_namespace=self._namespace, offset_l0=offset)
+                all_ = region_features(self.regions, run_namespace=self._namespace, offset_l0=offset)
+                yield from islice((each for each in all_ if only is None or each.id in only), top_k)
             if what != "regions":
-                chosen = self.detections[slice(n)]
-                more = {name: column[:n] for name, column in self._said.items()}
+                at_least = np.flatnonzero(self.detections.score >= lowest).tolist()
+                rows = np.array([i for i in at_least if only is None or self.ids[i] in only][:top_k], np.intp)
+                ids, more = [self.ids[i] for i in rows], {name: column[rows] for name, column in self._said.items()}
                 yield from detection_features(
-                    chosen, classes=self.classes, ids=self.ids[:n], offset_l0=offset, measurements=more
+                    self.detections[rows], classes=self.classes, ids=ids, offset_l0=offset, measurements=more
                 )
 
         properties = {"origin": origin, "offset_l0": list(offset), "mpp": self.frame.mpp, "min_score": lowest}
         return write_geojson(Path(path), features(), properties=properties)
 
-    def to_csv(self, path: str | Path, *, min_score: float | None = None, top_k: int | None = None) -> int:
-        """Write detections as CSV (level-0 px), best first; return the number of rows."""
+    def to_csv(
+        self,
+        path: str | Path,
+        *,
+        min_score: float | None = None,
+        top_k: int | None = None,
+        only: Collection[str] | None = None,
+    ) -> int:
+        """Write detections as CSV (level-0 px), best first, of `only` these ids; return the number of rows."""
         lowest = self.threshold if min_score is None else min_score
-        rows = self._table().filter(pc.greater_equal(pc.field("score"), lowest)).slice(0, top_k)
+        rows = self._table().filter(pc.greater_equal(pc.field("score"), lowest))
+        if only is not None:
+            rows = rows.filter(pc.field("id").isin(pa.array(sorted(only), pa.string())))
+        rows = rows.slice(0, top_k)
         commit(Path(path), lambda partial: csv.write_csv(rows, partial))
         return int(rows.num_rows)
 

@@ -26,6 +26,8 @@ class ArchiveRegion:
     slide_id: str
     group: str
     region: FlaggedRegion
+    result_path: Path
+    """The result directory of its slide."""
 
 
 class Archive:
@@ -97,7 +99,9 @@ class Archive:
             if slide_id not in opened:
                 opened[slide_id] = self.result(slide_id).regions
             regions = opened[slide_id]
-            best.append(ArchiveRegion(slide_id, self.records[slide_id].group, regions[i]))
+            best.append(
+                ArchiveRegion(slide_id, self.records[slide_id].group, regions[i], self.path / "slides" / slide_id)
+            )
             if i + 1 < len(regions):
                 heapq.heappush(waiting, (-regions[i + 1].evidence, slide_id, i + 1))
         return best

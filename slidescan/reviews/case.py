@@ -1,0 +1,173 @@
+"""One result in review: its items, the decisions that stand for each, and where its pixels come from."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections import defaultdict
+from collections.abc import Iterator
+from os import PathLike
+from pathlib import Path
+
+from slidescan.errors import ConfigError
+from slidescan.geometry import Box
+from slidescan.result import ScanResult
+from slidescan.reviews.attach import reattach
+from slidescan.reviews.decisions import DECISIONS, Decision, DecisionLog, Undo, Verdict, What
+from slidescan.reviews.items import ReviewItem, items_of
+from slidescan.slides import Slide, pooled
+
+__all__ = ["Case", "SlideAt"]
+
+SlideAt = Slide | str | PathLike[str]
+
+
+class Case:
+    """A saved result with its decision log; of the result only what a review needs is kept.
+
+    Decisions made on another scan of the slide count here for what they were re-attached to. Where a reviewer has
+    decided on one place more than once, under whatever ids, the last decision counts.
+    """
+
+    def __init__(self, result: ScanResult, what: What, *, slide_id: str = "", group: str = "") -> None:
+        self.path = _saved(result)
+        self.slide_id = slide_id or self.path.resolve().name
+        self.what = what
+        self.frame = result.frame
+        self.items = {item.id: item for item in items_of(result, what, self.slide_id, group)}
+        self.log = DecisionLog(self.path / DECISIONS)
+        provenance = result.provenance
+        self._run_key, self._model = str(provenance["run_key"]), str(provenance["detector"]["sha256"])
+        self._fingerprint, self._color = str(provenance["slide"]["fingerprint"]), provenance["slide"]["color"]
+        self._slide_at: SlideAt | None = None
+        self._strangers: frozenset[str] = frozenset()
+        self._attached: dict[str, str] = {}
+        self._former: dict[str, list[str]] = {}
+        self.refresh()
+
+    def refresh(self) -> None:
+        """See what others decided since."""
+        self.log.refresh()
+        standing = self.log.standing
+        strangers = frozenset(
+            region
+            for region in standing.regions
+            if region not in self.items and next(standing.of(region)).what == self.what
+        )
+        if strangers == self._strangers:
+            return
+        self._strangers, self._attached, self._former = strangers, {}, defaultdict(list)
+        # One scan at a time: a place that was decided on in two scans has two boxes, and both mean the item there now.
+        by_run: dict[str, dict[str, Box]] = defaultdict(dict)
+        for region in strangers:
+            decision = next(standing.of(region))
+            if decision.slide_fingerprint == self._fingerprint:
+                by_run[decision.run_key][region] = decision.box_l0
+        for boxes_l0 in by_run.values():
+            self._attached |= reattach(boxes_l0, self.items.values())
+        for old, item_id in self._attached.items():
+            self._former[item_id].append(old)
+
+    def decisions(self, item_id: str) -> dict[str, Decision]:
+        """Return what stands for an item by reviewer, who decided last at the end."""
+        standing, former = self.log.standing, self._former.get(item_id, ())
+        made = [decision for region in (item_id, *former) for decision in standing.of(region)]
+        if former:
+            made.sort(key=lambda decision: decision.order)
+        last: dict[str, Decision] = {}
+        for decision in made:
+            last.pop(decision.reviewer, None)
+            last[decision.reviewer] = decision
+        return last
+
+    def made_by(self, reviewer: str) -> Iterator[tuple[str, Decision]]:
+        """Yield a reviewer's decisions that were not undone with the item each is on, the last one first."""
+        for decision in self.log.standing.latest_first():
+            item_id = self._attached.get(decision.region, decision.region)
+            if decision.reviewer == reviewer and item_id in self.items:
+                yield item_id, decision
+
+    @property
+    def reattached(self) -> int:
+        """Decisions that stand through where they are, since their ids are gone."""
+        return sum(region in self._attached for region in self._elsewhere())
+
+    @property
+    def orphaned(self) -> int:
+        """Decisions whose place holds nothing any more, or that were made on another slide."""
+        return sum(region not in self._attached for region in self._elsewhere())
+
+    def _elsewhere(self) -> Iterator[str]:
+        """Yield the region of each decision that stands for an id that is gone: one a reviewer and region."""
+        standing = self.log.standing
+        for region in self._strangers:
+            yield from (region for _ in {decision.reviewer for decision in standing.of(region)})
+
+    def decide(self, item: ReviewItem, decision: Verdict, *, reviewer: str, label: str | None, note: str) -> Decision:
+        """Write a decision; `item` is as it was shown, scores hidden or not."""
+        decided = Decision(
+            event_id=uuid.uuid4().hex,
+            at=time.time(),
+            reviewer=reviewer,
+            what=item.what,
+            region=item.id,
+            decision=decision,
+            label=label,
+            note=note,
+            box_l0=item.box_l0,
+            score=item.score,
+            evidence=item.evidence,
+            run_key=self._run_key,
+            model_sha256=self._model,
+            slide_fingerprint=self._fingerprint,
+        )
+        self.log.append(decided)
+        self.refresh()
+        return decided
+
+    def undo(self, decision: Decision) -> None:
+        """Write that a reviewer takes back a decision."""
+        self.log.append(Undo(uuid.uuid4().hex, time.time(), decision.reviewer, decision.event_id))
+        self.refresh()
+
+    def read_from(self, slide_at: SlideAt) -> None:
+        """Take pixels from a slide, opened when it is first needed."""
+        self._slide_at = slide_at
+
+    def slide(self) -> Slide:
+        """Return the slide, at the scale and in the colours it was scanned with.
+
+        Raises
+        ------
+        ConfigError
+            If it was not given, is not the one that was scanned, or is open at another scale.
+        SlideError
+            If it cannot be opened.
+        """
+        at = self._slide_at
+        if at is None:
+            raise ConfigError(
+                f"slides: expected where the pixels of {self.slide_id!r} are, got nothing for it; a result names no "
+                "path, so pass slides= to review()"
+            )
+        slide = at if isinstance(at, Slide) else pooled(at, mpp=self.frame.mpp, color=self._color)
+        if slide.fingerprint != self._fingerprint:
+            raise ConfigError(
+                f"slides: expected the slide that {self.slide_id!r} is the result of, got {slide.path.name}, whose "
+                "content is another; give the file that was scanned"
+            )
+        if slide.frame != self.frame:
+            raise ConfigError(
+                f"slides: expected {self.slide_id!r} at {self.frame.mpp:g} µm/px, as it was scanned, got "
+                f"{slide.frame.mpp:g}; open it with mpp={self.frame.mpp!r}"
+            )
+        return slide
+
+
+def _saved(result: ScanResult) -> Path:
+    if result.path is None:
+        raise ConfigError(
+            "result: expected one that is saved, got one without a directory, so decisions would be lost; scan with "
+            "out=DIR and review that"
+        )
+    return result.path

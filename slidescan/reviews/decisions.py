@@ -1,0 +1,276 @@
+"""What reviewers decided: a log beside the result that only ever grows, one event a line.
+
+::
+
+    <result>/decisions.jsonl
+        {"schema": 1, "event": "decide", "event_id": …, "at": …, "reviewer": …, "region": …, "decision": "accept", …}
+        {"schema": 1, "event": "undo", "event_id": …, "at": …, "reviewer": …, "undoes": …}
+
+Invariants: a line is written in one piece and is on the disk when `DecisionLog.append` returns; no line is ever changed
+or removed, and nobody waits for a lock; a line that was cut off costs nothing but itself; events of a kind or schema
+that is not known here stay in the file and count for nothing. The order of the lines is the order of the events: clocks
+are not asked. No line holds a path.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import re
+import threading
+from collections.abc import Iterator
+from dataclasses import astuple, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from slidescan.errors import ResultError
+from slidescan.geometry import Box
+
+__all__ = ["DECISIONS", "Decision", "DecisionLog", "Standing", "Undo", "Verdict", "What"]
+
+DECISIONS = "decisions.jsonl"
+_SCHEMA = 1
+# How each line begins. Inside a JSON text a quote has a backslash before it, so no note can hold this.
+_BEGIN = re.compile(rb'(?=\{"schema":)')
+
+Verdict = Literal["accept", "reject", "unsure"]
+What = Literal["region", "detection"]
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What one reviewer decided of one region or detection, and what it was decided on."""
+
+    event_id: str
+    at: float
+    """When, seconds since 1970 (UTC)."""
+    reviewer: str
+    what: What
+    region: str
+    """Id of the region (or detection), as in flagged.geojson (detections.parquet)."""
+    decision: Verdict
+    label: str | None
+    """The class the reviewer chose; None: as the detector says."""
+    note: str
+    """What the reviewer typed."""
+    box_l0: Box
+    """Where it is; finds it again where another scan has other ids."""
+    score: float | None
+    """As shown to the reviewer; None in a blinded review."""
+    evidence: float | None
+    """As shown, in nats; None in a blinded review."""
+    run_key: str
+    model_sha256: str
+    slide_fingerprint: str
+    order: int = 0
+    """Place among the events of its log, from 1; given when it is read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Undo:
+    """A reviewer takes back a decision of their own."""
+
+    event_id: str
+    at: float
+    reviewer: str
+    undoes: str
+    """The `event_id` of the decision."""
+
+
+class Standing:
+    """Which decisions stand after all events so far; events are added in the order of the log.
+
+    An event that is there twice counts once. Only a decision can be undone, once, and only by who made it.
+    """
+
+    def __init__(self) -> None:
+        self._seen: set[str] = set()
+        self._live: dict[str, Decision] = {}
+        self._by_region: dict[str, dict[str, Decision]] = {}
+
+    def add(self, event: Decision | Undo) -> None:
+        """Take the next event into account."""
+        if event.event_id in self._seen:
+            return
+        self._seen.add(event.event_id)
+        if isinstance(event, Decision):
+            decided = replace(event, order=len(self._seen))
+            self._live[event.event_id] = decided
+            self._by_region.setdefault(event.region, {})[event.event_id] = decided
+            return
+        undone = self._live.get(event.undoes)
+        if undone is not None and undone.reviewer == event.reviewer:
+            del self._live[undone.event_id]
+            of_region = self._by_region[undone.region]
+            del of_region[undone.event_id]
+            if not of_region:
+                del self._by_region[undone.region]
+
+    @property
+    def regions(self) -> Iterator[str]:
+        """The ids decisions stand for."""
+        return iter(self._by_region)
+
+    def of(self, region: str) -> Iterator[Decision]:
+        """Yield the decisions on a region that were not undone, in order, overruled ones too."""
+        yield from self._by_region.get(region, {}).values()
+
+    def latest_first(self) -> Iterator[Decision]:
+        """Yield all decisions that were not undone, the last one first."""
+        return reversed(self._live.values())
+
+    def current(self) -> dict[tuple[str, str], Decision]:
+        """Return what stands: the last decision of each reviewer on each region."""
+        return {(decision.reviewer, decision.region): decision for decision in self._live.values()}
+
+
+class DecisionLog:
+    """The decisions of one result directory, read as far as the file went when it was last looked at.
+
+    Safe to use from many threads and many processes at once. A file system that many machines share must append as one
+    machine does; NFS does not where two machines write in the same moment.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock = threading.Lock()
+        self._forget()
+
+    def _forget(self) -> None:
+        self.standing = Standing()
+        self.unreadable = 0
+        """Lines that are no event: cut off by a power failure or a full disk, or edited by hand."""
+        self._read_bytes = 0
+
+    def refresh(self) -> None:
+        """Read what was added since.
+
+        Raises
+        ------
+        ResultError
+            If the file is there and cannot be read.
+        """
+        with self._lock:
+            try:
+                with self.path.open("rb") as file:
+                    if os.fstat(file.fileno()).st_size < self._read_bytes:  # an older copy was put back
+                        self._forget()
+                    file.seek(self._read_bytes)
+                    data = file.read()
+            except FileNotFoundError:
+                return
+            except OSError as exc:
+                raise ResultError(f"{self.path}: cannot be read ({exc.strerror}); check who may read it") from exc
+            *lines, begun = data.split(b"\n")
+            for line in lines:
+                for event in _events(line):
+                    if event is None:
+                        self.unreadable += 1
+                    else:
+                        self.standing.add(event)
+            # Not ended yet, or by hand: whole or nothing, and read again next time, when it counts no second time.
+            for event in _events(begun):
+                if event is not None:
+                    self.standing.add(event)
+            self._read_bytes += len(data) - len(begun)
+
+    def append(self, event: Decision | Undo) -> None:
+        """Write an event to the disk and take it into account, with all that others wrote before it.
+
+        Raises
+        ------
+        ResultError
+            If it cannot be written; nothing is decided then.
+        """
+        line = _line(event)
+        try:
+            descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+            try:
+                size = os.fstat(descriptor).st_size
+                if size and os.pread(descriptor, 1, size - 1) != b"\n":
+                    line = b"\n" + line  # behind a line that was cut off
+                if os.write(descriptor, line) < len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+            if not size:
+                _sync_directory(self.path.parent)
+        except OSError as exc:
+            full = exc.errno in (errno.ENOSPC, errno.EDQUOT)
+            why = "the disk is full; free some space" if full else f"{exc.strerror}; make it writable for you"
+            raise ResultError(f"{self.path}: the decision was not saved: {why} and decide again") from exc
+        self.refresh()
+
+
+def _sync_directory(path: Path) -> None:
+    """Make a new file's name outlast a power failure."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _line(event: Decision | Undo) -> bytes:
+    """Return the event as a line; ASCII, so that no cut leaves half a letter."""
+    told: dict[str, Any] = {"schema": _SCHEMA, "event": "undo" if isinstance(event, Undo) else "decide"}
+    told |= {name: getattr(event, name) for name in event.__slots__ if name != "order"}
+    if isinstance(event, Decision):
+        told["box_l0"] = list(astuple(event.box_l0))
+    return json.dumps(told, allow_nan=False).encode() + b"\n"
+
+
+def _events(line: bytes) -> Iterator[Decision | Undo | None]:
+    """Yield the events of a line: one; two where the first was cut off as the second was written; None for no event."""
+    for piece in _BEGIN.split(line):
+        if not piece.strip():
+            continue
+        try:
+            told = json.loads(piece)
+            if not isinstance(told, dict):
+                raise TypeError
+            if told.get("schema") != _SCHEMA or told.get("event") not in ("decide", "undo"):
+                continue  # of a later slidescan
+            yield _undo(told) if told["event"] == "undo" else _decision(told)
+        except (ValueError, KeyError, TypeError, RecursionError):
+            yield None
+
+
+def _undo(told: dict[str, Any]) -> Undo:
+    return Undo(_text(told["event_id"]), float(told["at"]), _text(told["reviewer"]), _text(told["undoes"]))
+
+
+def _decision(told: dict[str, Any]) -> Decision:
+    if told["decision"] not in get_args(Verdict) or told["what"] not in get_args(What):
+        raise ValueError("no such decision")
+    x0, y0, x1, y1 = map(float, told["box_l0"])
+    if not all(map(math.isfinite, (x0, y0, x1, y1))):
+        raise ValueError("no such box")
+    shown = (told.get(name) for name in ("score", "evidence"))
+    score, evidence = (None if value is None else float(value) for value in shown)
+    label = told.get("label")
+    return Decision(
+        event_id=_text(told["event_id"]),
+        at=float(told["at"]),
+        reviewer=_text(told["reviewer"]),
+        what=told["what"],
+        region=_text(told["region"]),
+        decision=told["decision"],
+        label=None if label is None else _text(label),
+        note=_text(told.get("note", "")),
+        box_l0=Box(x0, y0, x1, y1),
+        score=score,
+        evidence=evidence,
+        run_key=_text(told["run_key"]),
+        model_sha256=_text(told["model_sha256"]),
+        slide_fingerprint=_text(told["slide_fingerprint"]),
+    )
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError
+    return value

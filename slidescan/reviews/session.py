@@ -1,0 +1,306 @@
+"""`Review`: rank, look, decide, go on; every act is a call, and a front end needs no others."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from slidescan.errors import ConfigError
+from slidescan.reviews.agreement import Kappa, cohen_kappa
+from slidescan.reviews.case import Case
+from slidescan.reviews.decisions import Decision, Verdict
+from slidescan.reviews.items import ReviewItem
+from slidescan.reviews.table import table_of
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["Review", "Sort", "check_name"]
+
+Sort = Literal["evidence", "score", "uncertainty", "slide", "shuffled"]
+
+_EVEN = 0.5  # the calibrated score at which yes and no are as likely: nothing is less certain
+_MOST_PX = 4096  # edge of a crop: 50 MB of RGB, more than any screen shows
+_MOST_TEXT = 10_000  # characters of a note: some pages, and a line that is still written in one piece
+
+_KEYS: Mapping[Sort, Callable[[ReviewItem], Any]] = {
+    "evidence": lambda item: (-(item.evidence or 0.0), item.slide_id, item.rank),
+    "score": lambda item: (-(item.score or 0.0), item.slide_id, item.rank),
+    "uncertainty": lambda item: (abs((item.score or 0.0) - _EVEN), item.slide_id, item.rank),
+    "slide": lambda item: (item.slide_id, item.rank or 0, item.id),
+    "shuffled": lambda item: item.id,  # ids are digests: their order is one nobody chose
+}
+_TELL_SCORES = ("evidence", "score", "uncertainty")
+
+
+class Review:
+    """What one reviewer looks through and decides on; make it with `review`.
+
+    Earlier decisions on the same results are there at once; those that others make meanwhile after `refresh`, and after
+    each decision on that slide. Use it from one thread; any number of reviews, in any number of processes, may write to
+    the same results at once.
+    """
+
+    def __init__(self, cases: Sequence[Case], shown: Sequence[ReviewItem], *, reviewer: str, blinded: bool) -> None:
+        self.reviewer = reviewer
+        self.blinded = blinded
+        self._cases = {case.slide_id: case for case in cases}
+        self._items: dict[str, ReviewItem] = {}
+        for item in shown:  # a slide that is in an archive twice, under two names, is reviewed once
+            self._items.setdefault(item.id, replace(item, score=None, evidence=None, rank=None) if blinded else item)
+        self._sorted: dict[Sort, list[ReviewItem]] = {}
+        self._made: dict[str, int] = {}
+        """The reviewer's decisions of this session, numbered: which was last must not depend on clocks."""
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __repr__(self) -> str:
+        blinded = ", blinded" if self.blinded else ""
+        return f"Review({self.reviewer!r}, {len(self):,} items, {self.left:,} left{blinded})"
+
+    def items(
+        self,
+        sort: Sort | None = None,
+        *,
+        slide: str | None = None,
+        label: str | None = None,
+        decision: str | None = None,
+        min_score: float | None = None,
+    ) -> list[ReviewItem]:
+        """Return what is to be reviewed, in order.
+
+        Parameters
+        ----------
+        sort : {"evidence", "score", "uncertainty", "slide", "shuffled"}, optional
+            By falling evidence or highest score; by how near the highest score is to 0.5, where a calibrated detector
+            is least certain; by slide id and rank; or in an order that has nothing to do with scores. Default:
+            evidence, in a blinded review shuffled.
+        slide, label : str, optional
+            Only of this slide id, of this class of the detector's.
+        decision : {"accept", "reject", "unsure", "decided", "undecided"}, optional
+            Only what this reviewer decided so.
+        min_score : float, optional
+            Only what has at least this highest score.
+
+        Raises
+        ------
+        ConfigError
+            If a setting is not one of these, or would tell scores in a blinded review.
+        """
+        return list(self._chosen(sort, slide, label, decision, min_score))
+
+    def next(
+        self,
+        sort: Sort | None = None,
+        *,
+        slide: str | None = None,
+        label: str | None = None,
+        min_score: float | None = None,
+    ) -> ReviewItem | None:
+        """Return the first item that this reviewer has not decided on; None if there is none left."""
+        return next(self._chosen(sort, slide, label, "undecided", min_score), None)
+
+    @property
+    def left(self) -> int:
+        """How many items this reviewer has not decided on."""
+        return sum(self.decision(item_id) is None for item_id in self._items)
+
+    def decide(self, item_id: str, decision: Verdict, *, label: str | None = None, note: str = "") -> Decision:
+        """Decide on an item; it is on the disk when this returns.
+
+        Parameters
+        ----------
+        item_id : str
+            `ReviewItem.id`.
+        decision : {"accept", "reject", "unsure"}
+            Deciding again overrules; nothing is lost.
+        label : str, optional
+            The class, where it is not the detector's: one of its classes or one of your own.
+        note : str
+            Anything; it is kept as typed, so leave patients out of it.
+
+        Raises
+        ------
+        ConfigError
+            If there is no such item or decision.
+        ResultError
+            If it cannot be written; then nothing is decided.
+        """
+        item = self._item(item_id)
+        if decision not in get_args(Verdict):
+            raise ConfigError(f"decision: expected accept, reject or unsure, got {decision!r}")
+        if label is not None:
+            check_name("label", label, "the name of a class, or None for the detector's")
+        if len(note) > _MOST_TEXT:
+            raise ConfigError(f"note: expected at most {_MOST_TEXT:,} characters, got {len(note):,}; shorten it")
+        case = self._cases[item.slide_id]
+        decided = case.decide(item, decision, reviewer=self.reviewer, label=label, note=note)
+        self._made[decided.event_id] = len(self._made)
+        return decided
+
+    def undo(self) -> str | None:
+        """Take back this reviewer's last decision on these items; return the item's id, None if there is none.
+
+        Again: the one before. What was decided on the item earlier stands again.
+        """
+        lasts = []
+        for case in self._cases.values():
+            shown = ((item_id, made) for item_id, made in case.made_by(self.reviewer) if item_id in self._items)
+            if last := next(shown, None):
+                lasts.append((self._made.get(last[1].event_id, -1), last[1].at, case.slide_id, *last))
+        if not lasts:
+            return None
+        *_, slide_id, item_id, decision = max(lasts, key=lambda last: last[:3])
+        self._cases[slide_id].undo(decision)
+        return item_id
+
+    def decision(self, item_id: str, reviewer: str | None = None) -> Decision | None:
+        """Return what stands for an item by this reviewer or another; None if nothing."""
+        return self.decisions(item_id).get(reviewer or self.reviewer)
+
+    def decisions(self, item_id: str) -> dict[str, Decision]:
+        """Return what stands for an item by reviewer, who decided last at the end."""
+        said = self._cases[self._item(item_id).slide_id].decisions(item_id)
+        if self.blinded:  # what another was shown, or the same reviewer before
+            said = {name: replace(decision, score=None, evidence=None) for name, decision in said.items()}
+        return said
+
+    def ratings(self) -> dict[str, dict[str, Verdict]]:
+        """Return by item and reviewer what was decided; items nobody decided on are left out."""
+        said = {item_id: self.decisions(item_id) for item_id in self._items}
+        return {
+            item_id: {name: made.decision for name, made in by_name.items()}
+            for item_id, by_name in said.items()
+            if by_name
+        }
+
+    def agreement(self) -> tuple[Kappa, ...]:
+        """Return Cohen's kappa of each pair of reviewers."""
+        return cohen_kappa(self.ratings())
+
+    def refresh(self) -> None:
+        """See what others decided since."""
+        for case in self._cases.values():
+            case.refresh()
+
+    @property
+    def reattached(self) -> int:
+        """Decisions on these results that were made on another scan, and found their place by where they are."""
+        return sum(case.reattached for case in self._cases.values())
+
+    @property
+    def orphaned(self) -> int:
+        """Decisions on these results that found no place: nothing is flagged there now. They stay in the log."""
+        return sum(case.orphaned for case in self._cases.values())
+
+    @property
+    def unreadable(self) -> int:
+        """Lines of the logs that are no decision: cut off by a power failure or a full disk, or edited by hand."""
+        return sum(case.log.unreadable for case in self._cases.values())
+
+    def table(self, *, everyone: bool = False) -> pa.Table:
+        """Return a row an item with what this reviewer decided; ``.to_pandas()`` where pandas is installed.
+
+        Without `everyone` an item nobody decided on has a row, too; with it a row is an item and a reviewer. A blinded
+        review has no columns of scores.
+        """
+        items = self.items()
+        said = [self.decisions(item.id) for item in items]
+        rows = (
+            [(item, made) for item, by_name in zip(items, said, strict=True) for made in by_name.values()]
+            if everyone
+            else [(item, by_name.get(self.reviewer)) for item, by_name in zip(items, said, strict=True)]
+        )
+        return table_of(rows, blinded=self.blinded)
+
+    def crop(self, item_id: str, fov_um: float = 64.0, px: int = 256) -> NDArray[np.uint8]:
+        """Return a square field of view around an item, uint8 (px, px, 3) RGB; white outside the slide.
+
+        Parameters
+        ----------
+        item_id : str
+        fov_um : float
+            Edge, µm: the same for all, so that sizes can be compared.
+        px : int
+            Edge, px. Where that is finer than the slide its pixels are enlarged.
+
+        Raises
+        ------
+        ConfigError
+            If the slide was not given or is another one.
+        SlideError
+            If it cannot be opened or read.
+        """
+        if not (math.isfinite(fov_um) and fov_um > 0):
+            raise ConfigError(f"fov_um: expected a positive number of µm, got {fov_um!r}")
+        if not 1 <= px <= _MOST_PX:
+            raise ConfigError(f"px: expected 1 to {_MOST_PX} px, got {px!r}")
+        item = self._item(item_id)
+        slide = self._cases[item.slide_id].slide()
+        plane = slide.frame.at(fov_um / px)
+        box_m = item.box_l0.scale(slide.frame.factor_to(plane))
+        x, y = (round((low + high - px) / 2) for low, high in ((box_m.x0, box_m.x1), (box_m.y0, box_m.y1)))
+        return slide.read(x, y, px, px, plane).rgb
+
+    def box_um(self, item_id: str, fov_um: float = 64.0) -> tuple[float, float, float, float]:
+        """Return the item's box in its field of view: x0, y0, x1, y1 in µm from the upper left corner."""
+        item = self._item(item_id)
+        half_w, half_h = (
+            self._cases[item.slide_id].frame.um(side) / 2 for side in (item.box_l0.width, item.box_l0.height)
+        )
+        return fov_um / 2 - half_w, fov_um / 2 - half_h, fov_um / 2 + half_w, fov_um / 2 + half_h
+
+    def plot(self, n: int = 24, *, columns: int = 6, fov_um: float = 64.0, px: int = 192) -> Figure:
+        """Return a matplotlib figure of the first `n` items; see `contact_sheet`."""
+        from slidescan.reviews.figure import contact_sheet
+
+        return contact_sheet(self, self.items()[:n], columns=columns, fov_um=fov_um, px=px)
+
+    def _item(self, item_id: str) -> ReviewItem:
+        item = self._items.get(item_id)
+        if item is None:
+            raise ConfigError(f"item_id: expected the id of an item of this review, got {item_id!r}; see items()")
+        return item
+
+    def _chosen(
+        self, sort: Sort | None, slide: str | None, label: str | None, decision: str | None, min_score: float | None
+    ) -> Iterator[ReviewItem]:
+        order: Sort = sort or ("shuffled" if self.blinded else "evidence")
+        if order not in _KEYS:
+            raise ConfigError(f"sort: expected one of {', '.join(_KEYS)}, got {sort!r}")
+        states = (*get_args(Verdict), "decided", "undecided")
+        if decision is not None and decision not in states:
+            raise ConfigError(f"decision: expected one of {', '.join(states)}, got {decision!r}")
+        if self.blinded and (order in _TELL_SCORES or min_score is not None):
+            asked = f"sort={sort!r}" if order in _TELL_SCORES else f"min_score={min_score!r}"
+            raise ConfigError(f"{asked}: would tell scores, and this review is blinded; leave it out")
+        if order not in self._sorted:
+            self._sorted[order] = sorted(self._items.values(), key=_KEYS[order])
+        return (item for item in self._sorted[order] if self._fits(item, slide, label, decision, min_score))
+
+    def _fits(
+        self, item: ReviewItem, slide: str | None, label: str | None, state: str | None, min_score: float | None
+    ) -> bool:
+        if (slide is not None and item.slide_id != slide) or (label is not None and item.label != label):
+            return False
+        if min_score is not None and (item.score is None or item.score < min_score):
+            return False
+        if state is None:
+            return True
+        made = self.decision(item.id)
+        if state in ("decided", "undecided"):
+            return (made is None) == (state == "undecided")
+        return made is not None and made.decision == state
+
+
+def check_name(name: str, value: object, expected: str) -> None:
+    """Refuse what is no text on one line."""
+    if not isinstance(value, str) or not value.strip() or not value.isprintable() or len(value) > _MOST_TEXT:
+        raise ConfigError(f"{name}: expected {expected}, got {value!r}")

@@ -1,0 +1,126 @@
+"""`review`: what is to be reviewed, by whom, and where its pixels are."""
+
+from __future__ import annotations
+
+import getpass
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from slidescan.archive import Archive, ArchiveRegion, read_listing
+from slidescan.errors import ConfigError
+from slidescan.result import ScanResult, load_result
+from slidescan.reviews.case import Case, SlideAt
+from slidescan.reviews.decisions import What
+from slidescan.reviews.items import ReviewItem
+from slidescan.reviews.session import Review, check_name
+from slidescan.slides import Slide
+
+__all__ = ["Slides", "review"]
+
+Slides = SlideAt | Mapping[str, SlideAt]
+
+
+def review(
+    what: ScanResult | Archive | Sequence[ArchiveRegion],
+    *,
+    slides: Slides | None = None,
+    reviewer: str | None = None,
+    of: Literal["regions", "detections"] = "regions",
+    blinded: bool = False,
+) -> Review:
+    """Review what was found: look at it in order and decide.
+
+    Parameters
+    ----------
+    what : ScanResult, Archive or sequence of ArchiveRegion
+        A saved result, all results of `open_archive`, or the best regions of them, from `Archive.top`.
+    slides : Slide, path or URL; mapping of slide id to these; list of slides, optional
+        Where the pixels are, for a result names no path. Of an archive: the table, folder or pattern it was scanned
+        from, or a mapping. Only crops and figures need it.
+    reviewer : str, optional
+        Who decides; default: the name you are logged in under.
+    of : {"regions", "detections"}
+        Decide on flagged regions, or on each detection at or above the threshold.
+    blinded : bool
+        Hide scores, evidence and rank, and the order they would tell.
+
+    Raises
+    ------
+    ConfigError
+        If the result is not saved, or a setting cannot be meant.
+
+    Examples
+    --------
+    >>> import slidescan as ss
+    >>> looked = ss.review(ss.load_result("runs/case"), slides="case.svs", reviewer="ann")  # doctest: +SKIP
+    >>> while item := looked.next():  # doctest: +SKIP
+    ...     looked.decide(item.id, "accept" if your_eyes(looked.crop(item.id)) else "reject")
+    """
+    if of not in ("regions", "detections"):
+        raise ConfigError(f"of: expected regions or detections, got {of!r}")
+    kind: What = "region" if of == "regions" else "detection"
+    who = _logged_in() if reviewer is None else reviewer
+    check_name("reviewer", who, "a name on one line")
+    if isinstance(what, ScanResult):
+        cases = [Case(what, kind)]
+        shown = list(cases[0].items.values())
+    elif isinstance(what, Archive):
+        cases = [
+            Case(what.result(slide_id), kind, slide_id=slide_id, group=what.records[slide_id].group)
+            for slide_id in what
+        ]
+        shown = [item for case in cases for item in case.items.values()]
+    else:
+        cases, shown = _of_regions(what, kind)
+    for slide_id, at in _slides_of(what, slides, cases).items():
+        for case in cases:
+            if case.slide_id == slide_id:
+                case.read_from(at)
+    return Review(cases, shown, reviewer=who, blinded=blinded)
+
+
+def _of_regions(regions: Sequence[ArchiveRegion], kind: What) -> tuple[list[Case], list[ReviewItem]]:
+    """Return the cases that regions of an archive are of, and the regions as items."""
+    if isinstance(regions, str | PathLike) or not all(isinstance(each, ArchiveRegion) for each in regions):
+        raise ConfigError(
+            f"what: expected a result, an archive or what its top(k) returns, got {type(regions).__name__}; read a "
+            "directory with load_result or open_archive"
+        )
+    if kind == "detection":
+        raise ConfigError("of: expected regions for a list of regions, got detections; pass the archive itself")
+    cases: dict[Path, Case] = {}
+    shown = []
+    for each in regions:
+        if each.result_path not in cases:
+            result = load_result(each.result_path, verify=False)
+            cases[each.result_path] = Case(result, kind, slide_id=each.slide_id, group=each.group)
+        by_rank = list(cases[each.result_path].items.values())
+        item = by_rank[each.region.rank - 1] if each.region.rank <= len(by_rank) else None
+        if item is None or item.polygon_l0 is None or not np.array_equal(item.polygon_l0, each.region.polygon_l0):
+            raise ConfigError(f"what: {each.slide_id!r} was scanned anew since its regions were listed; call top again")
+        shown.append(item)
+    return list(cases.values()), shown
+
+
+def _slides_of(what: object, slides: Slides | None, cases: Sequence[Case]) -> Mapping[str, SlideAt]:
+    """Return by slide id where pixels come from."""
+    if slides is None:
+        return {}
+    if isinstance(slides, Mapping):
+        return slides
+    if isinstance(what, ScanResult):
+        return {case.slide_id: slides for case in cases}
+    if isinstance(slides, Slide):
+        raise ConfigError(f"slides: expected a list of slides or a mapping from slide ids, got one slide: {slides!r}")
+    return {entry.slide_id: entry.path for entry in read_listing(str(slides))}
+
+
+def _logged_in() -> str:
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError, ImportError) as exc:  # a container without a user's name
+        raise ConfigError("reviewer: expected who decides, and nobody is logged in here; pass reviewer=") from exc
