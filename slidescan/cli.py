@@ -7,16 +7,15 @@ the end.
 from __future__ import annotations
 
 import sys
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from slidescan import cli_archive, cli_train
+from slidescan import cli_archive, cli_review, cli_train
 from slidescan.cli_archive import assigned
-from slidescan.cli_report import chosen, duration, report, say_profile, seconds_of
-from slidescan.errors import ConfigError, ResultError, SlideError, SlidescanError, SlideWarning
+from slidescan.cli_report import chosen, duration, report, say_profile, seconds_of, warnings_in_a_line
+from slidescan.errors import ConfigError, ResultError, SlideError, SlidescanError
 
 if TYPE_CHECKING:
     from slidescan.config import ScanConfig
@@ -272,6 +271,7 @@ def demo(
 
 app.command()(cli_archive.archive)
 app.command()(cli_archive.status)
+app.command()(cli_review.review)
 app.command()(cli_train.train)
 app.command()(cli_train.evaluate)
 
@@ -289,12 +289,8 @@ def _open(path: str | Path, mpp: float | None, backend: str, verify: bool = Fals
 
     if backend not in ("auto", "tiff", "openslide", "zarr"):
         raise ConfigError(f"--backend must be auto, tiff, openslide or zarr, got {backend!r}")
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always", SlideWarning)
-        opened = open_slide(path, mpp=mpp, backend=backend, verify=verify)  # type: ignore[arg-type]
-    for warning in said:
-        typer.echo(f"slidescan: {warning.message}", err=True)
-    return opened
+    with warnings_in_a_line():
+        return open_slide(path, mpp=mpp, backend=backend, verify=verify)  # type: ignore[arg-type]
 
 
 def _detector(model: str) -> Detector:
@@ -323,7 +319,8 @@ def _scan(
     from slidescan.cluster import connect
     from slidescan.scan_slide import scan as scan_slide
 
-    client = connect(scheduler) if scheduler else None
+    with warnings_in_a_line():
+        client = connect(scheduler) if scheduler else None
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

@@ -13,11 +13,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 import yaml
 
-from slidescan.cli_report import duration
+from slidescan.cli_report import duration, warnings_in_a_line
 from slidescan.errors import ConfigError
 
 if TYPE_CHECKING:
+    from distributed import Client
+
     from slidescan.archive import ArchiveProgress
+    from slidescan.jobqueue import Queue
 
 __all__ = ["archive", "assigned", "status"]
 
@@ -30,11 +33,11 @@ def archive(
     model: Annotated[
         str, typer.Option("--model", "-m", help="Detector: `mitosis`, a directory, or a Hugging Face id.")
     ] = "mitosis",
-    config: Annotated[Path | None, typer.Option("--config", "-c", help="YAML with settings.")] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", help="One setting, as section.key=value.")] = None,
-    workers: Annotated[
-        int | None, typer.Option(min=1, help="Processes; default: one a core, one beside a GPU.")
+    config: Annotated[
+        Path | None, typer.Option("--config", "-c", help="YAML with settings; see configs/slurm.yaml.")
     ] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="One setting, as section.key=value.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes; default: one a core, or one a GPU.")] = None,
     scheduler: Annotated[str | None, typer.Option(help="Address of a running Dask scheduler.")] = None,
     shard: Annotated[str | None, typer.Option(help="i/n: every n-th slide from the i-th on, for job arrays.")] = None,
     dry_run: Annotated[
@@ -54,17 +57,16 @@ def archive(
     """Scan many slides; run it again after anything and it continues."""
     from slidescan.archive import read_listing, scan_archive
     from slidescan.archive.record import REASONS
-    from slidescan.cluster import connect
-    from slidescan.config import ScanConfig
+    from slidescan.jobqueue import load_settings
 
     if retry_reason is not None and retry_reason not in REASONS:
         raise ConfigError(f"--retry-reason must be one of {', '.join(REASONS)}, got {retry_reason!r}")
-    settings, part = ScanConfig.load(config or {}, assigned(set_ or [])), _shard(shard)
-    entries = read_listing(listing)
-    client = connect(scheduler) if scheduler else None
-    common: dict[str, Any] = {"config": settings, "client": client, "workers": workers, "shard": part}
+    settings, queue = load_settings(config, assigned(set_ or []))
+    part, entries = _shard(shard), read_listing(listing)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a queue's polite end is the user's Ctrl-C
-    try:
+    with _cluster(scheduler, queue) as client:
+        n = queue.workers if queue is not None and client is not None else workers
+        common: dict[str, Any] = {"config": settings, "client": client, "workers": n, "shard": part}
         if dry_run:
             _estimate(entries, model, allow_coarse, common)
             return
@@ -80,9 +82,6 @@ def archive(
                 on_slide=on_slide,
                 **common,
             )
-    finally:
-        if client is not None:
-            client.close()
     status(out)
     if any(record.state == "failed" for record in records):
         raise typer.Exit(1)
@@ -115,6 +114,26 @@ def assigned(assignments: list[str]) -> dict[str, Any]:
         except yaml.YAMLError as exc:
             raise ConfigError(f"--set {key.strip()}: expected a YAML value, got {value!r}") from exc
     return found
+
+
+@contextmanager
+def _cluster(scheduler: str | None, queue: Queue | None) -> Iterator[Client | None]:
+    """Give a client of the cluster that was asked for; None: of this machine's processes, which the run starts."""
+    from slidescan.cluster import connect
+    from slidescan.jobqueue import from_queue
+
+    if scheduler is not None:
+        if queue is not None:
+            raise ConfigError("--scheduler: expected either it or a section cluster: in the settings, got both")
+        with warnings_in_a_line():
+            connected = connect(scheduler)
+        with connected as client:
+            yield client
+    elif queue is not None:
+        with from_queue(queue, lambda said: typer.echo(said, err=True)) as client:
+            yield client
+    else:
+        yield None
 
 
 def _shard(shard: str | None) -> tuple[int, int] | None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import typer
@@ -11,7 +14,7 @@ if TYPE_CHECKING:
     from slidescan.prepare import Prepared
     from slidescan.result import ScanResult
 
-__all__ = ["chosen", "duration", "report", "say_profile", "seconds_of"]
+__all__ = ["chosen", "duration", "report", "say_profile", "seconds_of", "warnings_in_a_line"]
 
 
 def chosen(prepared: Prepared) -> str:
@@ -64,6 +67,16 @@ def say_profile(result: ScanResult) -> None:
     told = {"threads": 0, "scoring": 0, **result.provenance.get("profile", {})}
     typer.echo("\n".join(Profile(**told).lines()))
     typer.echo("seconds     " + seconds_of(result))
+
+
+@contextmanager
+def warnings_in_a_line() -> Iterator[None]:
+    """Say what is warned of on stderr, a line each, once the block is done."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always", UserWarning)
+        yield
+    for warning in said:
+        typer.echo(f"slidescan: {warning.message}", err=True)
 
 
 def seconds_of(result: ScanResult) -> str:

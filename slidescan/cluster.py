@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import logging
 import os
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from slidescan.errors import ConfigError, WorkerError
 
 if TYPE_CHECKING:
     from distributed import Client
 
-__all__ = ["cluster", "connect", "from_within", "in_flight", "processes", "readers_beside_gpu"]
+__all__ = [
+    "DEATHS",
+    "LOOPBACK",
+    "cluster",
+    "connect",
+    "cores",
+    "from_within",
+    "in_flight",
+    "processes",
+    "readers_beside_gpu",
+    "visible_gpus",
+]
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -22,29 +35,75 @@ R = TypeVar("R")
 # Seconds to wait for a scheduler to answer before saying that it does not.
 _SCHEDULER_TIMEOUT_S = 5
 # Dask starts its status servers even when told to have none: they must not be seen from outside this machine.
-_LOOPBACK = "127.0.0.1"
+LOOPBACK = "127.0.0.1"
+_ENCRYPTED = ("tls", "wss")
+_CERTIFICATES = (
+    "set DASK_DISTRIBUTED__COMM__TLS__CA_FILE, DASK_DISTRIBUTED__COMM__TLS__CLIENT__CERT and "
+    "DASK_DISTRIBUTED__COMM__TLS__CLIENT__KEY to the files that the scheduler was started with"
+)
 # Worker processes that a task may take with it before it counts as their killer.
-_DEATHS = 1
+DEATHS = 1
 _MOST_READERS = 16  # threads that read beside a GPU, a core each; every one holds a region of 50 MB
 
 
 def connect(address: str) -> Client:
-    """Connect to a running Dask scheduler.
+    """Connect to a running Dask scheduler, with the certificates that Dask's own configuration names.
+
+    Warns where the address is of another machine and not encrypted.
 
     Raises
     ------
     ConfigError
-        If none answers at `address`.
+        If none answers at `address`, or its certificates and ours do not fit.
     """
     from distributed import Client
+    from distributed.comm.core import FatalCommClosedError
+    from distributed.security import Security
 
     try:
-        return Client(address, timeout=_SCHEDULER_TIMEOUT_S)
+        security = Security()
+        ours = security.get_connection_args("client")["ssl_context"] is not None
+    except (OSError, ValueError) as exc:
+        raise ConfigError(f"--scheduler: the client's certificates cannot be read ({exc}); {_CERTIFICATES}") from exc
+    if _scheme(address) in _ENCRYPTED and not ours:
+        raise ConfigError(f"--scheduler: {address} takes only clients with certificates; {_CERTIFICATES}")
+    if _is_exposed(address):
+        warnings.warn(
+            f"--scheduler: what is sent to {address} is code to run, and anyone on the way can change it; "
+            "beyond this machine use tls://",
+            stacklevel=2,
+        )
+    try:
+        return Client(address, timeout=_SCHEDULER_TIMEOUT_S, security=security)
+    except FatalCommClosedError as exc:
+        raise ConfigError(
+            f"--scheduler: {address} and this client have certificates of different authorities; {_CERTIFICATES}"
+        ) from exc
     except (OSError, ValueError) as exc:
         raise ConfigError(
             f"--scheduler: no Dask scheduler answers at {address} within {_SCHEDULER_TIMEOUT_S} s; "
-            "start one with `dask scheduler`, or leave the option out"
+            "start one with `dask scheduler`, write tls:// if it has certificates, or leave the option out"
         ) from exc
+    except RuntimeError as exc:  # Dask is told to require encryption
+        raise ConfigError(f"--scheduler: {exc}; use tls://") from exc
+
+
+def _scheme(address: str) -> str:
+    return address.partition("://")[0] if "://" in address else "tcp"
+
+
+def _is_exposed(address: str) -> bool:
+    """Return whether others may listen to what is sent to `address`."""
+    from distributed.comm import get_address_host
+
+    if _scheme(address) in (*_ENCRYPTED, "inproc"):
+        return False
+    host: str = address
+    try:
+        host = get_address_host(address)
+        return not ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name, or an address that Dask refuses
+        return host != "localhost"
 
 
 @contextmanager
@@ -65,8 +124,8 @@ def cluster(client: Client | None, threads: int) -> Iterator[tuple[Client, int, 
             n_workers=1,
             threads_per_worker=threads,
             processes=False,
-            dashboard_address=f"{_LOOPBACK}:0",
-            worker_dashboard_address=f"{_LOOPBACK}:0",
+            dashboard_address=f"{LOOPBACK}:0",
+            worker_dashboard_address=f"{LOOPBACK}:0",
             memory_limit=0,
             silence_logs=logging.CRITICAL,
         ) as cluster,
@@ -75,16 +134,49 @@ def cluster(client: Client | None, threads: int) -> Iterator[tuple[Client, int, 
         yield local, threads, 1
 
 
-def readers_beside_gpu() -> int:
-    """Return how many threads read while a GPU scores."""
-    return min(_MOST_READERS, os.cpu_count() or 1)
+def cores() -> int:
+    """Return how many cores this job or container may use, of those the machine has."""
+    from dask.system import CPU_COUNT
+
+    return int(CPU_COUNT)
+
+
+def readers_beside_gpu(gpus: int = 1) -> int:
+    """Return how many threads read beside each GPU while it scores."""
+    return max(1, min(_MOST_READERS, cores() // gpus))
+
+
+def visible_gpus() -> list[str]:
+    """Return the GPUs this process may use, named as CUDA_VISIBLE_DEVICES takes them; nothing is started on them."""
+    told = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = None if told is None else [name.strip() for name in told.split(",")]
+    if names and names[0].startswith("MIG-"):
+        return names  # a process sees one part of a GPU at most, so that CUDA would count one whatever is named
+    import torch
+
+    n = torch.cuda.device_count()
+    return names[:n] if names is not None else [str(i) for i in range(n)]
 
 
 @contextmanager
-def processes(client: Client | None, workers: int | None, *, gpu: bool) -> Iterator[tuple[Client, int]]:
+def processes(
+    client: Client | None, workers: int | None, *, gpu: bool, gpus: Sequence[str] | None = None
+) -> Iterator[tuple[Client, int]]:
     """Give a Dask client and how many processes it has: the caller's, or a cluster of this machine's processes.
 
     On a CPU a process is a core: scoring then scales with processes, and its result does not depend on their number.
+    With GPUs a process sees one of them.
+
+    Parameters
+    ----------
+    client : distributed.Client, optional
+        The caller's cluster.
+    workers : int, optional
+        Processes to start; of the caller's cluster how many it will have, if it has not all of them yet.
+    gpu : bool
+        Whether scoring is done on GPUs.
+    gpus : sequence of str, optional
+        Names of the GPUs, which the processes get in turn; default: `visible_gpus`. None given: all see all.
     """
     from dask import config
     from distributed import Client, LocalCluster
@@ -93,28 +185,40 @@ def processes(client: Client | None, workers: int | None, *, gpu: bool) -> Itera
         n = len(client.scheduler_info(n_workers=-1)["workers"])
         if not n:
             raise ConfigError("--scheduler: the Dask scheduler has no workers; start some with `dask worker ADDRESS`")
-        yield client, n
+        yield client, max(n, workers or 0)
         return
-    cores = os.cpu_count() or 1
-    n = workers or (1 if gpu else cores)
-    settings = {"distributed.scheduler.allowed-failures": _DEATHS, "distributed.worker.daemon": False}
+    names = (visible_gpus() if gpus is None else gpus) if gpu else ()
+    n = workers or (max(1, len(names)) if gpu else cores())
+    settings = {"distributed.scheduler.allowed-failures": DEATHS, "distributed.worker.daemon": False}
     with (
         config.set(settings),
         LocalCluster(
             n_workers=n,
             # One reads while another scores.
-            threads_per_worker=2 + (readers_beside_gpu() if gpu else 0),
+            threads_per_worker=2 + (readers_beside_gpu(n) if gpu else 0),
             processes=True,
-            host=_LOOPBACK,
-            dashboard_address=f"{_LOOPBACK}:0",
-            worker_dashboard_address=f"{_LOOPBACK}:0",
-            memory_limit="auto",
-            env={"OMP_NUM_THREADS": str(cores if gpu else 1)},
+            worker_class=_seeing_one_of(names) if names else None,
+            host=LOOPBACK,
+            dashboard_address=f"{LOOPBACK}:0",
+            worker_dashboard_address=f"{LOOPBACK}:0",
+            memory_limit=1 / n,  # "auto" goes by threads, of which there are more than cores
+            env={"OMP_NUM_THREADS": str(max(1, cores() // n) if gpu else 1)},
             silence_logs=logging.CRITICAL,
         ) as cluster,
         Client(cluster) as local,
     ):
         yield local, n
+
+
+def _seeing_one_of(gpus: Sequence[str]) -> Callable[..., Any]:
+    """Return what starts a worker process that sees one GPU, a restarted one the same as before."""
+    from distributed import Nanny
+
+    def start(address: str, *, name: int, env: dict[str, str], **options: Any) -> Any:
+        env = {**env, "CUDA_VISIBLE_DEVICES": gpus[name % len(gpus)]}
+        return Nanny(address, name=name, env=env, **options)
+
+    return start
 
 
 @contextmanager

@@ -6,7 +6,6 @@ analysed; the parts come back in the order of the plan.
 
 from __future__ import annotations
 
-import os
 import time
 from collections import Counter, deque
 from collections.abc import Callable
@@ -14,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from slidescan.cluster import cluster, in_flight, readers_beside_gpu
+from slidescan.cluster import cluster, cores, in_flight, readers_beside_gpu
 from slidescan.config import ScanConfig
 from slidescan.detections import Detector
 from slidescan.errors import ResultError, WorkerError, WorkerTimeoutError
@@ -170,4 +169,4 @@ class _Killed:
 def _threads(detector: Detector) -> int:
     """Return how many regions are in flight on this machine."""
     at_once = scored_at_once(detector)
-    return at_once + readers_beside_gpu() if at_once > 1 else max(2, min(_MOST_ON_CPU, os.cpu_count() or 1))
+    return at_once + readers_beside_gpu() if at_once > 1 else max(2, min(_MOST_ON_CPU, cores()))

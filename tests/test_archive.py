@@ -255,10 +255,12 @@ class TestRuns:
             ss.scan_archive(cohort, ORACLE, out=tmp_path / "runs", shard=(4, 3))
 
     def test_a_slide_another_run_is_at_is_left_to_it(self, cohort: Path, tmp_path: Path, client: Client) -> None:
+        """It is looked at twice: the other may have died."""
         out = tmp_path / "runs"
         with claimed(out / "slides/other"):
             ss.scan_archive(cohort, ORACLE, out=out, config=config(), client=client)
         assert "other" not in read_records(out / "records")
+        assert (out / "log.jsonl").read_text().count('"slide_busy"') == 2
         ss.scan_archive(cohort, ORACLE, out=out, config=config(), client=client)
         assert read_records(out / "records")["other"].state == "done"
 
@@ -284,6 +286,7 @@ class TestRuns:
             "broken": "open_error", "lost": "not_found", "unscaled-too": "no_mpp"
         }  # fmt: skip
         assert told["other"]["tiles"] > 4
+        assert told["other"]["seconds"] > 0
         assert told["other"]["bytes"] == (cohort.parent / "south/other.tiff").stat().st_size
         assert set(tmp_path.rglob("*")) == before
 

@@ -9,6 +9,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -114,11 +115,20 @@ def test_an_archive_looks_again_when_the_lease_has_run_out(tmp_path: Path, monke
     """The job of another node died over a slide: this one does it, in the same run."""
     from distributed import Client, LocalCluster
 
-    monkeypatch.setattr(lease, "LASTS_S", 0.3)
-    monkeypatch.setattr(archive_slide, "LASTS_S", -0.6)  # and a second
     write_slide(tmp_path / "a.tiff", 1)
-    (tmp_path / "runs/slides/a").mkdir(parents=True)
-    left(tmp_path / "runs/slides/a", "another", -0.2)
+    out = tmp_path / "runs/slides/a"
+    out.mkdir(parents=True)
+    left(out, "another", 30)
+    monkeypatch.setattr(archive_slide, "LASTS_S", -0.9)  # and a second
+    take, looked = lease._take, []
+
+    def half_a_minute_later(*told: Any) -> None:
+        looked.append(told)
+        if len(looked) == 2:
+            left(out, "another", 61)
+        take(*told)
+
+    monkeypatch.setattr(lease, "_take", half_a_minute_later)
     with (
         LocalCluster(n_workers=1, threads_per_worker=2, processes=False, dashboard_address="127.0.0.1:0") as cluster,
         Client(cluster) as client,

@@ -15,6 +15,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -139,7 +140,7 @@ def scan_archive(
     try:
         with contextlib.ExitStack() as held:
             scoring = scored_at_once(run.detector)
-            running, n = held.enter_context(processes(client, workers, gpu=scoring > 1)) if todo else (None, 0)
+            running, n = held.enter_context(run.processes(client, workers)) if todo else (None, 0)
             counts = {"slides": len(listed), "to_do": to_do, "scoring": n * scoring}
             run.log("run_started", share=share, version=_VERSION, **counts)
             while running is not None and todo:
@@ -147,9 +148,9 @@ def scan_archive(
                 take, limit = (todo.suspect, 1) if todo.only_suspects else (todo.due, n + _AHEAD)
                 ended = in_flight(running, scan_slide, take, limit, killed)
                 for task, record in held.enter_context(contextlib.closing(ended)):  # type: ignore[type-var]
-                    if record.state == "busy":  # another run is at it, and will put it on record
+                    if record.state == "busy":
                         run.log("slide_busy", slide_id=record.slide_id)
-                        if "again_s" in record.told and not task.waited:
+                        if not task.waited:  # by a process that died since; a run that is on will put it on record
                             todo.later(replace(task, waited=True), record.told["again_s"])
                         continue
                     run.keep(record)
@@ -196,8 +197,7 @@ def estimate_archive(
     entries = _share(listing if isinstance(listing, list) else read_listing(listing), shard)
     run = _Run(None, detector, config or ScanConfig(), allow_coarse)
     todo = Worklist(run.new_task(entry) for entry in entries)
-    gpu = scored_at_once(run.detector) > 1
-    with processes(client, workers, gpu=gpu) as (running, n):
+    with run.processes(client, workers) as (running, n):
         died = {"reason": "killed", "message": "opening it killed its worker"}
         for task, told in in_flight(running, estimate_slide, todo.due, 2 * n, lambda _: died):
             yield task.entry, told
@@ -231,6 +231,12 @@ class _Run:
         except OSError as exc:
             raise disk_error(out / "slides", exc) from exc
         self.records = read_records(out / "records")
+
+    def processes(self, client: Client | None, workers: int | None) -> AbstractContextManager[tuple[Client, int]]:
+        """Give the cluster, and how many processes it has."""
+        # A process that sees one GPU has no cuda:1.
+        gpus: list[str] | None = [] if self.detector.runs_on.startswith("cuda:") else None
+        return processes(client, workers, gpu=scored_at_once(self.detector) > 1, gpus=gpus)
 
     def new_task(self, entry: Entry) -> SlideTask:
         """Return the task that scans a slide from its beginning or from where it was."""

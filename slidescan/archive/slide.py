@@ -46,6 +46,8 @@ from slidescan.timeouts import what_ended, within
 __all__ = ["SlideTask", "estimate_slide", "killed", "scan_slide"]
 
 T = TypeVar("T")
+# Seconds until a worker that was told to go has let go of its slide, which the cluster gave to another at once.
+_UNLOCKED_S = 5
 _SCORE_BINS = 20  # of [0, 1], for the run's distribution of scores
 _PIECE_BYTES = 1 << 22  # read at a time for a digest
 
@@ -63,7 +65,7 @@ class SlideTask:
     timeout_s: float | None = None
     attempts: int = 0
     waited: bool = False
-    """Whether it was another run's once before."""
+    """Whether it was another process's once before."""
 
     @property
     def late(self) -> Path:
@@ -85,12 +87,9 @@ class SlideTask:
         """Return the record of a slide that failed."""
         return self._record("failed", reason, message, {})
 
-    def busy(self, again_s: float | None = None) -> Record:
-        """Return what is said of a slide that another run is at; it is not kept.
-
-        `again_s` is when to look again: that run may be on another machine and dead.
-        """
-        return self._record("busy", None, "", {} if again_s is None else {"again_s": again_s})
+    def busy(self, again_s: float) -> Record:
+        """Return what is said of a slide that another process is at, and when to look again; it is not kept."""
+        return self._record("busy", None, "", {"again_s": again_s})
 
     def _record(self, state: str, reason: str | None, message: str, told: dict[str, Any]) -> Record:
         attempts, now = self.attempts + 1, round(time.time(), 3)
@@ -115,10 +114,8 @@ def scan_slide(task: SlideTask) -> Record:
     """
     try:
         return _explained(task, lambda: task.done(_told(_scanned(task))), task.failed)
-    except ResultLeasedError:
-        return task.busy(again_s=LASTS_S + 1)
-    except ResultBusyError:
-        return task.busy()
+    except ResultBusyError as exc:
+        return task.busy(again_s=LASTS_S + 1 if isinstance(exc, ResultLeasedError) else _UNLOCKED_S)
 
 
 def estimate_slide(task: SlideTask) -> dict[str, Any]:
