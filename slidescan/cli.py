@@ -15,7 +15,7 @@ import typer
 from slidescan import cli_archive, cli_review, cli_train
 from slidescan.cli_archive import assigned
 from slidescan.cli_report import chosen, duration, report, say_profile, seconds_of, warnings_in_a_line
-from slidescan.errors import ConfigError, ResultError, SlideError, SlidescanError
+from slidescan.errors import ConfigError, ResultError, SlideError, SlidescanError, WorkerError
 
 if TYPE_CHECKING:
     from slidescan.config import ScanConfig
@@ -57,7 +57,7 @@ def main() -> None:
     except (typer.Abort, KeyboardInterrupt):
         code = 130
     except SlidescanError as exc:
-        _fail(str(exc), 1 if isinstance(exc, SlideError) else 3 if isinstance(exc, ResultError) else 2)
+        _fail(str(exc), 1 if isinstance(exc, SlideError) else 3 if isinstance(exc, ResultError | WorkerError) else 2)
     except BrokenPipeError:
         sys.exit(0)
     except Exception as exc:

@@ -43,6 +43,7 @@ _CERTIFICATES = (
 )
 # Worker processes that a task may take with it before it counts as their killer.
 DEATHS = 1
+_CLOSING_S = 2  # for what did begin of a cluster whose start was cut short
 _MOST_READERS = 16  # threads that read beside a GPU, a core each; every one holds a region of 50 MB
 
 
@@ -112,10 +113,8 @@ def cluster(client: Client | None, threads: int) -> Iterator[tuple[Client, int, 
     from distributed import Client, LocalCluster
 
     if client is not None:
-        workers = client.scheduler_info(n_workers=-1)["workers"].values()
-        if not workers:
-            raise ConfigError("--scheduler: the Dask scheduler has no workers; start some with `dask worker ADDRESS`")
-        yield client, sum(worker["nthreads"] for worker in workers), len(workers)
+        workers = _workers(client)
+        yield client, sum(workers.values()), len(workers)
         return
     # One process: regions share the loaded model, and pixels never cross a socket. Memory is bounded by the regions in
     # flight, so Dask's own memory limits (which would restart our only worker) are off.
@@ -132,6 +131,21 @@ def cluster(client: Client | None, threads: int) -> Iterator[tuple[Client, int, 
         Client(cluster) as local,
     ):
         yield local, threads, 1
+
+
+def _workers(client: Client) -> dict[str, int]:
+    """Return the threads of each worker; a worker that is started again is waited for."""
+    # Not `scheduler_info`: its answer is a field that the client's own timer empties every two seconds.
+    workers: dict[str, int] = client.nthreads()
+    if not workers:
+        try:
+            client.wait_for_workers(1, timeout=_SCHEDULER_TIMEOUT_S)
+        except TimeoutError as exc:
+            raise ConfigError(
+                "--scheduler: the Dask scheduler has no workers; start some with `dask worker ADDRESS`"
+            ) from exc
+        workers = client.nthreads()
+    return workers
 
 
 def cores() -> int:
@@ -182,17 +196,15 @@ def processes(
     from distributed import Client, LocalCluster
 
     if client is not None:
-        n = len(client.scheduler_info(n_workers=-1)["workers"])
-        if not n:
-            raise ConfigError("--scheduler: the Dask scheduler has no workers; start some with `dask worker ADDRESS`")
-        yield client, max(n, workers or 0)
+        yield client, max(len(_workers(client)), workers or 0)
         return
     names = (visible_gpus() if gpus is None else gpus) if gpu else ()
     n = workers or (max(1, len(names)) if gpu else cores())
     settings = {"distributed.scheduler.allowed-failures": DEATHS, "distributed.worker.daemon": False}
     with (
         config.set(settings),
-        LocalCluster(
+        _started(
+            LocalCluster,
             n_workers=n,
             # One reads while another scores.
             threads_per_worker=2 + (readers_beside_gpu(n) if gpu else 0),
@@ -208,6 +220,35 @@ def processes(
         Client(cluster) as local,
     ):
         yield local, n
+
+
+@contextmanager
+def _started(cluster: Callable[..., Any], **options: Any) -> Iterator[Any]:
+    """Give a cluster of processes; one of which a process died in its start is started once more."""
+    try:
+        started = _start(cluster, options)
+    except RuntimeError:
+        try:
+            started = _start(cluster, options)
+        except RuntimeError as exc:
+            raise WorkerError("worker processes end while they are started; is there memory for them?") from exc
+    with started:
+        yield started
+
+
+def _start(cluster: Callable[..., Any], options: dict[str, Any]) -> Any:
+    """Start a cluster; one whose start was cut short leaves nothing for Dask to fail over when the process ends."""
+    from distributed import SpecCluster
+
+    before = set(SpecCluster._instances)
+    try:
+        return cluster(**options)
+    except BaseException:
+        for begun in set(SpecCluster._instances) - before:
+            SpecCluster._instances.discard(begun)
+            with contextlib.suppress(Exception):  # Dask asserts that workers which never began had begun
+                begun.close(timeout=_CLOSING_S)
+        raise
 
 
 def _seeing_one_of(gpus: Sequence[str]) -> Callable[..., Any]:
@@ -261,6 +302,7 @@ def in_flight(
                 raise WorkerError("the Dask cluster is gone; start it and run the same command to continue") from exc
             except KilledWorker:
                 outcome = killed(task)
+            del future  # or Dask does the task again where its worker dies after this
             hand_out()
             yield task, outcome
             hand_out()

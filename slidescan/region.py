@@ -141,6 +141,8 @@ class RegionTask:
     def run(self) -> dict[str, float]:
         """Score the region, commit its part, and return seconds by stage."""
         taken()  # what a region before this one left that failed
+        if RegionPart.load(self.part) is not None:  # by a worker that died before it could say so
+            return taken()
         part = self.score()
         with stage("write"):
             part.save(self.part)

@@ -241,8 +241,9 @@ class _Run:
     def new_task(self, entry: Entry) -> SlideTask:
         """Return the task that scans a slide from its beginning or from where it was."""
         result = (self.out / "slides" / entry.slide_id).absolute()
-        key = self._key(entry)
-        return SlideTask(entry, self.detector, self._config, result, key, self._coarse, self._timeout_s)
+        now = stamp(locate(entry.path))
+        key = self._key(entry, now)
+        return SlideTask(entry, self.detector, self._config, result, key, self._coarse, self._timeout_s, stamp=now)
 
     def task(self, entry: Entry, retry_failed: bool | str) -> SlideTask | None:
         """Return the task of a slide, None where it is done or would fail again."""
@@ -273,9 +274,9 @@ class _Run:
         except OSError as exc:
             raise disk_error(self.out / "log.jsonl", exc) from exc
 
-    def _key(self, entry: Entry) -> str:
+    def _key(self, entry: Entry, now: tuple[int, ...]) -> str:
         """Name all that a slide's result depends on, without opening it."""
-        text = json.dumps([self._settings, entry.path, entry.mpp, entry.sha256, stamp(locate(entry.path))])
+        text = json.dumps([self._settings, entry.path, entry.mpp, entry.sha256, now])
         return hashlib.sha256(text.encode()).hexdigest()
 
 

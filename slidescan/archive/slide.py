@@ -40,6 +40,7 @@ from slidescan.provenance import peak_gpu_mb, peak_rss_mb
 from slidescan.result import ScanResult
 from slidescan.scan_slide import scan
 from slidescan.slides import Slide, open_slide
+from slidescan.slides.fingerprint import stamp
 from slidescan.slides.remote import locate
 from slidescan.timeouts import what_ended, within
 
@@ -66,6 +67,8 @@ class SlideTask:
     attempts: int = 0
     waited: bool = False
     """Whether it was another process's once before."""
+    stamp: tuple[int, ...] = ()
+    """Of the file when `key` was made."""
 
     @property
     def late(self) -> Path:
@@ -179,6 +182,8 @@ def _opened(task: SlideTask) -> Slide:
     """Open the slide and make sure that it can be scanned."""
     entry = task.entry
     where = locate(entry.path)
+    if stamp(where) != task.stamp:
+        raise _ExplainedError("read_error", f"{where.name}: the file changed since it was listed; it is tried again")
     if entry.sha256 is not None and _sha256(where) != entry.sha256:
         raise _ExplainedError("wrong_digest", f"{where.name}: expected the file of the list's sha256; copy it again")
     slide = open_slide(entry.path, mpp=entry.mpp)
