@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
@@ -21,7 +22,7 @@ from slidescan.reviews.table import table_of
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Review", "Sort", "check_name"]
+__all__ = ["TELL_SCORES", "Review", "Sort", "check_name"]
 
 Sort = Literal["evidence", "score", "uncertainty", "slide", "shuffled"]
 
@@ -36,7 +37,7 @@ _KEYS: Mapping[Sort, Callable[[ReviewItem], Any]] = {
     "slide": lambda item: (item.slide_id, item.rank or 0, item.id),
     "shuffled": lambda item: item.id,  # ids are digests: their order is one nobody chose
 }
-_TELL_SCORES = ("evidence", "score", "uncertainty")
+TELL_SCORES = ("evidence", "score", "uncertainty")
 
 
 class Review:
@@ -60,6 +61,11 @@ class Review:
 
     def __len__(self) -> int:
         return len(self._items)
+
+    @property
+    def cases(self) -> Mapping[str, Case]:
+        """The results in review, by slide id."""
+        return MappingProxyType(self._cases)
 
     def __repr__(self) -> str:
         blinded = ", blinded" if self.blinded else ""
@@ -133,7 +139,7 @@ class Review:
         ResultError
             If it cannot be written; then nothing is decided.
         """
-        item = self._item(item_id)
+        item = self.item(item_id)
         if decision not in get_args(Verdict):
             raise ConfigError(f"decision: expected accept, reject or unsure, got {decision!r}")
         if label is not None:
@@ -167,7 +173,7 @@ class Review:
 
     def decisions(self, item_id: str) -> dict[str, Decision]:
         """Return what stands for an item by reviewer, who decided last at the end."""
-        said = self._cases[self._item(item_id).slide_id].decisions(item_id)
+        said = self._cases[self.item(item_id).slide_id].decisions(item_id)
         if self.blinded:  # what another was shown, or the same reviewer before
             said = {name: replace(decision, score=None, evidence=None) for name, decision in said.items()}
         return said
@@ -242,7 +248,7 @@ class Review:
             raise ConfigError(f"fov_um: expected a positive number of µm, got {fov_um!r}")
         if not 1 <= px <= _MOST_PX:
             raise ConfigError(f"px: expected 1 to {_MOST_PX} px, got {px!r}")
-        item = self._item(item_id)
+        item = self.item(item_id)
         slide = self._cases[item.slide_id].slide()
         plane = slide.frame.at(fov_um / px)
         box_m = item.box_l0.scale(slide.frame.factor_to(plane))
@@ -251,7 +257,7 @@ class Review:
 
     def box_um(self, item_id: str, fov_um: float = 64.0) -> tuple[float, float, float, float]:
         """Return the item's box in its field of view: x0, y0, x1, y1 in µm from the upper left corner."""
-        item = self._item(item_id)
+        item = self.item(item_id)
         half_w, half_h = (
             self._cases[item.slide_id].frame.um(side) / 2 for side in (item.box_l0.width, item.box_l0.height)
         )
@@ -263,7 +269,8 @@ class Review:
 
         return contact_sheet(self, self.items()[:n], columns=columns, fov_um=fov_um, px=px)
 
-    def _item(self, item_id: str) -> ReviewItem:
+    def item(self, item_id: str) -> ReviewItem:
+        """Return the item of an id."""
         item = self._items.get(item_id)
         if item is None:
             raise ConfigError(f"item_id: expected the id of an item of this review, got {item_id!r}; see items()")
@@ -278,8 +285,8 @@ class Review:
         states = (*get_args(Verdict), "decided", "undecided")
         if decision is not None and decision not in states:
             raise ConfigError(f"decision: expected one of {', '.join(states)}, got {decision!r}")
-        if self.blinded and (order in _TELL_SCORES or min_score is not None):
-            asked = f"sort={sort!r}" if order in _TELL_SCORES else f"min_score={min_score!r}"
+        if self.blinded and (order in TELL_SCORES or min_score is not None):
+            asked = f"sort={sort!r}" if order in TELL_SCORES else f"min_score={min_score!r}"
             raise ConfigError(f"{asked}: would tell scores, and this review is blinded; leave it out")
         if order not in self._sorted:
             self._sorted[order] = sorted(self._items.values(), key=_KEYS[order])

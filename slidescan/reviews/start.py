@@ -31,6 +31,7 @@ def review(
     reviewer: str | None = None,
     of: Literal["regions", "detections"] = "regions",
     blinded: bool = False,
+    top: int | None = None,
 ) -> Review:
     """Review what was found: look at it in order and decide.
 
@@ -47,6 +48,8 @@ def review(
         Decide on flagged regions, or on each detection at or above the threshold.
     blinded : bool
         Hide scores, evidence and rank, and the order they would tell.
+    top : int, optional
+        Only so many, those with most evidence; default: all.
 
     Raises
     ------
@@ -65,9 +68,13 @@ def review(
     kind: What = "region" if of == "regions" else "detection"
     who = _logged_in() if reviewer is None else reviewer
     check_name("reviewer", who, "a name on one line")
+    if top is not None and top < 1:
+        raise ConfigError(f"top: expected a number of items, got {top}")
     if isinstance(what, ScanResult):
         cases = [Case(what, kind)]
         shown = list(cases[0].items.values())
+    elif isinstance(what, Archive) and kind == "region" and top is not None:
+        cases, shown = _of_regions(what.top(top), kind)  # opens no more slides than it must
     elif isinstance(what, Archive):
         cases = [
             Case(what.result(slide_id), kind, slide_id=slide_id, group=what.records[slide_id].group)
@@ -76,6 +83,8 @@ def review(
         shown = [item for case in cases for item in case.items.values()]
     else:
         cases, shown = _of_regions(what, kind)
+    if top is not None:
+        shown = sorted(shown, key=lambda item: (-(item.evidence or 0.0), item.slide_id, item.rank))[:top]
     for slide_id, at in _slides_of(what, slides, cases).items():
         for case in cases:
             if case.slide_id == slide_id:

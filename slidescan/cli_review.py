@@ -1,0 +1,51 @@
+"""The command `review`: look and decide in the browser."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from slidescan.errors import ConfigError, MissingExtraError
+
+__all__ = ["review"]
+
+
+def review(
+    run: Annotated[Path, typer.Argument(help="Result directory of a scan, or output directory of an archive.")],
+    slides: Annotated[
+        str | None,
+        typer.Option(help="Where the pixels are: the slide; of an archive, its table, folder or pattern."),
+    ] = None,
+    reviewer: Annotated[str | None, typer.Option(help="Who decides; default: your login name.")] = None,
+    blinded: Annotated[bool, typer.Option("--blinded", help="Hide scores and the order they tell.")] = False,
+    of: Annotated[str, typer.Option(help="Decide on flagged regions or on single detections.")] = "regions",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port on 127.0.0.1; 0: any free one.")] = 0,
+    top: Annotated[int | None, typer.Option(min=1, help="Only so many, those with most evidence.")] = None,
+) -> None:
+    """Review what was found in the browser, on this machine only; Ctrl-C ends it, decisions are beside the result."""
+    try:
+        from slidescan.reviews.server import ReviewServer
+    except ImportError as exc:
+        raise MissingExtraError(
+            f'review: needs starlette and uvicorn ({exc}); pip install "slidescan[review]"'
+        ) from exc
+    from slidescan.archive import open_archive
+    from slidescan.result import load_result, read_manifest
+    from slidescan.reviews import review as reviewed
+    from slidescan.reviews.desk import Desk
+
+    if of not in ("regions", "detections"):
+        raise ConfigError(f"--of must be regions or detections, got {of!r}")
+    what = load_result(run, verify=False) if read_manifest(run) is not None else open_archive(run)
+    looked = reviewed(what, slides=slides, reviewer=reviewer, of=of, blinded=blinded, top=top)  # type: ignore[arg-type]
+    server = ReviewServer(Desk(looked), port=port)
+    typer.echo(f"{len(looked):,} {of} to review, {looked.left:,} left for {looked.reviewer}; Ctrl-C ends")
+    if slides is None:
+        typer.echo("without --slides there are no pixels to see", err=True)
+    typer.echo(server.url)
+    sys.stdout.flush()
+    server.run()
+    typer.echo(f"{looked.left:,} left; decisions are in decisions.jsonl beside each result")

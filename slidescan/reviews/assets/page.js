@@ -1,0 +1,251 @@
+/* A review in an element, over a transport.
+
+   transport.request(kind, values, signal?) gives a promise of an object, or of a Blob where the answer is bytes; it is
+   refused with an Error whose message is for a person. */
+import { VERDICTS, counted, element } from "./elements.js";
+import { Crops } from "./crops.js";
+import { helpDialog, listen } from "./keys.js";
+import { Filters } from "./filters.js";
+import { Gallery } from "./gallery.js";
+import { Panel } from "./panel.js";
+import { SlideView } from "./context.js";
+
+const PER_PAGE = 24; // items: as many as are seen at once
+const AHEAD = 8; // items whose pictures are fetched before they are needed
+
+export async function mount(root, transport, { OpenSeadragon = globalThis.OpenSeadragon, keysFrom = root } = {}) {
+  root.tabIndex = -1; // a click beside everything leaves the keys here
+  root.classList.add("slidescan-review");
+  const state = await transport.request("state", {});
+  const review = new Page(root, transport, state, { OpenSeadragon, keysFrom });
+  await review.list();
+  return review;
+}
+
+class Page {
+  constructor(root, transport, state, { OpenSeadragon, keysFrom }) {
+    Object.assign(this, { root, transport, state });
+    this.left = state.left;
+    this.crops = new Crops(transport, state.of === "detection" ? 64 : 128);
+    const say = (...said) => this.panel.say(...said);
+    const acts = {
+      ...Object.fromEntries(Object.keys(VERDICTS).map((verdict) => [verdict, () => this.decide(verdict)])),
+      label: (key) => this.panel.choose(Number(key)),
+      previous: () => this.go(this.index - 1),
+      next: () => this.go(this.index + 1),
+      undo: () => this.undo(),
+      context: () => this.toggleContext(),
+      heat: () => this.toggleHeat(),
+      box: () => this.toggleBoxes(),
+      note: () => this.panel.note.focus(),
+      leave: () => this.gallery.select(this.current?.id, { focus: true }),
+      closer: () => this.context.zoom(true),
+      farther: () => this.context.zoom(false),
+      whole: () => this.context.whole(),
+      pan: (key) => { if (!this.context.root.hidden) this.context.pan(key); },
+      help: () => this.help.showModal(),
+    };
+    this.panel = new Panel({ acts, state });
+    this.gallery = new Gallery({ onChoose: (index) => this.go(index), onPage: (name) => this.turn(name) });
+    this.context = new SlideView(transport, OpenSeadragon, { say, blinded: state.blinded });
+    this.filters = new Filters({
+      state, fovUm: this.crops.fovUm, onChange: () => this.list(), onField: (um) => this.resize(um),
+    });
+    this.help = helpDialog();
+    this.progress = element("progress", { max: Math.max(1, state.total), aria: { label: "Decided" } });
+    this.leftText = element("output", { className: "ss-left", aria: { live: "polite" } });
+    const who = `${state.reviewer}${state.blinded ? ", blinded" : ""}`;
+    root.replaceChildren(
+      element("header", {}, element("h1", { text: "Review" }), element("span", { className: "ss-who", text: who }),
+        this.filters.root, element("div", { className: "ss-progress" }, this.leftText, this.progress)),
+      element("main", {}, element("div", { className: "ss-main" }, this.gallery.root, this.context.root), this.panel.root),
+      element("footer", { text: "Research use only. Not for diagnosis." }), this.help);
+    listen(keysFrom, root, acts);
+    this.#progressed(state.left);
+  }
+
+  get current() {
+    return this.at(this.index);
+  }
+
+  at(index) {
+    return this.pages.get(Math.floor(index / PER_PAGE))?.[index % PER_PAGE];
+  }
+
+  /* List anew, and begin at the first item that is not decided. */
+  async list() {
+    const { values } = this.filters;
+    try {
+      const told = await this.transport.request("items", { ...values, page: 0, size: PER_PAGE });
+      Object.assign(this, { listing: told.listing, total: told.total, values, pages: new Map([[0, told.items]]), index: 0,
+        shownPage: null });
+      if (!told.total) {
+        this.gallery.show([], 0, 0, this.crops);
+        this.panel.say("Nothing is listed: change the filters above.");
+        this.root.dataset.ready = `${this.listing}`;
+        return;
+      }
+      const { index } = await this.transport.request("next", { listing: told.listing, start: 0 });
+      await this.go(index ?? 0);
+      this.root.dataset.ready = `${this.listing}`;
+    } catch (error) {
+      this.panel.say(error.message, { wrong: true });
+    }
+  }
+
+  async #page(number) {
+    if (!this.pages.has(number)) {
+      const { listing } = this;
+      const told = await this.transport.request("items", { listing, page: number, size: PER_PAGE });
+      if (listing === this.listing) this.pages.set(number, told.items);
+    }
+    return this.pages.get(number) ?? [];
+  }
+
+  async go(index) {
+    if (this.busy || !(index >= 0 && index < this.total)) return;
+    this.wanted = index;
+    const number = Math.floor(index / PER_PAGE);
+    try {
+      await this.#page(number);
+    } catch (error) {
+      this.panel.say(error.message, { wrong: true });
+      return;
+    }
+    if (this.wanted !== index || !this.at(index)) return;
+    this.index = index;
+    const item = this.current;
+    const focused = document.activeElement;
+    const focus = focused === document.body || focused === this.root || focused.closest(".ss-card") !== null;
+    // First the one to be decided on, then its page, then those to come.
+    const shown = this.panel.show(item, index + 1, this.total, this.crops);
+    if (this.shownPage !== number) {
+      this.gallery.show(this.pages.get(number), number * PER_PAGE, this.total, this.crops);
+      this.shownPage = number;
+    }
+    this.gallery.select(item.id, { focus });
+    if (!this.context.root.hidden) this.context.show(item);
+    this.#ahead(index);
+    await shown;
+  }
+
+  async #ahead(index) {
+    const last = Math.min(this.total - 1, index + AHEAD);
+    await this.#page(Math.floor(last / PER_PAGE)).catch(() => {}); // said when it is gone to
+    const coming = Array.from({ length: Math.max(0, last - index) }, (_, i) => this.at(index + 1 + i));
+    this.crops.ahead(coming.filter(Boolean));
+  }
+
+  turn(name) {
+    const page = Math.floor(this.index / PER_PAGE);
+    const last = Math.floor((this.total - 1) / PER_PAGE);
+    this.go(Math.max(0, Math.min(last, { first: 0, back: page - 1, on: page + 1, last }[name])) * PER_PAGE);
+  }
+
+  /* Only when the answer is there, the decision is on the disk, and the next picture may come. */
+  async decide(decision) {
+    const item = this.current;
+    if (this.busy || !item) return;
+    if (!this.panel.seen) {
+      this.panel.say("Wait for the picture, then decide.");
+      return;
+    }
+    const { index } = this;
+    const note = this.panel.note.value;
+    const answer = await this.#write("decide", { id: item.id, decision, label: this.panel.label, note });
+    if (!answer) return;
+    this.#decided(answer);
+    this.panel.say(`${VERDICTS[decision].done}: ${counted(index + 1)} of ${counted(this.total)}.`);
+    this.busy = true; // a key is for the picture that comes now, or for none
+    const next = await this.#following(index);
+    this.busy = false;
+    if (next < this.total) await this.go(next);
+    else this.panel.say(this.left ? "End of this list." : "All are decided.");
+  }
+
+  /* The next that is not decided, else the next. */
+  async #following(index) {
+    const next = index + 1;
+    if (this.at(next)?.decided === null) return next;
+    const told = await this.transport.request("next", { listing: this.listing, start: next }).catch(() => ({}));
+    return told.index ?? next;
+  }
+
+  async undo() {
+    const answer = await this.#write("undo", {});
+    if (!answer) return;
+    if (!answer.item) {
+      this.panel.say("There is nothing to undo.");
+      return;
+    }
+    this.#decided(answer);
+    for (const [number, items] of this.pages) {
+      const i = items.findIndex(({ id }) => id === answer.item.id);
+      if (i < 0) continue;
+      await this.go(number * PER_PAGE + i);
+      this.panel.say(`Undone: ${counted(number * PER_PAGE + i + 1)} of ${counted(this.total)}.`);
+      return;
+    }
+    this.panel.say(`Undone: one on ${answer.item.slide_name} that is not listed here.`);
+  }
+
+  async #write(kind, values) {
+    if (this.busy) return null;
+    this.busy = true;
+    this.root.setAttribute("aria-busy", "true");
+    try {
+      return await this.transport.request(kind, values);
+    } catch (error) {
+      this.panel.say(`Not saved: ${error.message}`, { wrong: true });
+      return null;
+    } finally {
+      this.busy = false;
+      this.root.removeAttribute("aria-busy");
+    }
+  }
+
+  #decided({ item, left }) {
+    for (const items of this.pages.values()) {
+      const i = items.findIndex(({ id }) => id === item.id);
+      if (i >= 0) items[i] = item;
+    }
+    this.gallery.update(item);
+    if (this.current?.id === item.id) this.panel.update(item);
+    this.#progressed(left);
+  }
+
+  #progressed(left) {
+    this.left = left;
+    this.leftText.textContent = `${counted(left)} left of ${counted(this.state.total)}`;
+    this.progress.value = this.state.total - left;
+  }
+
+  toggleContext() {
+    const opens = this.context.root.hidden;
+    this.context.root.hidden = !opens;
+    this.gallery.root.hidden = opens;
+    this.panel.contextButton.firstChild.textContent = opens ? "Gallery" : "Slide";
+    if (!opens) {
+      this.gallery.select(this.current?.id, { focus: true });
+      return;
+    }
+    this.root.focus(); // what had it is hidden now
+    if (this.current) this.context.show(this.current);
+  }
+
+  toggleHeat() {
+    if (this.state.blinded) this.panel.say("The heat map would tell scores; this review is blinded.");
+    else this.context.set("heat", !this.context.shown.heat);
+  }
+
+  toggleBoxes() {
+    const hidden = this.root.classList.toggle("ss-no-boxes");
+    this.context.set("boxes", !hidden);
+  }
+
+  resize(um) {
+    this.crops.fovUm = um;
+    this.shownPage = null;
+    this.go(this.index);
+  }
+}

@@ -1,0 +1,83 @@
+/* The item in question, large, with what is known of it and what can be said of it. */
+import { Field, VERDICTS, button, counted, element, scored } from "./elements.js";
+
+export class Panel {
+  constructor({ acts, state }) {
+    this.labels = state.labels;
+    this.blinded = state.blinded;
+    this.field = new Field("ss-large");
+    this.title = element("h2", { text: "" });
+    this.facts = element("dl", { className: "ss-facts" });
+    this.note = element("textarea", { rows: 2, maxLength: 10000, placeholder: "Note (n); no patients' names" });
+    this.choices = this.labels.slice(0, 9).map((label, i) => element("label", {},
+      element("input", { type: "radio", name: "ss-label", value: label }), ` ${label} `,
+      element("kbd", { text: i + 1, aria: { hidden: "true" } })));
+    this.radios = this.choices.map((choice) => choice.firstChild);
+    this.verdicts = Object.keys(VERDICTS).map((verdict) => button(
+      verdict[0].toUpperCase() + verdict.slice(1), acts[verdict], { key: verdict[0], className: "ss-verdict", data: { verdict } },
+    ));
+    const moves = [button("Previous", acts.previous, { key: "←" }), button("Next", acts.next, { key: "→" }),
+      button("Undo", acts.undo, { key: "z" }), button("Slide", acts.context, { key: "f" }),
+      button("Help", acts.help, { key: "?" })];
+    this.contextButton = moves[3];
+    this.status = element("p", { className: "ss-status", role: "status" });
+    this.alert = element("p", { className: "ss-alert", role: "alert" });
+    this.root = element("section", { className: "ss-panel", aria: { label: "In question" } },
+      this.field.root,
+      element("div", { className: "ss-verdicts", role: "group", aria: { label: "Decide" } }, ...this.verdicts),
+      this.status, this.alert,
+      this.title, this.facts,
+      element("fieldset", { hidden: this.labels.length < 2 }, element("legend", { text: "Class" }), ...this.choices),
+      element("label", { className: "ss-note" }, element("span", { className: "ss-hidden", text: "Note" }), this.note),
+      element("div", { className: "ss-moves", role: "group", aria: { label: "Go" } }, ...moves));
+  }
+
+  show(item, number, total, crops) {
+    this.item = item;
+    this.title.textContent = `${counted(number)} of ${counted(total)}`;
+    const [x0, y0, x1, y1] = item.box_l0;
+    const um = (px) => (px * item.mpp).toFixed(0);
+    const larger = Math.max(x1 - x0, y1 - y0) * item.mpp > crops.fovUm;
+    const facts = [["Class", item.label], ["Score", scored(item.score)],
+      ["Evidence", item.evidence === null ? "" : item.evidence.toFixed(1)],
+      ["Detections", item.n > 1 ? `${item.n}` : ""], ["Size", `${um(x1 - x0)} × ${um(y1 - y0)} µm${larger ? ", more than the field" : ""}`],
+      ["Rank on slide", item.rank === null ? "" : `${item.rank}`], ["Slide", item.slide_name], ["Group", item.group]];
+    this.facts.replaceChildren(...facts.filter(([, value]) => value).map(([name, value]) =>
+      element("div", {}, element("dt", { text: name }), element("dd", { text: value }))));
+    this.note.value = item.decided?.note ?? "";
+    this.#choose(item.decided?.label ?? item.label);
+    this.update(item);
+    return this.field.fill(item, crops);
+  }
+
+  update(item) {
+    this.item = item;
+    const verdict = item.decided?.decision;
+    this.root.dataset.decision = verdict ?? "none";
+    for (const each of this.verdicts) each.setAttribute("aria-pressed", String(each.dataset.verdict === verdict));
+  }
+
+  /* Whether its picture is there, or cannot be had: before that there is nothing to decide on. */
+  get seen() {
+    return this.field.root.dataset.item === this.item?.id && ["shown", "failed"].includes(this.field.state);
+  }
+
+  choose(number) {
+    if (number <= this.labels.length) this.#choose(this.labels[number - 1]);
+  }
+
+  #choose(label) {
+    for (const radio of this.radios) radio.checked = radio.value === label;
+  }
+
+  /* The class chosen, null for the detector's. */
+  get label() {
+    const chosen = this.radios.find((radio) => radio.checked)?.value ?? this.item.decided?.label;
+    return chosen === this.item.label ? null : chosen ?? null;
+  }
+
+  say(text, { wrong = false } = {}) {
+    this.status.textContent = wrong ? "" : text;
+    this.alert.textContent = wrong ? text : "";
+  }
+}

@@ -1,0 +1,38 @@
+/* The page over HTTP: the token is in its address, behind the #, and travels in a header. */
+import { mount } from "./page.js";
+
+const TOKEN = "slidescan-token"; // of this tab, so that it can be loaded again
+const WRITES = ["decide", "undo"];
+
+class HttpCarrier {
+  constructor(token) {
+    this.headers = { "X-Slidescan-Token": token };
+  }
+
+  async request(kind, values, signal) {
+    const text = JSON.stringify(values);
+    let answer;
+    try {
+      answer = await (WRITES.includes(kind)
+        ? fetch(`api/${kind}`, { method: "POST", body: text, headers: { ...this.headers, "Content-Type": "application/json" } })
+        : fetch(`api/${kind}?q=${encodeURIComponent(text)}`, { headers: this.headers, signal }));
+    } catch {
+      throw new Error("slidescan review does not answer; start it again.");
+    }
+    const isJson = answer.headers.get("Content-Type")?.startsWith("application/json");
+    if (!answer.ok) throw new Error(isJson ? (await answer.json()).error : `failed (${answer.status})`);
+    return isJson ? answer.json() : answer.blob();
+  }
+}
+
+if (location.hash.length > 1) {
+  sessionStorage.setItem(TOKEN, location.hash.slice(1));
+  history.replaceState(null, "", location.pathname);
+}
+addEventListener("hashchange", () => location.reload());
+
+const root = document.getElementById("review");
+mount(root, new HttpCarrier(sessionStorage.getItem(TOKEN) ?? ""), { keysFrom: document }).then(
+  (review) => { root.review = review; },
+  (error) => { root.textContent = error.message; },
+);

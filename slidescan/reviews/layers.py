@@ -1,0 +1,97 @@
+"""What lies over a slide in its context: density of figures, coverage and boxes, packed as the page draws them."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from slidescan.anomaly import AnomalyMap
+from slidescan.detections import Detections
+from slidescan.result import load_result
+
+__all__ = ["RAMP", "RAMP_END_PER_MM2", "Layers", "layers_of"]
+
+# As in the overview picture, so that a colour means the same in both (a test compares them): from yellow to dark red,
+# and the density at which the ramp ends, figures per mm².
+RAMP = ((255, 237, 160), (254, 178, 76), (240, 59, 32), (160, 0, 20))
+RAMP_END_PER_MM2 = 20.0
+_LEAST, _STRONGEST = 0.05, 0.9  # of the ramp: where colour begins; the alpha it reaches
+_MOST_PX = 4096  # longer side of a map picture, px: what every browser can draw; 65 mm of slide at 16 µm
+
+
+_Px = TypeVar("_Px", bound=np.generic)
+
+
+@dataclass(frozen=True, slots=True)
+class Layers:
+    """Of one slide; pictures cover `map_wh_l0` from the slide's corner, which may be a little more than the slide."""
+
+    heat_png: bytes
+    """RGBA: colour is density, transparent where there is none."""
+    coverage_png: bytes
+    """Grey levels are `slidescan.anomaly.Coverage` values."""
+    boxes: bytes
+    """Little-endian float32, six a detection: x0, y0, x1, y1 in level-0 px, score (NaN if blinded), class."""
+    n: int
+    map_wh_l0: tuple[float, float]
+    classes: tuple[str, ...]
+    threshold: float
+
+
+def layers_of(path: Path, *, blinded: bool) -> Layers:
+    """Read the layers of a saved result.
+
+    Blinded, they tell no score: no density, only the boxes at or above the threshold, and these from left to right.
+    """
+    result = load_result(path, verify=False)
+    detections = result.found if blinded else result.detections
+    every = max(1, -(-max(result.anomaly.frame.size_wh) // _MOST_PX))
+    factor = result.anomaly.frame.factor_to(result.frame) * every
+    heat, coverage = _heat(result.anomaly, every), _coarser(result.anomaly.coverage, every)
+    height, width = coverage.shape
+    return Layers(
+        heat_png=b"" if blinded else _png(Image.fromarray(heat)),
+        coverage_png=_png(Image.fromarray(coverage)),
+        boxes=_packed(detections, blinded=blinded).tobytes(),
+        n=len(detections),
+        map_wh_l0=(width * factor, height * factor),
+        classes=result.classes,
+        threshold=result.threshold,
+    )
+
+
+def _packed(detections: Detections, *, blinded: bool) -> NDArray[np.float32]:
+    score = np.full(len(detections), np.nan) if blinded else detections.score
+    # float32 has 24 bits: at 200,000 px a box's edge is 0.01 px off.
+    packed = np.column_stack([detections.xyxy, score, detections.label]).astype("<f4")
+    return packed[np.lexsort(packed[:, :4].T)] if blinded else packed
+
+
+def _heat(anomaly: AnomalyMap, every: int) -> NDArray[np.uint8]:
+    strength = _coarser(np.clip(np.nan_to_num(anomaly.density) / RAMP_END_PER_MM2, 0, 1), every)
+    stops = np.linspace(0, 1, len(RAMP))
+    colour = [np.interp(strength, stops, [rgb[i] for rgb in RAMP]) for i in range(3)]
+    alpha = np.clip((strength - _LEAST) * 4, 0, _STRONGEST) * 255
+    return np.stack([*colour, alpha], -1).round().astype(np.uint8)
+
+
+def _coarser(plane: NDArray[_Px], every: int) -> NDArray[_Px]:
+    """Return the highest of each block: one hot or unread pixel must not get lost."""
+    if every == 1:
+        return plane
+    height, width = (-(-n // every) * every for n in plane.shape)
+    padded = np.pad(plane, ((0, height - plane.shape[0]), (0, width - plane.shape[1])))
+    blocks: NDArray[_Px] = padded.reshape(height // every, every, width // every, every).max((1, 3))
+    return blocks
+
+
+def _png(picture: Image.Image) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, "PNG", compress_level=4)
+    return file.getvalue()

@@ -1,0 +1,41 @@
+"""The page's files, as they are served or given to a widget: what is listed here and nothing else."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from importlib import resources
+
+__all__ = ["MODULES", "asset", "module"]
+
+# In this order each needs only what comes before it.
+MODULES = ("elements", "crops", "keys", "gallery", "boxes", "overlay", "context", "panel", "filters", "page")
+_IMPORT = re.compile(r'^import \{[^}]*\} from "\./\w+\.js";\n', re.MULTILINE)
+_SERVED = {
+    "openseadragon.min.js": "text/javascript",
+    "openseadragon.LICENSE.txt": "text/plain",
+    "icon.svg": "image/svg+xml",
+    "review.css": "text/css",
+    "review.html": "text/html",
+}
+
+
+@cache
+def asset(name: str) -> tuple[bytes, str] | None:
+    """Return a file and its media type; None for any other name."""
+    if name == "review.js":
+        return module("start").encode(), "text/javascript"
+    return (_text(name).encode(), _SERVED[name]) if name in _SERVED else None
+
+
+def module(*last: str) -> str:
+    """Return the front end as one ES module, the modules named by `last` at its end.
+
+    A widget gets its code as one text, in which nothing can be imported by a relative path.
+    """
+    texts = (_IMPORT.sub("", _text(f"{name}.js")) for name in (*MODULES, *last))
+    return "\n".join(re.sub(r"^export (?!default)", "", text, flags=re.MULTILINE) for text in texts)
+
+
+def _text(name: str) -> str:
+    return resources.files("slidescan.reviews").joinpath("assets", name).read_text(encoding="utf-8")

@@ -1,0 +1,624 @@
+"""The review page's server and what is behind it: what it answers, and a list of attacks that get nothing."""
+
+from __future__ import annotations
+
+import http.client
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import slidescan as ss
+from slidescan import cli, overview
+from slidescan.anomaly import Coverage
+from slidescan.archive import read_listing
+from slidescan.errors import ConfigError, ResultError, SlideError
+from slidescan.reviews import Review, layers
+from slidescan.reviews.case import Case
+from slidescan.reviews.desk import Desk
+from slidescan.reviews.server import ReviewServer
+from slidescan.reviews.tiles import Tiling
+from slidescan.slides import Slide, memory_slide
+from tests.archives import write_slide
+from tests.discs import MPP, ORACLE, config, discs
+
+APART = config(flagged__link_um=10.0, flagged__margin_um=5.0)  # each disc is a region of its own
+TOKEN = "X-Slidescan-Token"
+
+
+@pytest.fixture(scope="module")
+def slide() -> Slide:
+    return discs(n=12, size_wh=(900, 700))[0]
+
+
+@pytest.fixture(scope="module")
+def scanned(slide: Slide, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "case"
+    ss.scan(slide, ORACLE, out=out, config=APART)
+    return out
+
+
+@pytest.fixture
+def case(scanned: Path, tmp_path: Path) -> Path:
+    shutil.copytree(scanned, tmp_path / "case")
+    return tmp_path / "case"
+
+
+def looked_at(case: Path, slide: Slide | Path | None, **options: Any) -> Review:
+    return ss.review(ss.load_result(case, verify=False), slides=slide, reviewer="ann", **options)
+
+
+@contextmanager
+def running(desk: Desk) -> Iterator[ReviewServer]:
+    server = ReviewServer(desk)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.stop()
+        thread.join(30)
+        assert not thread.is_alive()
+
+
+class Caller:
+    """Asks a server whatever it is told to; it sends nothing by itself but the token."""
+
+    def __init__(self, url: str) -> None:
+        origin, self.token = url.split("/#")
+        self.url, self.port = url, int(origin.split(":")[-1])
+        self.headers: dict[str, str] = {}
+
+    def __call__(
+        self,
+        method: str,
+        path: str,
+        body: bytes | None = None,
+        *,
+        token: bool = True,
+        host: str | None = None,
+        **headers: str,
+    ) -> tuple[int, Any]:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        try:
+            connection.putrequest(method, path, skip_host=True, skip_accept_encoding=True)
+            connection.putheader("Host", host or f"127.0.0.1:{self.port}")
+            if token:
+                connection.putheader(TOKEN, self.token)
+            for name, value in headers.items():
+                connection.putheader(name.replace("_", "-"), value)
+            if body is not None:
+                connection.putheader("Content-Length", str(len(body)))
+            connection.endheaders(body)
+            answer = connection.getresponse()
+            data = answer.read()
+            self.headers = {name.lower(): value for name, value in answer.getheaders()}
+        finally:
+            connection.close()
+        if self.headers.get("content-type") == "application/json" and data:
+            assert b"\n" not in data
+            return answer.status, json.loads(data)
+        return answer.status, data
+
+    def get(self, kind: str, **values: Any) -> tuple[int, Any]:
+        return self("GET", f"/api/{kind}?q={quote(json.dumps(values))}")
+
+    def post(self, kind: str, body: Any, **headers: str) -> tuple[int, Any]:
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        return self("POST", f"/api/{kind}", data, **{"Content_Type": "application/json", **headers})
+
+
+@pytest.fixture
+def desk(case: Path, slide: Slide) -> Desk:
+    return Desk(looked_at(case, slide))
+
+
+@pytest.fixture
+def call(desk: Desk) -> Iterator[Caller]:
+    with running(desk) as server:
+        yield Caller(server.url)
+
+
+def picture(data: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(data)))
+
+
+class TestAnswers:
+    def test_the_loop(self, call: Caller, case: Path) -> None:
+        """List, look, decide, undo; each is in the log when its answer comes."""
+        _, state = call.get("state")
+        assert (state["reviewer"], state["total"], state["left"], state["of"]) == ("ann", 12, 12, "region")
+        _, page = call.get("items", page=1, size=5)
+        assert (page["total"], page["page"], len(page["items"])) == (12, 1, 5)
+        item = page["items"][0]
+        assert item["rank"] == 6
+        ((x0, y0, x1, y1),) = item["parts_l0"]  # the disc, whose margin the region has around it
+        around = [max(0, x0 - 10), max(0, y0 - 10), min(900, x1 + 10), min(700, y1 + 10)]
+        assert item["box_l0"] == pytest.approx(around, abs=1)
+        status, crop = call.get("crop", id=item["id"], fov_um=64)
+        assert (status, call.headers["content-type"]) == (200, "image/jpeg")
+        assert picture(crop).shape == (128, 128, 3)
+        assert picture(crop)[60:68, 60:68].mean() < 100  # the disc is in the middle
+        said = {"id": item["id"], "decision": "accept", "label": None, "note": "sure"}
+        _, told = call.post("decide", said)
+        assert (told["left"], told["item"]["decided"]) == (11, {"decision": "accept", "label": None, "note": "sure"})
+        (line,) = (json.loads(text) for text in (case / "decisions.jsonl").read_text().splitlines())
+        assert (line["region"], line["decision"], line["note"]) == (item["id"], "accept", "sure")
+        assert call.post("decide", {**said, "decision": "reject"})[1]["left"] == 11
+        _, told = call.post("undo", {})
+        assert (told["left"], told["item"]["decided"]["decision"]) == (11, "accept")
+        _, told = call.post("undo", {})
+        assert (told["left"], told["item"]["id"], told["item"]["decided"]) == (12, item["id"], None)
+        assert call.post("undo", {}) == (200, {"left": 12, "item": None})
+
+    def test_a_list_stays_while_its_items_are_decided(self, desk: Desk) -> None:
+        """Of a list of what is not decided the second page follows the first, whatever was decided meanwhile."""
+        first = desk.answer("items", {"decision": "undecided", "page": 0, "size": 6})
+        for item in first["items"]:
+            desk.answer("decide", {"id": item["id"], "decision": "unsure"})
+        second = desk.answer("items", {"listing": first["listing"], "page": 1, "size": 6})
+        assert len({item["id"] for item in first["items"] + second["items"]}) == 12
+        assert desk.answer("next", {"listing": first["listing"], "start": 0}) == {"index": 6}
+        assert desk.answer("items", {"decision": "undecided", "page": 0, "size": 100})["total"] == 6
+        for item in second["items"]:
+            desk.answer("decide", {"id": item["id"], "decision": "unsure"})
+        assert desk.answer("next", {"listing": first["listing"], "start": 0}) == {"index": None}
+        for _ in range(8):
+            desk.answer("items", {"page": 0, "size": 1})
+        with pytest.raises(ConfigError, match="list anew"):
+            desk.answer("items", {"listing": first["listing"], "page": 0, "size": 6})
+
+    def test_filters(self, desk: Desk) -> None:
+        score = desk.answer("items", {"page": 0, "size": 100, "sort": "score"})["items"][5]["score"]
+        for values, n in (
+            ({"min_score": score}, 6),
+            ({"slide": 0}, 12),
+            ({"label": "disc"}, 12),
+            ({"label": "x"}, 0),
+            ({"decision": "accept"}, 0),
+        ):
+            assert desk.answer("items", {"page": 0, "size": 1, **values})["total"] == n, values
+
+    def test_tiles_make_up_the_slide(self, desk: Desk, slide: Slide) -> None:
+        told = desk.answer("slide", {"slide": 0})
+        assert (told["size_wh"], told["most"], told["least"], told["tile_px"]) == ([900, 700], 10, 0, 512)
+        rows = [
+            np.hstack([picture(desk.answer("tile", {"slide": 0, "level": 10, "x": x, "y": y}).data) for x in (0, 1)])
+            for y in (0, 1)
+        ]
+        whole = np.vstack(rows)
+        assert whole.shape == (700, 900, 3)
+        assert np.abs(whole.astype(int) - slide.read(0, 0, 900, 700, slide.frame).rgb).mean() < 3
+        for level, shape in ((9, (350, 450, 3)), (0, (1, 1, 3))):
+            assert picture(desk.answer("tile", {"slide": 0, "level": level, "x": 0, "y": 0}).data).shape == shape
+
+    def test_a_slide_without_small_levels_is_not_read_whole_for_a_tile(self) -> None:
+        flat = memory_slide(np.broadcast_to(np.uint8(0), (40_000, 40_000, 3)), MPP)
+        assert (Tiling.of(flat).most, Tiling.of(flat).least) == (16, 13)  # (512 × 2³)² is 17 MP, twice that 67 MP
+        half = memory_slide([np.broadcast_to(np.uint8(0), (px, px, 3)) for px in (40_000, 20_000)], MPP)
+        assert Tiling.of(half).least == 12
+
+    def test_layers(self, desk: Desk, case: Path) -> None:
+        result, told = ss.load_result(case), desk.answer("slide", {"slide": 0})
+        boxes = np.frombuffer(desk.answer("boxes", {"slide": 0}).data, "<f4").reshape(-1, 6)
+        assert len(boxes) == told["boxes"] == len(result.detections)
+        assert np.abs(boxes[:, :4] - result.detections.xyxy).max() < 0.01
+        assert boxes[:, 4].tolist() == result.detections.score.tolist()
+        assert (picture(desk.answer("coverage", {"slide": 0}).data) == result.coverage).all()
+        heat = picture(desk.answer("heat", {"slide": 0}).data)
+        assert heat.shape == (*result.coverage.shape, 4)
+        assert heat[..., 3].max() > 200
+        assert heat[result.coverage == Coverage.BACKGROUND, 3].max(initial=0) == 0
+        assert told["map_wh_l0"] == [n * result.anomaly.frame.mpp / MPP for n in result.anomaly.frame.size_wh]
+
+    def test_a_large_map_is_made_coarser_and_loses_no_pixel(self, desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+        plane = np.zeros((5, 7), np.uint8)
+        plane[4, 6] = Coverage.READ_FAILED
+        assert layers._coarser(plane, 2).tolist() == [[0] * 4, [0] * 4, [0, 0, 0, 4]]
+        fine = desk.answer("slide", {"slide": 0})["map_wh_l0"]
+        monkeypatch.setattr(layers, "_MOST_PX", 30)
+        desk._layers.clear()
+        coarse = desk.answer("slide", {"slide": 0})["map_wh_l0"]
+        assert max(picture(desk.answer("coverage", {"slide": 0}).data).shape) <= 30
+        assert all(a <= b < a + 32 * 2 for a, b in zip(fine, coarse, strict=True))
+
+    def test_colours_are_those_of_the_overview(self) -> None:
+        assert np.array_equal(overview._RAMP, layers.RAMP)
+        assert overview._RAMP_END_PER_MM2 == layers.RAMP_END_PER_MM2
+
+    def test_top(self, case: Path, slide: Slide) -> None:
+        """The best, of regions and of detections."""
+        for of in ("regions", "detections"):
+            best = [item.id for item in looked_at(case, slide, of=of).items()[:3]]
+            assert [item.id for item in looked_at(case, slide, of=of, top=3).items()] == best
+        with pytest.raises(ConfigError, match="top: expected"):
+            looked_at(case, slide, top=0)
+
+
+class TestAttacks:
+    """Each gets one line of JSON at most, and no more than it is due."""
+
+    def refused(self, answer: tuple[int, Any], status: int) -> None:
+        assert answer[0] == status, answer
+        assert list(answer[1]) == ["error"]
+        assert isinstance(answer[1]["error"], str)
+
+    def test_no_token_or_another(self, call: Caller, case: Path) -> None:
+        path = "/api/state"
+        self.refused(call("GET", path, token=False), 403)
+        for wrong in ("", "x", call.token[:-1], call.token + "x", call.token.swapcase(), "\xe9" * 43):
+            self.refused(call("GET", path, token=False, X_Slidescan_Token=wrong), 403)
+        self.refused(call("GET", path, X_Slidescan_Token=call.token), 403)  # twice
+        self.refused(call("GET", f"{path}?token={call.token}", token=False), 403)
+        self.refused(call("GET", path, token=False, Cookie=f"token={call.token}"), 403)
+        self.refused(call("GET", path, token=False, Authorization=f"Bearer {call.token}"), 403)
+        body = json.dumps({"id": "x", "decision": "accept"}).encode()
+        self.refused(call("POST", "/api/decide", body, token=False, Content_Type="application/json"), 403)
+        for kind in ("items", "crop", "tile", "heat", "boxes", "coverage", "slide", "next", "nothing"):
+            self.refused(call("GET", f"/api/{kind}", token=False), 403)
+        assert len(call.token) >= 43
+        assert not (case / "decisions.jsonl").exists()
+
+    def test_a_name_that_was_bound_to_this_machine(self, call: Caller) -> None:
+        """DNS rebinding: the browser believes that evil.example is here, and sends that name."""
+        hosts = ["evil.example", f"evil.example:{call.port}", "127.0.0.1", f"127.0.0.1:{call.port + 1}", "localhost"]
+        hosts += [f"127.0.0.1:{call.port}.evil.example", f"evil@127.0.0.1:{call.port}", f"[::1]:{call.port}"]
+        for host in hosts:
+            for path in ("/", "/api/state", "/assets/review.js"):
+                self.refused(call("GET", path, host=host), 403)
+        with socket.create_connection(("127.0.0.1", call.port), timeout=30) as raw:
+            raw.sendall(
+                f"GET /api/state HTTP/1.1\r\nHost: 127.0.0.1:{call.port}\r\nHost: evil.example\r\n\r\n".encode()
+            )
+            assert re.match(rb"HTTP/1.1 40[03] ", raw.recv(4096))
+        assert call("GET", "/api/state", host=f"localhost:{call.port}")[0] == 200
+
+    def test_another_sites_page(self, call: Caller, desk: Desk, case: Path) -> None:
+        item = desk.answer("items", {"page": 0, "size": 1})["items"][0]
+        said = {"id": item["id"], "decision": "accept"}
+        own = f"http://127.0.0.1:{call.port}"
+        for origin in ("http://evil.example", "null", "", f"https://127.0.0.1:{call.port}", "http://127.0.0.1",
+                       f"http://localhost:{call.port}", f"{own}/", f"{own}.evil.example"):  # fmt: skip
+            self.refused(call.post("decide", said, Origin=origin), 403)
+        for site in ("cross-site", "same-site"):  # another port of 127.0.0.1 is the same site
+            self.refused(call.post("decide", said, Sec_Fetch_Site=site), 403)
+            self.refused(call("GET", "/api/state", Sec_Fetch_Site=site), 403)
+        # What a form can send without asking.
+        for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data", ""):
+            self.refused(call.post("decide", said, Content_Type=kind), 415)
+        assert not (case / "decisions.jsonl").exists()
+        assert call.post("decide", said, Origin=own, Sec_Fetch_Site="same-origin")[0] == 200
+
+    def test_nothing_is_shared(self, call: Caller) -> None:
+        """No answer lets another origin read it, a browser keep it, or a page frame it or run what is not ours."""
+        for method, path in (("GET", "/"), ("GET", "/assets/review.js"), ("GET", "/api/state"), ("GET", "/x"),
+                             ("OPTIONS", "/api/decide"), ("GET", "/api/x")):  # fmt: skip
+            call(method, path, Origin=f"http://127.0.0.1:{call.port}", Access_Control_Request_Method="POST")
+            assert not [name for name in call.headers if name.startswith("access-control")]
+            assert call.headers["cache-control"] == "no-store"
+            assert call.headers["x-content-type-options"] == "nosniff"
+            assert call.headers["referrer-policy"] == "no-referrer"
+            policy = call.headers["content-security-policy"]
+            assert "default-src 'none'" in policy
+            assert "frame-ancestors 'none'" in policy
+            assert "unsafe" not in policy
+            assert "http" not in policy
+            assert not {"server", "set-cookie"} & set(call.headers)
+
+    def test_files_that_are_not_the_pages(self, call: Caller) -> None:
+        names = [
+            "../desk.py",
+            "..%2fdesk.py",
+            "%2e%2e/%2e%2e/desk.py",
+            "..%5cdesk.py",
+            "/etc/passwd",
+            "%2fetc%2fpasswd",
+        ]
+        names += [
+            "page.js",
+            "review.html",
+            "review.js%00",
+            "review.js/",
+            "",
+            ".",
+            "..",
+            "REVIEW.JS",
+            "%ff",
+            "review%0d%0aX: y",
+        ]
+        for name in names:
+            self.refused(call("GET", f"/assets/{name.replace(' ', '%20')}"), 404)
+            assert "x" not in call.headers
+        for path in ("/decisions.jsonl", "/api", "/api/", "/docs", "//evil.example/", "/assets", "/.."):
+            self.refused(call("GET", path), 404)
+
+    def test_numbers_out_of_range(self, call: Caller) -> None:
+        call.get("items", page=0, size=1)
+        hostile = [10**9 + 1, 10**30, 0.5, True, "0", "../x", [0], {}, -(2**63)]
+        for kind, good, bad in (
+            ("tile", {"slide": 0, "level": 10, "x": 0, "y": 0}, {"x": 2, "y": -1, "level": 11}),
+            ("tile", {"slide": 0, "level": 0, "x": 0, "y": 0}, {"x": 1, "level": -1, "slide": 1}),
+            ("items", {"page": 0, "size": 10}, {"size": 101, "page": -1, "slide": 9, "sort": "id", "min_score": 1.5}),
+            ("next", {"listing": 1, "start": 0}, {"start": -1, "listing": None}),
+            ("slide", {"slide": 0}, {"slide": -1}),
+            ("heat", {"slide": 0}, {"slide": 1}),
+            ("boxes", {"slide": 0}, {"slide": None}),
+            ("coverage", {"slide": 0}, {"slide": {}}),
+        ):
+            assert call.get(kind, **good)[0] == 200
+            for name in good:
+                for value in hostile:
+                    self.refused(call.get(kind, **{**good, name: value}), 400)
+                for text in ("NaN", "Infinity", "-Infinity", "1e999", "9" * 4000):
+                    query = json.dumps({**good, name: "@"}).replace('"@"', text)
+                    self.refused(call("GET", f"/api/{kind}?q={quote(query)}"), 400)
+            for name, value in bad.items():
+                self.refused(call.get(kind, **{**good, name: value}), 400)
+            self.refused(call.get(kind, **good, path="/etc/passwd"), 400)
+
+    def test_crops_too_large(self, call: Caller, desk: Desk) -> None:
+        id_ = desk.answer("items", {"page": 0, "size": 1})["items"][0]["id"]
+        for fov_um in (1e9, 2049, 0, -64, 7.9, "64", None, True, [64]):
+            self.refused(call.get("crop", id=id_, fov_um=fov_um), 400)
+        for text in ("NaN", "Infinity", "1e999"):
+            query = f'{{"id":"{id_}","fov_um":{text}}}'
+            self.refused(call("GET", f"/api/crop?q={quote(query)}"), 400)
+        self.refused(call.get("crop", id=id_, fov_um=64, px=100_000), 400)
+        _, largest = call.get("crop", id=id_, fov_um=2048)
+        assert picture(largest).shape == (640, 640, 3)
+
+    def test_what_is_not_there(self, call: Caller) -> None:
+        for id_ in ("", "x", "../../x", "00000000-0000-0000-0000-000000000000"):
+            self.refused(call.get("crop", id=id_, fov_um=64), 404)
+            self.refused(call.post("decide", {"id": id_, "decision": "accept"}), 404)
+        self.refused(call.get("next", listing=99, start=0), 404)
+        self.refused(call.get("secrets"), 404)
+        self.refused(call.get("__class__"), 404)
+        for id_ in (None, 1, ["x"], {"x": 1}, "x" * 2000):
+            self.refused(call.get("crop", id=id_, fov_um=64), 400)
+
+    def test_bodies(self, call: Caller, desk: Desk, case: Path) -> None:
+        item = desk.answer("items", {"page": 0, "size": 1})["items"][0]
+        said = {"id": item["id"], "decision": "accept"}
+        for body in (b"", b"{", b"\xff", b"[]", b"null", b'"x"', b"[" * 100_000, b"{}", b'{"id":' + b"9" * 5000 + b"}"):
+            self.refused(call.post("decide", body), 400)
+        self.refused(call.post("decide", {**said, "note": "x" * 400_000}), 413)
+        self.refused(call.post("decide", {**said, "note": "x" * 10_001}), 400)
+        for changed in ({"decision": "delete"}, {"decision": None}, {"label": ""}, {"label": "a\nb"}, {"label": 5},
+                        {"note": 5}, {"note": "\ud800"}, {"reviewer": "ben"}, {"path": "x"}):  # fmt: skip
+            self.refused(call.post("decide", {**said, **changed}), 400)
+        self.refused(call.post("undo", {"region": item["id"]}), 400)
+        self.refused(call("GET", f"/api/state?q={'x' * 5000}"), 400)
+        self.refused(call("GET", "/api/state?q={}&q={}"), 400)
+        self.refused(call("GET", "/api/state?path=/etc"), 400)
+        assert not (case / "decisions.jsonl").exists()
+        assert call.post("decide", {**said, "note": "\U0001f600" * 10_000})[0] == 200
+
+    def test_a_body_without_end(self, call: Caller) -> None:
+        """Chunks that never end are not kept."""
+        with socket.create_connection(("127.0.0.1", call.port), timeout=30) as raw:
+            head = f"POST /api/undo HTTP/1.1\r\nHost: 127.0.0.1:{call.port}\r\n{TOKEN}: {call.token}\r\n"
+            raw.sendall(f"{head}Content-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n".encode())
+            for _ in range(40):
+                try:
+                    raw.sendall(b"2000\r\n" + b" " * 0x2000 + b"\r\n")
+                except OSError:  # it hung up
+                    break
+            assert raw.recv(4096).startswith(b"HTTP/1.1 413")
+
+    def test_methods(self, call: Caller, case: Path) -> None:
+        for kind in ("decide", "undo"):
+            self.refused(call.get(kind), 405)
+            assert call.headers["allow"] == "POST"
+        for kind in ("state", "items", "tile", "crop"):
+            self.refused(call.post(kind, {}), 405)
+        for method in ("PUT", "DELETE", "PATCH"):
+            self.refused(call(method, "/api/decide", b"{}"), 405)
+        for method in ("OPTIONS", "TRACE", "CONNECT", "PROPFIND"):
+            self.refused(call(method, "/api/decide"), 405)
+        for path in ("/", "/assets/review.js"):
+            self.refused(call("POST", path, b""), 405)
+        assert call("HEAD", "/api/decide")[0] == 405
+        assert not (case / "decisions.jsonl").exists()
+
+    def test_headers_in_a_note(self, call: Caller, desk: Desk, case: Path) -> None:
+        """A note is kept as it was typed, and becomes neither a header nor a line of the log."""
+        item = desk.answer("items", {"page": 0, "size": 1})["items"][0]
+        notes = [
+            "x\r\nSet-Cookie: a=b\r\n\r\n<script>",
+            '"}\n{"schema":1,"event":"undo"}',
+            "\0\x1b[31m\u2028",
+            "=cmd()",
+        ]
+        for note in notes:
+            status, told = call.post("decide", {"id": item["id"], "decision": "accept", "note": note})
+            assert (status, told["item"]["decided"]["note"]) == (200, note)
+            assert "set-cookie" not in call.headers
+        lines = (case / "decisions.jsonl").read_text().splitlines()
+        assert [json.loads(line)["note"] for line in lines] == notes
+
+    def test_only_this_machine(self, desk: Desk) -> None:
+        server = ReviewServer(desk)
+        assert server._socket.getsockname()[0] == "127.0.0.1"
+        with pytest.raises(ConfigError, match=rf"--port {server.port}: cannot be used \(Address already in use\)"):
+            ReviewServer(desk, port=server.port)
+        server._socket.close()
+
+    def test_no_paths(self, case: Path, slide: Slide, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """Neither answers nor errors name a file; where one matters the terminal does."""
+        review = looked_at(case, tmp_path / "gone.svs")
+        desk = Desk(review)
+        id_ = review.items()[0].id
+        (case / "decisions.jsonl").mkdir()
+        with running(desk) as server:
+            call = Caller(server.url)
+            answers = [call.get("items", page=0, size=100)]
+            answers += [call.get("crop", id=id_, fov_um=64), call.get("slide", slide=0)]
+            self.refused(answers[-1], 500)
+            answers += [call.post("decide", {"id": id_, "decision": "accept"})]
+            self.refused(answers[-1], 500)
+            assert "was not saved" in answers[-1][1]["error"]
+            (case / "detections.parquet").unlink()
+            answers += [call.get("boxes", slide=0), call.get("coverage", slide=0)]
+            self.refused(answers[-1], 500)
+        text = json.dumps(answers)
+        for path in (tmp_path, case, Path.home(), Path.cwd()):
+            assert len(path.parts) == 2 or str(path) not in text
+        assert "gone.svs" not in text
+        assert "gone.svs: no such slide" in capsys.readouterr().err
+
+    def test_a_blinded_review_tells_no_score(self, case: Path, slide: Slide) -> None:
+        looked = looked_at(case, slide)
+        looked.decide(looked.items()[0].id, "accept")
+        desk = Desk(looked_at(case, slide, blinded=True))
+        state = desk.answer("state", {})
+        assert state["sorts"] == ["shuffled", "slide"]
+        items = desk.answer("items", {"page": 0, "size": 100})["items"]
+        assert [items[0][name] for name in ("score", "evidence", "rank")] == [None] * 3
+        scores = {f"{score:.3f}" for score in ss.load_result(case).detections.score.tolist()}
+        assert not [score for score in scores if score in json.dumps([state, items])]
+        boxes = np.frombuffer(desk.answer("boxes", {"slide": 0}).data, "<f4").reshape(-1, 6)
+        assert np.isnan(boxes[:, 4]).all()
+        assert (np.lexsort(boxes[:, :4].T) == np.arange(len(boxes))).all()  # by place, not by score
+        for kind, values in (
+            ("heat", {"slide": 0}),
+            ("items", {"page": 0, "size": 1, "sort": "score"}),
+            ("items", {"page": 0, "size": 1, "min_score": 0.5}),
+        ):
+            with pytest.raises(ConfigError, match="blinded"):
+                desk.answer(kind, values)
+
+    def test_whatever_is_asked(self, case: Path, slide: Slide) -> None:
+        """No value makes a desk fail in another way than by a line of its own."""
+        desk, said = Desk(looked_at(case, slide)), [0]
+        names = ["slide", "level", "x", "y", "id", "fov_um", "page", "size", "listing", "start", "decision", "note"]
+        json_values = st.recursive(
+            st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+            lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
+            max_leaves=4,
+        )
+
+        @settings(max_examples=150, deadline=None)
+        @given(st.sampled_from(sorted(desk.kinds)), st.dictionaries(st.sampled_from(names), json_values) | json_values)
+        def ask(kind: str, values: Any) -> None:
+            try:
+                desk.answer(kind, values)
+            except (ConfigError, SlideError, ResultError) as exc:
+                said.append(len(str(exc)))
+
+        ask()
+        assert max(said) < 400
+        assert not (case / "decisions.jsonl").exists()
+
+
+def test_many_at_once(call: Caller, desk: Desk, case: Path) -> None:
+    """Two windows decide side by side: every decision is in the log, and what is left is right."""
+    ids = [item["id"] for item in desk.answer("items", {"page": 0, "size": 100})["items"]]
+    failed: list[object] = []
+
+    def decide(mine: list[str]) -> None:
+        window = Caller(call.url)
+        for id_ in mine:
+            status, _ = window.post("decide", {"id": id_, "decision": "accept"})
+            tile, _ = window.get("tile", slide=0, level=10, x=0, y=0)
+            if (status, tile) != (200, 200):
+                failed.append((status, tile))
+
+    threads = [threading.Thread(target=decide, args=(ids[i::3],)) for i in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed
+    assert len((case / "decisions.jsonl").read_text().splitlines()) == 12
+    assert desk.answer("state", {})["left"] == 0
+
+
+def test_hostile_names_stay_data(case: Path, slide: Slide) -> None:
+    name = "</script><img src=x onerror=alert(1)>"
+    of_case = Case(ss.load_result(case), "region", slide_id=name, group=name)
+    of_case.read_from(slide)
+    with running(Desk(Review([of_case], list(of_case.items.values()), reviewer="ann", blinded=False))) as server:
+        call = Caller(server.url)
+        _, page = call.get("items", page=0, size=1)
+        assert page["items"][0]["slide_name"] == name
+        assert call.headers["content-type"] == "application/json"
+
+
+class TestCommand:
+    def run(self, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["slidescan", "review", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        return int(ended.value.code or 0)
+
+    def test_it_runs_and_ends(self, tmp_path: Path) -> None:
+        """An archive's command prints one URL that works, and Ctrl-C ends it with 0."""
+        write_slide(tmp_path / "a.tiff", 1)
+        (tmp_path / "slides.csv").write_text("slide_path\na.tiff\n")
+        ss.scan_archive(read_listing(tmp_path / "slides.csv"), ORACLE, out=tmp_path / "runs", config=APART, workers=1)
+        command = [sys.executable, "-m", "slidescan.cli", "review", "runs", "--slides", "slides.csv", "--top", "2"]
+        with subprocess.Popen(
+            [*command, "--reviewer", "ann"],
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        ) as process:
+            assert process.stdout is not None
+            assert process.stderr is not None
+            said = process.stdout.readline()
+            url = process.stdout.readline()
+            found = re.fullmatch(r"http://127\.0\.0\.1:(\d+)/#([\w-]{43})\n", url)
+            assert found, (said, url, process.stderr.read() if process.poll() is not None else "")
+            assert said == "2 regions to review, 2 left for ann; Ctrl-C ends\n"
+            _, page = Caller(url.strip()).get("items", page=0, size=9)
+            assert [item["slide_name"] for item in page["items"]] == ["a", "a"]
+            process.send_signal(signal.SIGINT)
+            out, err = process.communicate(timeout=30)
+        assert (process.returncode, err) == (0, "")
+        assert out == "2 left; decisions are in decisions.jsonl beside each result\n"
+
+    def test_what_is_wrong_is_one_line(
+        self, case: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    ) -> None:
+        for arguments, code, words in (
+            ([str(tmp_path / "none")], 3, "none"),
+            ([str(case), "--of", "cells"], 2, "--of must be regions or detections, got 'cells'"),
+            ([str(case), "--reviewer", ""], 2, "reviewer: expected a name"),
+            ([str(case), "--port", "99999"], 2, "--port"),
+        ):
+            assert self.run(monkeypatch, *arguments) == code
+            err = capsys.readouterr().err
+            assert words in err
+            assert err.count("\n") == 1
+
+    @pytest.mark.parametrize("package", ["starlette", "uvicorn"])
+    def test_without_the_extra(
+        self, case: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], package: str
+    ) -> None:
+        for name in [
+            name for name in sys.modules if name.split(".")[0] == package or name == "slidescan.reviews.server"
+        ]:
+            monkeypatch.delitem(sys.modules, name)
+        monkeypatch.setitem(sys.modules, package, None)
+        assert self.run(monkeypatch, str(case)) == 2
+        assert 'pip install "slidescan[review]"' in capsys.readouterr().err
