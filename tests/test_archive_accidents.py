@@ -287,3 +287,11 @@ def test_two_runs_at_once(whole: Whole, tmp_path: Path) -> None:
     events = [json.loads(line)["event"] for line in (out / "log.jsonl").read_text().splitlines()]
     assert N <= events.count("slide_done") <= 2 * N  # the one that comes second finds slides done
     assert {entry.slide_id for entry in read_listing(whole.slides)} == set(read_records(out / "records"))
+
+
+@pytest.mark.parametrize("name", ["kill_archive.py", "simulate_archive.py"])
+def test_archive_pipelines_smoke(name: str) -> None:
+    """What is killed goes on to the same files; what is simulated is measured."""
+    command = [sys.executable, ROOT / "pipelines" / name, "--smoke"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=900)
+    assert done.returncode == 0, done.stdout + done.stderr

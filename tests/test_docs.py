@@ -24,6 +24,7 @@ from tests.families import DETECTORS
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+pytestmark = pytest.mark.cores
 
 
 def blocks(language: str) -> list[str]:
@@ -135,11 +136,3 @@ def test_every_public_name_is_documented() -> None:
     for name in slidescan.__all__:
         assert getattr(slidescan, name).__doc__, name
         assert f"`{name}`" in (slidescan.__doc__ or ""), name
-
-
-@pytest.mark.parametrize("name", ["kill_archive.py", "simulate_archive.py"])
-def test_archive_pipelines_smoke(name: str) -> None:
-    """What is killed goes on to the same files; what is simulated is measured."""
-    command = [sys.executable, ROOT / "pipelines" / name, "--smoke"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=900)
-    assert done.returncode == 0, done.stdout + done.stderr

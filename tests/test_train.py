@@ -20,6 +20,7 @@ from slidescan.train.run import train_detector
 from slidescan.train.settings import TrainSettings, VariantSettings, load_settings
 from tests.marked import marked_crops
 
+pytestmark = pytest.mark.cores
 ROOT = Path(__file__).resolve().parents[1]
 
 
