@@ -6,6 +6,8 @@ import contextlib
 import ipaddress
 import logging
 import os
+import signal
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -43,6 +45,7 @@ _CERTIFICATES = (
 )
 # Worker processes that a task may take with it before it counts as their killer.
 DEATHS = 1
+_DRAIN_S = 5  # for regions in flight when a run is ended; SLURM kills 30 s after it asked, others after 10
 _CLOSING_S = 2  # for what did begin of a cluster whose start was cut short
 _MOST_READERS = 16  # threads that read beside a GPU, a core each; every one holds a region of 50 MB
 
@@ -233,7 +236,21 @@ def _started(cluster: Callable[..., Any], **options: Any) -> Iterator[Any]:
         except RuntimeError as exc:
             raise WorkerError("worker processes end while they are started; is there memory for them?") from exc
     with started:
-        yield started
+        try:
+            yield started
+        except BaseException:
+            # What is in flight gets its time, but who ends a run (a queue, before it kills) does not wait long.
+            end = threading.Timer(_DRAIN_S, _kill, [started])
+            end.daemon = True
+            end.start()
+            raise
+
+
+def _kill(cluster: Any) -> None:
+    for nanny in list(cluster.workers.values()):
+        nanny.auto_restart = False
+        with contextlib.suppress(OSError, TypeError):  # it has ended
+            os.kill(nanny.pid, signal.SIGKILL)
 
 
 def _start(cluster: Callable[..., Any], options: dict[str, Any]) -> Any:

@@ -137,7 +137,7 @@ class _Killed:
         self._again: Counter[Path] = Counter()
 
     def __call__(self, task: RegionTask) -> dict[str, float] | None:
-        """Give up the region if reading it killed the workers; try it again, None, if it only waited there.
+        """Give up the region if reading it killed the workers; try it again, None, if it may only have waited there.
 
         Raises
         ------
@@ -154,7 +154,7 @@ class _Killed:
                 f"scoring a region took longer than {task.limit_s:g} s, twice; a longer --timeout or a smaller "
                 "tiling.region_px may help"
             )
-        elif not ended and not reading and task.limit_s is not None and self._again[task.part] < _MOST_DEATHS_BESIDE:
+        elif not ended and not reading and self._again[task.part] < _MOST_DEATHS_BESIDE:
             self._again[task.part] += 1
             self._waiting.append(task)
             return None

@@ -70,7 +70,7 @@ class TestThisMachine:
             assert {interface for _, interface, _ in listening() - before} <= {"127.0.0.1"}
 
     def test_each_process_sees_one_gpu(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(os, "cpu_count", lambda: 6)
+        monkeypatch.setattr(cluster, "cores", lambda: 6)
         monkeypatch.setattr(cluster, "visible_gpus", lambda: ["3", "MIG-5"])
         with processes(None, None, gpu=True) as (client, n):
             seen = [client.submit(seen_by_a_worker, workers=[i], pure=False).result() for i in range(2)]

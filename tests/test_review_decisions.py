@@ -187,7 +187,8 @@ def test_two_processes_never_mix_or_lose_lines(tmp_path: Path) -> None:
     """Each appends 200 events as fast as it can, from one start."""
     path = tmp_path / "decisions.jsonl"
     subprocess.run([sys.executable, "-c", WRITERS, path], check=True, cwd=ROOT, timeout=120)
-    lines = path.read_text().splitlines()
+    # A line may be empty: who finds the other's half written begins a new one behind it.
+    lines = [line for line in path.read_text().splitlines() if line]
     assert len([json.loads(line) for line in lines]) == 400
     log = read(path)
     assert log.unreadable == 0

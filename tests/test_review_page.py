@@ -25,6 +25,8 @@ from slidescan.slides import Slide
 from tests.chromium import CHROMIUM, WHY, Tab
 from tests.discs import ORACLE, config, discs
 
+# A connection that a browser holds open ends with the server's loop, of which asyncio complains.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 ASSETS = Path(ss.__file__).parent / "reviews" / "assets"
 APART = config(flagged__link_um=10.0, flagged__margin_um=5.0)  # each disc is a region of its own
 N = 30

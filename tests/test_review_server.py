@@ -39,6 +39,8 @@ from slidescan.slides import Slide, memory_slide
 from tests.archives import write_slide
 from tests.discs import MPP, ORACLE, config, discs
 
+# A connection that a browser holds open ends with the server's loop, of which asyncio complains.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 APART = config(flagged__link_um=10.0, flagged__margin_um=5.0)  # each disc is a region of its own
 TOKEN = "X-Slidescan-Token"
 
