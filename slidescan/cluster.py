@@ -235,18 +235,24 @@ def _started(cluster: Callable[..., Any], **options: Any) -> Iterator[Any]:
             started = _start(cluster, options)
         except RuntimeError as exc:
             raise WorkerError("worker processes end while they are started; is there memory for them?") from exc
-    with started:
-        try:
-            yield started
-        except BaseException:
-            # What is in flight gets its time, but who ends a run (a queue, before it kills) does not wait long.
-            end = threading.Timer(_DRAIN_S, _kill, [started])
-            end.daemon = True
-            end.start()
-            raise
+    try:
+        with started:
+            try:
+                yield started
+            except BaseException:
+                # What is in flight gets its time, but who ends a run (a queue, before it kills) does not wait long.
+                end = threading.Timer(_DRAIN_S, _kill, [started])
+                end.daemon = True
+                end.start()
+                raise
+    except BaseException:
+        _kill(started)  # the signal may have come while it was closed
+        raise
 
 
 def _kill(cluster: Any) -> None:
+    """End what is left of a cluster, and leave nothing for Dask to close, with its own patience, at the end."""
+    cluster._instances.discard(cluster)
     for nanny in list(cluster.workers.values()):
         nanny.auto_restart = False
         with contextlib.suppress(OSError, TypeError):  # it has ended

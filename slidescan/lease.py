@@ -87,22 +87,39 @@ def _take(lease: Path, ours: str, locked: bool) -> None:
     aside = lease.with_name(f".{_LEASE}.{uuid.uuid4().hex}.partial")
     while not _create(lease, ours):
         try:
-            aside.touch()
+            aside.write_text(ours, encoding="utf-8")
             now = aside.stat().st_mtime  # by the clock of the file system, which tells of renewals, too
-            with contextlib.suppress(FileNotFoundError):
-                holder, renewed = lease.read_text(encoding="utf-8"), lease.stat().st_mtime
-                died_here = locked and holder.startswith(_machine())
-                if not died_here and now - renewed < LASTS_S:
-                    raise ResultLeasedError(
-                        f"{lease.parent}: a scan on another machine is writing there, or did until less than "
-                        f"{LASTS_S} s ago; wait for it or choose another directory"
-                    )
-                # Of several that find it void one moves it away; who moved a new one instead puts it back.
-                lease.rename(aside)
-                if (moved := aside.read_text(encoding="utf-8")) != holder:
-                    _create(lease, moved)
+            holder, renewed = lease.read_text(encoding="utf-8"), lease.stat().st_mtime
+            died_here = locked and holder.startswith(_machine())
+            if not died_here and now - renewed < LASTS_S:
+                raise ResultLeasedError(
+                    f"{lease.parent}: a scan on another machine is writing there, or did until less than {LASTS_S} s "
+                    "ago; wait for it or choose another directory"
+                )
+            if _replace(lease, holder, aside, now):
+                return
+        except FileNotFoundError:  # given back meanwhile
+            continue
         finally:
             aside.unlink(missing_ok=True)
+
+
+def _replace(lease: Path, holder: str, ours: Path, now: float) -> bool:
+    """Put our lease in the place of a void one; of several that want to, who makes a file first named after it may."""
+    right = lease.with_name(f".{_LEASE}.{hashlib.sha256(holder.encode()).hexdigest()[:16]}.partial")
+    if not _create(right, ""):
+        if now - right.stat().st_mtime < LASTS_S:
+            said = f"{lease.parent}: another scan begins to write there; wait for it or choose another directory"
+            raise ResultLeasedError(said)
+        right.unlink()  # of one that died at this
+        return False
+    try:
+        if lease.read_text(encoding="utf-8") != holder:  # who had the right before has used it
+            return False
+        ours.replace(lease)
+        return True
+    finally:
+        right.unlink(missing_ok=True)
 
 
 def _create(lease: Path, text: str) -> bool:
