@@ -462,7 +462,8 @@ class TestSlide:
             tab.wait(f"document.querySelector('.ss-context').dataset.layers === '{names[n - 1]}' && {self.LOADED}")
             tab.wait(f"document.querySelector('.ss-legend').textContent.includes('boxes on {names[n - 1]};')")
         tab.wait(f"{self.PAINTED} > 0.05")  # a small slide
-        assert tab.said == []
+        # OpenSeadragon says of a tile that arrives for the slide just left that it does not paint it.
+        assert [said for said in tab.said if not said.startswith("Ignoring tile %s loaded before reset")] == []
 
     def test_the_mouse_moves_it(self, opened: Callable[..., Desk], tab: Tab) -> None:
         opened()
