@@ -15,6 +15,7 @@ import yaml
 
 from slidescan.cli_report import duration, warnings_in_a_line
 from slidescan.errors import ConfigError
+from slidescan.timeouts import LONGEST_S
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -52,7 +53,7 @@ def archive(
     fail_fast: Annotated[bool, typer.Option("--fail-fast", help="Stop at the first failure.")] = False,
     timeout: Annotated[
         float, typer.Option(min=1, help="Seconds for opening a slide or doing a region; then its process is ended.")
-    ] = 1800,
+    ] = LONGEST_S,
 ) -> None:
     """Scan many slides; run it again after anything and it continues."""
     from slidescan.archive import read_listing, scan_archive

@@ -74,9 +74,11 @@ def warnings_in_a_line() -> Iterator[None]:
     """Say what is warned of on stderr, a line each, once the block is done."""
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always", UserWarning)
-        yield
-    for warning in said:
-        typer.echo(f"slidescan: {warning.message}", err=True)
+        try:
+            yield
+        finally:
+            for warning in said:
+                typer.echo(f"slidescan: {warning.message}", err=True)
 
 
 def seconds_of(result: ScanResult) -> str:

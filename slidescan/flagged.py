@@ -17,10 +17,10 @@ from scipy.spatial import ConvexHull, cKDTree
 from slidescan.detections import Detections
 from slidescan.geometry import Box, Frame
 
-__all__ = ["FlaggedRegion", "Hotspot", "flag_regions", "mitotic_hotspot"]
+__all__ = ["MOST_CERTAIN", "FlaggedRegion", "Hotspot", "flag_regions", "mitotic_hotspot"]
 
 # A score of 1 would be infinite evidence; 1e-6 is finer than any calibration can tell.
-_MOST_CERTAIN = 1 - 1e-6
+MOST_CERTAIN = 1 - 1e-6
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -138,7 +138,7 @@ def _region(found: Detections, frame: Frame, classes: tuple[str, ...], margin_um
     label = classes[int(np.bincount(found.label).argmax())]
     # float64 and sorted: the sum must not depend on the order of the rows
     scores = np.sort(found.score.astype(np.float64))
-    evidence = -np.log1p(-np.minimum(scores, _MOST_CERTAIN)).sum()
+    evidence = -np.log1p(-np.minimum(scores, MOST_CERTAIN)).sum()
     return FlaggedRegion(
         rank=0,
         label=label,

@@ -20,7 +20,7 @@ from slidescan.anomaly import Coverage
 if TYPE_CHECKING:
     from slidescan.result import ScanResult
 
-__all__ = ["draw_overview", "heat_panel"]
+__all__ = ["RAMP_END_PER_MM2", "draw_overview", "heat_panel", "ramp_rgb"]
 
 # px of the picture. One panel fits a laptop screen; two side by side a printed page.
 _PANEL_PX = 1100
@@ -37,7 +37,7 @@ _HOTSPOT = (0, 158, 115)
 # Heat ramp from transparent yellow to dark red: no blue or purple, which nuclei have.
 _RAMP = np.array([[255, 237, 160], [254, 178, 76], [240, 59, 32], [160, 0, 20]], float)
 # Density at which the ramp ends, figures per mm²: 20 in 2 mm² is a high mitotic count in most grading schemes.
-_RAMP_END_PER_MM2 = 20.0
+RAMP_END_PER_MM2 = 20.0
 _COVER_TINT = {
     Coverage.BACKGROUND: (236, 236, 240),
     Coverage.ANALYSED: (222, 235, 247),
@@ -118,6 +118,12 @@ def _layout(size_wh: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int],
     return (panel_w, panel_h), page_wh, column_px + 2 * _MARGIN_PX
 
 
+def ramp_rgb(strength: NDArray[np.float64] | np.float64) -> NDArray[np.float64]:
+    """Return the colours of densities, as shares of `RAMP_END_PER_MM2`: a last axis of three, 0 to 255."""
+    stops = np.linspace(0, 1, len(_RAMP))
+    return np.stack([np.interp(strength, stops, _RAMP[:, i]) for i in range(3)], -1)
+
+
 @lru_cache
 def _font(px: int) -> ImageFont.FreeTypeFont:
     """Return matplotlib's own font: on every machine the same, and it has µ, ² and ≥, which Pillow's lacks."""
@@ -137,9 +143,8 @@ def _heat(slide: Image.Image, result: ScanResult) -> Image.Image:
         tint[coverage == state, :3] = rgb
     tint[coverage == Coverage.ANALYSED, 3] = 0.35
     tint[(coverage == Coverage.SATURATED) | (coverage == Coverage.READ_FAILED), 3] = 0.85
-    strength = np.clip(np.nan_to_num(density) / _RAMP_END_PER_MM2, 0, 1)
-    stops = np.linspace(0, 1, len(_RAMP))
-    ramp = np.stack([np.interp(strength, stops, _RAMP[:, i]) for i in range(3)], -1)
+    strength = np.clip(np.nan_to_num(density) / RAMP_END_PER_MM2, 0, 1)
+    ramp = ramp_rgb(strength)
     # Below a twentieth of the ramp nothing is worth colour.
     alpha = np.clip((strength - 0.05) * 4, 0, 0.85)[..., None]
     tint[..., :3] = tint[..., :3] * (1 - alpha) + ramp * alpha
@@ -218,10 +223,10 @@ def _ramp(draw: ImageDraw.ImageDraw, result: ScanResult, x: int, y: int) -> None
     """Explain the density ramp, the coverage tints and the hotspot's count."""
     length, font = 260, _font(17)
     for i in range(length):
-        rgb = [np.interp(i / (length - 1), np.linspace(0, 1, len(_RAMP)), _RAMP[:, c]) for c in range(3)]
-        draw.line((x + i, y, x + i, y + 16), fill=tuple(round(v) for v in rgb))
+        red, green, blue = ramp_rgb(np.float64(i / (length - 1))).round().astype(int).tolist()
+        draw.line((x + i, y, x + i, y + 16), fill=(red, green, blue))
     for value in (0, 10, 20):
-        at = x + length * value / _RAMP_END_PER_MM2
+        at = x + length * value / RAMP_END_PER_MM2
         draw.text((at, y + 20), f"{value}{'+' if value == 20 else ''}", font=font, fill=_INK, anchor="ma")
     draw.text((x + length + 24, y - 3), "figures per mm²", font=font, fill=_INK)
     states = (

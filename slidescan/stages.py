@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
-__all__ = ["Profile", "stage", "taken"]
+__all__ = ["SCORING", "Profile", "stage", "taken"]
 
 # In the order pixels go through them, with what a person wants to know of each.
 _STAGES = {
@@ -28,7 +28,8 @@ _STAGES = {
     "model": "detections from tiles",
     "write": "the region's part",
 }
-_READING, _SCORING = ("read", "decode", "assemble"), ("batch", "transfer", "model")
+_READING = ("read", "decode", "assemble")
+SCORING = ("batch", "transfer", "model")  # in which the model is busy
 
 
 class _Clock(threading.local):
@@ -139,7 +140,7 @@ class Profile:
     @property
     def scores_mp_s(self) -> float:
         """Megapixels a second if the model never waited."""
-        return self._rate(_SCORING, self.scoring)
+        return self._rate(SCORING, self.scoring)
 
     @property
     def share_of_slower(self) -> float:

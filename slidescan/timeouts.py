@@ -14,8 +14,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal, TextIO
 
-__all__ = ["what_ended", "within"]
+__all__ = ["LONGEST_S", "what_ended", "within"]
 
+# Seconds an archive gives by default: a hundred times what a region takes on one core.
+LONGEST_S = 1800.0
 _LEAST_S = 0.001  # to go: what is over already ends at once
 # faulthandler knows one limit a process: the first that runs out of those below.
 _lock = threading.Lock()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -25,7 +26,7 @@ from hypothesis import strategies as st
 import slidescan as ss
 from slidescan.archive import Entry, archive_status, engine, read_listing
 from slidescan.archive.engine import ArchiveProgress, estimate_archive
-from slidescan.archive.record import Record, read_records
+from slidescan.archive.record import REASONS, Record, read_records
 from slidescan.archive.slide import SlideTask
 from slidescan.archive.status import standing
 from slidescan.errors import ConfigError, ResultError
@@ -327,6 +328,11 @@ class TestRecords:
         whole = {"at": 2_000, "event": "run_started", "slides": 9, "share": ""}
         log.write_text("".join(json.dumps(event) + "\n" for event in [*events, whole, {"event": "run_ended"}]))
         assert not standing(records, log).running
+
+    def test_the_readme_has_every_reason(self) -> None:
+        text = (ROOT / "slidescan/archive/README.md").read_text(encoding="utf-8")
+        told = dict(re.findall(r"^\| `(\w+)` \| (.*?) \|", text, re.MULTILINE))
+        assert told == {reason: meaning for reason, (_, meaning) in REASONS.items()}
 
     def test_a_reason_of_another_slidescan_is_told(self, tmp_path: Path) -> None:
         now = standing([Record("a", "", "k", "failed", "moonlight")], tmp_path / "log.jsonl")

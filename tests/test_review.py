@@ -23,9 +23,9 @@ from slidescan.reviews import Review
 from slidescan.slides import Slide, memory_slide
 from tests.archives import write_slide
 from tests.discs import MPP, ORACLE, config, discs
+from tests.reviewed import APART, copied, scan_apart
 
 ROOT = Path(__file__).parents[1]
-APART = config(flagged__link_um=10.0, flagged__margin_um=5.0)  # each disc is a region of its own
 
 
 @pytest.fixture(scope="module")
@@ -35,15 +35,12 @@ def slide() -> Slide:
 
 @pytest.fixture(scope="module")
 def scanned(slide: Slide, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("runs") / "case"
-    ss.scan(slide, ORACLE, out=out, config=APART)
-    return out
+    return scan_apart(slide, tmp_path_factory.mktemp("runs"))
 
 
 @pytest.fixture
 def result(scanned: Path, tmp_path: Path) -> ss.ScanResult:
-    shutil.copytree(scanned, tmp_path / "case")
-    return ss.load_result(tmp_path / "case", verify=False)
+    return ss.load_result(copied(scanned, tmp_path), verify=False)
 
 
 def lines(result: ss.ScanResult) -> list[dict[str, object]]:

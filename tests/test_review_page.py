@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,15 +19,14 @@ from slidescan.reviews import Review
 from slidescan.reviews.case import Case
 from slidescan.reviews.desk import Desk, Picture
 from slidescan.reviews.page import MODULES, asset, module
-from slidescan.reviews.server import ReviewServer
 from slidescan.slides import Slide
 from tests.chromium import CHROMIUM, WHY, Tab
-from tests.discs import ORACLE, config, discs
+from tests.discs import ORACLE, discs
+from tests.reviewed import APART, copied, running, scan_apart
 
 # A connection that a browser holds open ends with the server's loop, of which asyncio complains.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 ASSETS = Path(ss.__file__).parent / "reviews" / "assets"
-APART = config(flagged__link_um=10.0, flagged__margin_um=5.0)  # each disc is a region of its own
 N = 30
 HOSTILE = "</script><img src=x onerror=\"document.title='hacked'\"><b>&amp;{{x}}"
 REVIEW = "document.getElementById('review')?.review"
@@ -73,34 +71,18 @@ def slide() -> Slide:
 
 @pytest.fixture(scope="module")
 def scanned(slide: Slide, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("runs") / "case"
-    ss.scan(slide, ORACLE, out=out, config=APART)
-    return out
+    return scan_apart(slide, tmp_path_factory.mktemp("runs"))
 
 
 @pytest.fixture
 def case(scanned: Path, tmp_path: Path) -> Path:
-    shutil.copytree(scanned, tmp_path / "case")
-    return tmp_path / "case"
+    return copied(scanned, tmp_path)
 
 
 @pytest.fixture(scope="module")
 def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tab]:
     with Tab(tmp_path_factory.mktemp("profile")) as opened:
         yield opened
-
-
-@contextmanager
-def running(desk: Desk) -> Iterator[ReviewServer]:
-    server = ReviewServer(desk)
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    try:
-        yield server
-    finally:
-        server.stop()
-        thread.join(30)
-        assert not thread.is_alive()
 
 
 @pytest.fixture

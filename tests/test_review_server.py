@@ -7,14 +7,13 @@ import io
 import json
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -26,7 +25,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import slidescan as ss
-from slidescan import cli, overview
+from slidescan import cli
 from slidescan.anomaly import Coverage
 from slidescan.archive import read_listing
 from slidescan.errors import ConfigError, ResultError, SlideError
@@ -37,11 +36,11 @@ from slidescan.reviews.server import ReviewServer
 from slidescan.reviews.tiles import Tiling
 from slidescan.slides import Slide, memory_slide
 from tests.archives import write_slide
-from tests.discs import MPP, ORACLE, config, discs
+from tests.discs import MPP, ORACLE, discs
+from tests.reviewed import APART, copied, running, scan_apart
 
 # A connection that a browser holds open ends with the server's loop, of which asyncio complains.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-APART = config(flagged__link_um=10.0, flagged__margin_um=5.0)  # each disc is a region of its own
 TOKEN = "X-Slidescan-Token"
 
 
@@ -52,32 +51,16 @@ def slide() -> Slide:
 
 @pytest.fixture(scope="module")
 def scanned(slide: Slide, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("runs") / "case"
-    ss.scan(slide, ORACLE, out=out, config=APART)
-    return out
+    return scan_apart(slide, tmp_path_factory.mktemp("runs"))
 
 
 @pytest.fixture
 def case(scanned: Path, tmp_path: Path) -> Path:
-    shutil.copytree(scanned, tmp_path / "case")
-    return tmp_path / "case"
+    return copied(scanned, tmp_path)
 
 
 def looked_at(case: Path, slide: Slide | Path | None, **options: Any) -> Review:
     return ss.review(ss.load_result(case, verify=False), slides=slide, reviewer="ann", **options)
-
-
-@contextmanager
-def running(desk: Desk) -> Iterator[ReviewServer]:
-    server = ReviewServer(desk)
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    try:
-        yield server
-    finally:
-        server.stop()
-        thread.join(30)
-        assert not thread.is_alive()
 
 
 class Caller:
@@ -241,9 +224,11 @@ class TestAnswers:
         assert max(picture(desk.answer("coverage", {"slide": 0}).data).shape) <= 30
         assert all(a <= b < a + 32 * 2 for a, b in zip(fine, coarse, strict=True))
 
-    def test_colours_are_those_of_the_overview(self) -> None:
-        assert np.array_equal(overview._RAMP, layers.RAMP)
-        assert overview._RAMP_END_PER_MM2 == layers.RAMP_END_PER_MM2
+    def test_colours_are_those_of_the_overview(self, case: Path) -> None:
+        anomaly = ss.load_result(case).anomaly
+        for per_mm2, rgba in ((0.0, (255, 237, 160, 0)), (20.0, (160, 0, 20, 230)), (900.0, (160, 0, 20, 230))):
+            heat = layers._heat(replace(anomaly, density=np.full_like(anomaly.density, per_mm2)), 1)
+            assert np.array_equal(np.unique(heat.reshape(-1, 4), axis=0), [rgba])
 
     def test_top(self, case: Path, slide: Slide) -> None:
         """The best, of regions and of detections."""

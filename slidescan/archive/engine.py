@@ -32,6 +32,7 @@ from slidescan.errors import ConfigError, ResultError
 from slidescan.region import disk_error, scored_at_once
 from slidescan.slides.fingerprint import stamp
 from slidescan.slides.remote import locate
+from slidescan.timeouts import LONGEST_S
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -75,7 +76,7 @@ def scan_archive(
     allow_coarse: bool = False,
     retry_failed: bool | str = False,
     max_failures: int | None = None,
-    timeout_s: float | None = 1800,
+    timeout_s: float | None = LONGEST_S,
     on_slide: Callable[[ArchiveProgress], None] | None = None,
 ) -> list[Record]:
     """Scan all slides of a list; run it again after anything, and it continues.
@@ -99,7 +100,7 @@ def scan_archive(
         A Dask cluster; its workers must see the slides and `out`. Default: processes of this machine, which is why a
         script that calls this needs ``if __name__ == "__main__":``.
     workers : int, optional
-        Processes of the local cluster; default: one a core, one in all beside a GPU. No result depends on it.
+        Processes of the local cluster; default: one a core, or one a GPU. No result depends on it.
     shard : tuple of int, optional
         (i, n): only every n-th slide, from the i-th on, i from 1 to n. For job arrays without a scheduler.
     allow_coarse : bool
@@ -110,7 +111,7 @@ def scan_archive(
         Stop after so many failures in this run.
     timeout_s : float, optional
         Seconds that opening a slide, reading a region, or scoring it may take before its worker process is ended and
-        started again; None: for ever. The default is a hundred times what a region takes on one core.
+        started again; None: for ever.
     on_slide : callable, optional
         Called after each slide.
 
@@ -155,11 +156,7 @@ def scan_archive(
                         continue
                     run.keep(record)
                     if record.kind in ("retry", "crash") and record.attempts < MOST_ATTEMPTS:
-                        again = replace(run.new_task(task.entry), attempts=record.attempts)
-                        if record.kind == "crash":
-                            todo.alone(again)
-                        else:
-                            todo.later(again, _BACKOFF_S * _BACKOFF_GROWTH ** (record.attempts - 1))
+                        _put_back(todo, replace(run.new_task(task.entry), attempts=record.attempts), record)
                         continue
                     states[record.state] += 1
                     failures += record.state == "failed"
@@ -296,6 +293,14 @@ class _Tables:
     def write(self) -> None:
         """Write them now."""
         write_tables(self._out, read_records(self._out / "records").values())
+
+
+def _put_back(todo: Worklist, task: SlideTask, record: Record) -> None:
+    """Have a slide tried again: alone if it crashed, else later, the longer the more often it failed."""
+    if record.kind == "crash":
+        todo.alone(task)
+    else:
+        todo.later(task, _BACKOFF_S * _BACKOFF_GROWTH ** (record.attempts - 1))
 
 
 def _share(entries: list[Entry], shard: tuple[int, int] | None) -> list[Entry]:

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from slidescan.errors import ResultError
 from slidescan.region import commit
 
-__all__ = ["MOST_ATTEMPTS", "REASONS", "Record", "read_records", "records_of", "table_of", "write_tables"]
+__all__ = ["MOST_ATTEMPTS", "REASONS", "SCORE_BINS", "Record", "read_records", "records_of", "table_of", "write_tables"]
 
 Kind = Literal["retry", "next_run", "crash", "stays", "caveat"]
 
@@ -43,6 +43,7 @@ REASONS: Mapping[str, tuple[Kind, str]] = {
     "no_tissue": ("caveat", "done, but no tissue was found on it"),
     "decode_holes": ("caveat", "done, but parts of its tissue could not be read"),
 }
+SCORE_BINS = 20  # of [0, 1], in `Record.told["scores"]`
 MOST_ATTEMPTS = 3  # of one run; of all runs at what crashes
 
 

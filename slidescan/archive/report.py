@@ -28,7 +28,7 @@ from typing import Any
 
 from PIL import Image
 
-from slidescan.archive.record import REASONS, Record
+from slidescan.archive.record import REASONS, SCORE_BINS, Record
 from slidescan.archive.status import standing
 from slidescan.errors import ResultError
 from slidescan.overview import heat_panel
@@ -59,7 +59,6 @@ _NUMBERS = (
 _COLUMNS = ("rank", "slide_id", "group", "state", "reason", "message", *_NUMBERS, "per_mm2", "stages_s", "picture")
 # By kind of reason, whether a slide is tried again; of other kinds it need not be.
 _AGAIN = {"retry": "by the next run", "next_run": "by the next run", "crash": "a few times", "stays": "no"}
-_SCORE_BINS = 20  # as in `told["scores"]`, over [0, 1]
 # Of the histogram, px at its natural size: height and width of the bars' field, and room for the numbers beside it.
 _PLOT_W, _PLOT_H, _LEFT, _TOP, _BELOW = 560, 150, 46, 14, 36
 
@@ -132,7 +131,7 @@ def _known(record: Record) -> Record:
     stages, scores, detector = (record.told.get(name) for name in ("stages_s", "scores", "detector"))
     if isinstance(stages, dict):
         told["stages_s"] = {str(name): s for name, value in stages.items() if (s := _number(value)) is not None}
-    if isinstance(scores, list) and len(scores) == _SCORE_BINS:
+    if isinstance(scores, list) and len(scores) == SCORE_BINS:
         told["scores"] = [max(0, int(_number(n) or 0)) for n in scores]
     if isinstance(detector, str):
         told["detector"] = detector
@@ -290,7 +289,7 @@ def _scores(told: list[list[int]]) -> Iterator[str]:
     if not total:
         return
     decades = max(1, math.ceil(math.log10(max(counts))))
-    bottom, bar_w = _TOP + _PLOT_H, _PLOT_W / _SCORE_BINS
+    bottom, bar_w = _TOP + _PLOT_H, _PLOT_W / SCORE_BINS
 
     def y(n: float) -> float:
         # A tenth of a decade below 1, so that a single detection is seen.
@@ -303,7 +302,7 @@ def _scores(told: list[list[int]]) -> Iterator[str]:
         at = y(10**power)
         yield f'<line class="grid" x1="{_LEFT}" x2="{_LEFT + _PLOT_W}" y1="{at:.1f}" y2="{at:.1f}"/>'
         yield f'<text x="{_LEFT - 6}" y="{at + 4:.1f}" text-anchor="end">{_short(10**power)}</text>'
-    ranges = [f"{i / _SCORE_BINS:.2f} to {(i + 1) / _SCORE_BINS:.2f}" for i in range(_SCORE_BINS)]
+    ranges = [f"{i / SCORE_BINS:.2f} to {(i + 1) / SCORE_BINS:.2f}" for i in range(SCORE_BINS)]
     for i, n in enumerate(counts):
         if n:
             x, top = _LEFT + i * bar_w + 1, y(n)

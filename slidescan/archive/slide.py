@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from slidescan.archive.listing import Entry
-from slidescan.archive.record import Record
+from slidescan.archive.record import SCORE_BINS, Record
 from slidescan.cluster import from_within
 from slidescan.config import ScanConfig
 from slidescan.detections import Detector
@@ -49,7 +49,6 @@ __all__ = ["SlideTask", "estimate_slide", "killed", "scan_slide"]
 T = TypeVar("T")
 # Seconds until a worker that was told to go has let go of its slide, which the cluster gave to another at once.
 _UNLOCKED_S = 5
-_SCORE_BINS = 20  # of [0, 1], for the run's distribution of scores
 _PIECE_BYTES = 1 << 22  # read at a time for a digest
 
 
@@ -248,7 +247,7 @@ def _told(result: ScanResult) -> dict[str, Any]:
         },
         "hotspot_count": 0 if hotspot is None else hotspot["count"],
         "best_evidence": result.regions[0].evidence if result.regions else 0.0,
-        "scores": np.histogram(result.detections.score, _SCORE_BINS, (0.0, 1.0))[0].tolist(),
+        "scores": np.histogram(result.detections.score, SCORE_BINS, (0.0, 1.0))[0].tolist(),
         "tiles": tiles["planned"],
         "read_failed_boxes": tiles["read_failed_boxes"],
         "saturated_tiles": tiles["saturated"],

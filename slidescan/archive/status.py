@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from slidescan.archive.record import REASONS, Record, records_of
+from slidescan.stages import SCORING
 
 __all__ = ["ArchiveStatus", "archive_status", "standing"]
 
-_SCORING = ("batch", "transfer", "model")  # stages in which the model is busy
 _AGAIN = {"retry": "; the next run tries again", "next_run": "; the next run tries again"}
 
 
@@ -121,7 +121,7 @@ def standing(records: Iterable[Record], log: Path) -> ArchiveStatus:
 
 def _model_s(record: Record) -> float:
     stages: dict[str, float] = record.told.get("stages_s") or {}
-    return sum(stages.get(name, 0.0) for name in _SCORING)
+    return sum(stages.get(name, 0.0) for name in SCORING)
 
 
 def _runs(log: Path) -> list[dict[str, Any]]:

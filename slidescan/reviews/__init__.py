@@ -1,6 +1,7 @@
 """From what was flagged to what was decided: `review`, its decisions, and how far reviewers agree.
 
-`slidescan.reviews.figure` is imported on its own, since it needs matplotlib.
+The plural, since `slidescan.review` is the function. `slidescan.reviews.figure` is imported on its own: it needs
+matplotlib.
 """
 
 from __future__ import annotations

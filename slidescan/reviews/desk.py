@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 from slidescan.errors import ConfigError, ResultError, SlideError
+from slidescan.overview import RAMP_END_PER_MM2
 from slidescan.reviews.asked import Asked, NotThereError
 from slidescan.reviews.case import Case
 from slidescan.reviews.decisions import Decision, Verdict
 from slidescan.reviews.items import ReviewItem
-from slidescan.reviews.layers import RAMP_END_PER_MM2, Layers, layers_of
+from slidescan.reviews.layers import Layers, layers_of
 from slidescan.reviews.session import TELL_SCORES, Review, Sort
 from slidescan.reviews.tiles import TILE_PX, Tiling, as_jpeg
 from slidescan.slides import Slide

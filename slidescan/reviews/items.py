@@ -9,14 +9,12 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from slidescan.flagged import MOST_CERTAIN
 from slidescan.geometry import Box
 from slidescan.result import ScanResult
 from slidescan.reviews.decisions import What
 
 __all__ = ["ReviewItem", "items_of"]
-
-# A score of 1 would be infinite evidence; the same bound as for regions (`slidescan.flagged`).
-_MOST_CERTAIN = 1 - 1e-6
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +53,6 @@ def items_of(result: ScanResult, what: What, slide_id: str, group: str = "") -> 
     found = result.detections[rows]
     columns = zip(rows.tolist(), found.xyxy.tolist(), found.score.tolist(), found.label.tolist(), strict=True)
     for rank, (row, xyxy, score, label) in enumerate(columns, 1):
-        evidence = -math.log1p(-min(score, _MOST_CERTAIN))
+        evidence = -math.log1p(-min(score, MOST_CERTAIN))
         name, box_l0 = result.classes[label], Box(*xyxy)
         yield ReviewItem(result.ids[row], what, slide_id, group, name, score, evidence, 1, rank, box_l0, None)

@@ -13,14 +13,11 @@ from PIL import Image
 
 from slidescan.anomaly import AnomalyMap
 from slidescan.detections import Detections
+from slidescan.overview import RAMP_END_PER_MM2, ramp_rgb
 from slidescan.result import load_result
 
-__all__ = ["RAMP", "RAMP_END_PER_MM2", "Layers", "layers_of"]
+__all__ = ["Layers", "layers_of"]
 
-# As in the overview picture, so that a colour means the same in both (a test compares them): from yellow to dark red,
-# and the density at which the ramp ends, figures per mm².
-RAMP = ((255, 237, 160), (254, 178, 76), (240, 59, 32), (160, 0, 20))
-RAMP_END_PER_MM2 = 20.0
 _LEAST, _STRONGEST = 0.05, 0.9  # of the ramp: where colour begins; the alpha it reaches
 _MOST_PX = 4096  # longer side of a map picture, px: what every browser can draw; 65 mm of slide at 16 µm
 
@@ -75,10 +72,8 @@ def _packed(detections: Detections, *, blinded: bool) -> NDArray[np.float32]:
 
 def _heat(anomaly: AnomalyMap, every: int) -> NDArray[np.uint8]:
     strength = _coarser(np.clip(np.nan_to_num(anomaly.density) / RAMP_END_PER_MM2, 0, 1), every)
-    stops = np.linspace(0, 1, len(RAMP))
-    colour = [np.interp(strength, stops, [rgb[i] for rgb in RAMP]) for i in range(3)]
     alpha = np.clip((strength - _LEAST) * 4, 0, _STRONGEST) * 255
-    return np.stack([*colour, alpha], -1).round().astype(np.uint8)
+    return np.dstack([ramp_rgb(strength), alpha]).round().astype(np.uint8)
 
 
 def _coarser(plane: NDArray[_Px], every: int) -> NDArray[_Px]:
