@@ -227,7 +227,7 @@ class _FileOpener:
 
         if self.backend == "openslide":
             raise ConfigError(f'{path!r}: OpenSlide reads no URL; copy the slide to this machine or use backend="auto"')
-        if self.backend == "zarr" or path.suffix.lower() == ".zarr":
+        if self.backend == "zarr" or (self.backend == "auto" and path.in_zarr):
             return ZarrSource(path)
         try:
             return self._tiff(path)

@@ -68,6 +68,12 @@ class Remote:
         """The name's last suffix, with its dot."""
         return PurePosixPath(self.name).suffix
 
+    @property
+    def in_zarr(self) -> bool:
+        """Whether it is a Zarr directory by its name, or lies in one."""
+        path = PurePosixPath(unquote(urlsplit(self.url.split("::")[0]).path))
+        return any(part.lower().endswith(".zarr") for part in path.parts)
+
     def __truediv__(self, below: str) -> Remote:
         parts = urlsplit(self.url)
         return Remote(urlunsplit(parts._replace(path=str(PurePosixPath(parts.path) / below))))

@@ -11,6 +11,7 @@ import fsspec
 import numpy as np
 import pytest
 import tifffile
+import zarr
 from numpy.typing import NDArray
 
 import slidescan as ss
@@ -79,6 +80,11 @@ class TestReads:
         slide = open_slide(f"{served.url}/a.zarr")
         same(slide, open_slide(path))
         assert slide.read_level(0, 0, 0, 701, 501).holes == (Box(256, 256, 512, 501),)
+
+    def test_one_array_of_a_group(self, served: Served, levels: list[NDArray[np.uint8]]) -> None:
+        group = zarr.open_group(served.root / "a.zarr", mode="w")
+        group.create_array("0", data=levels[0], chunks=(128, 128, 3))
+        same(open_slide(f"{served.url}/a.zarr/0{SECRET}", mpp=0.5), open_slide(served.root / "a.zarr/0", mpp=0.5))
 
     def test_any_file_system_of_fsspec(self, case: Path) -> None:
         fsspec.filesystem("memory").pipe("/bucket/case 1.tiff", case.read_bytes())
