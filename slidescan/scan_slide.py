@@ -35,6 +35,7 @@ from slidescan.slides import Slide, open_slide
 from slidescan.slides.fingerprint import stamp
 from slidescan.stages import Profile
 from slidescan.stitch import stitch
+from slidescan.suspects import being_read, is_suspect, kills_its_reader
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -131,7 +132,7 @@ def scan(
             return load_result(directory)
         started = time.perf_counter()
         give_back_memory()
-        prepared = prepare(opened, variant, config, allow_coarse=True)
+        prepared = _prepare(opened, variant, config, directory / "thumbnail")
         give_back_memory()
         if on_prepared:
             on_prepared(prepared)
@@ -149,6 +150,17 @@ def scan(
             result = result.save(directory, lambda: draw_overview(prepared.thumbnail, drawn, title or opened.name))
             _sweep(directory)
     return result
+
+
+def _prepare(slide: Slide, variant: Detector, config: ScanConfig, thumbnail: Path) -> Prepared:
+    """Prepare the scan, unless that killed an earlier one; `thumbnail` is where the mark of that is."""
+    if is_suspect(thumbnail) and kills_its_reader(thumbnail, slide.thumbnail, config.tissue.thumbnail_px):
+        raise SlideReadError(
+            f"{slide.path.name}: its decoder crashes where the whole slide is read at low resolution; the slide is "
+            "damaged, copy it again or export it anew"
+        )
+    with being_read(thumbnail):
+        return prepare(slide, variant, config, allow_coarse=True)
 
 
 def _assemble(

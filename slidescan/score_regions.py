@@ -123,7 +123,7 @@ def _survivors(tasks: list[RegionTask]) -> list[RegionTask]:
 def _gives_up(task: RegionTask, *, suspect: bool = False) -> bool:
     """Commit the region as not analysed and return True, if it is a suspect and reading it kills the process."""
     suspect = suspect or is_suspect(task.part)
-    if not suspect or not kills_its_reader(task.part, task.slide, *task.block, task.plane):
+    if not suspect or not kills_its_reader(task.part, task.slide.read, *task.block, task.plane):
         return False
     RegionPart.given_up(task.region).save(task.part)
     return True

@@ -12,6 +12,7 @@ import pytest
 
 import slidescan as ss
 from slidescan.anomaly import Coverage
+from slidescan.errors import SlideReadError
 from slidescan.region import RegionPart
 from slidescan.suspects import is_suspect
 from tests.crashing import crashing_slide
@@ -23,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 @pytest.mark.parametrize(("place", "regions", "workers"), [((800, 800), 1, 1), ((960, 800), 2, 3)])
 def test_a_crash_costs_its_regions(tmp_path: Path, place: tuple[int, int], regions: int, workers: int) -> None:
     """The first run dies; the second gives up what holds the tile, says so, and finds all that lies elsewhere."""
-    command = [sys.executable, "-m", "tests.crashing", *map(str, (tmp_path, *place, workers))]
+    command = [sys.executable, "-m", "tests.crashing", *map(str, (tmp_path, *place, workers, 0))]
     assert subprocess.run(command, cwd=ROOT, capture_output=True, check=False).returncode == -signal.SIGSEGV
     slide, centers = crashing_slide(place)
     result = ss.scan(slide, ORACLE, out=tmp_path, config=config())
@@ -36,6 +37,17 @@ def test_a_crash_costs_its_regions(tmp_path: Path, place: tuple[int, int], regio
     assert 0 < sum(lost) < len(centers) / 4
     assert len(result.detections) == len(centers) - sum(lost)
     assert not list(tmp_path.glob("parts-*"))
+
+
+def test_a_crash_in_the_thumbnail_is_said_from_then_on(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tests.crashing", *map(str, (tmp_path, 800, 800, 1, 1))]
+    assert subprocess.run(command, cwd=ROOT, capture_output=True, check=False).returncode == -signal.SIGSEGV
+    for _ in range(2):
+        with pytest.raises(SlideReadError, match=r"^crashing: its decoder crashes where the whole slide is read"):
+            ss.scan(crashing_slide((800, 800), whole=True)[0], ORACLE, out=tmp_path, config=config())
+    mended, centers = discs()
+    assert len(ss.scan(mended, ORACLE, out=tmp_path, config=config()).detections) == len(centers)
+    assert not list(tmp_path.glob("*.reading"))
 
 
 def test_on_a_cluster_it_costs_workers_and_its_region(tmp_path: Path) -> None:
