@@ -182,7 +182,8 @@ def processes(
     """Give a Dask client and how many processes it has: the caller's, or a cluster of this machine's processes.
 
     On a CPU a process is a core: scoring then scales with processes, and its result does not depend on their number.
-    With GPUs a process sees one of them.
+    With GPUs a process sees one of them. Nobody else on this machine can talk to them: they ask for certificates that
+    were made a moment ago and are on no disk.
 
     Parameters
     ----------
@@ -197,13 +198,19 @@ def processes(
     """
     from dask import config
     from distributed import Client, LocalCluster
+    from distributed.security import Security
 
     if client is not None:
         yield client, max(len(_workers(client)), workers or 0)
         return
     names = (visible_gpus() if gpus is None else gpus) if gpu else ()
     n = workers or (max(1, len(names)) if gpu else cores())
-    settings = {"distributed.scheduler.allowed-failures": DEATHS, "distributed.worker.daemon": False}
+    settings = {
+        "distributed.scheduler.allowed-failures": DEATHS,
+        "distributed.worker.daemon": False,
+        "distributed.scheduler.http.routes": [],  # its status pages name tasks and show logs
+        "distributed.worker.http.routes": [],
+    }
     with (
         config.set(settings),
         _started(
@@ -212,6 +219,9 @@ def processes(
             # One reads while another scores.
             threads_per_worker=2 + (readers_beside_gpu(n) if gpu else 0),
             processes=True,
+            # A port of 127.0.0.1 is open to everyone on this machine, and a scheduler runs what it is sent.
+            protocol="tls://",
+            security=Security.temporary(),
             worker_class=_seeing_one_of(names) if names else None,
             host=LOOPBACK,
             dashboard_address=f"{LOOPBACK}:0",

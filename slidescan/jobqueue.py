@@ -162,13 +162,8 @@ def prepared(queue: Queue) -> Iterator[Any]:
 
     try:
         from dask_jobqueue import SLURMCluster
-        from distributed.security import Security
-
-        made = Security.temporary()
     except ImportError as exc:
-        raise MissingExtraError(
-            f'{_SECTION}: needs dask-jobqueue and cryptography ({exc}); pip install "slidescan[slurm]"'
-        ) from exc
+        raise MissingExtraError(f'{_SECTION}: needs dask-jobqueue ({exc}); pip install "slidescan[slurm]"') from exc
     options = {"processes": 1, **queue.options}
     options["worker_extra_args"] = [*_WORKER, *options.get("worker_extra_args", [])]
     options["scheduler_options"] = {"dashboard_address": f"{LOOPBACK}:0", **options.get("scheduler_options", {})}
@@ -178,7 +173,7 @@ def prepared(queue: Queue) -> Iterator[Any]:
         config.set({"distributed.scheduler.allowed-failures": DEATHS}),
     ):
         try:
-            security = _in_files(made, folder)
+            security = _certificates(folder)
             cluster = SLURMCluster(
                 **{"silence_logs": logging.CRITICAL, **options},
                 job_cls=_ended(SLURMCluster.job_cls),
@@ -214,10 +209,11 @@ def _folder(shared: Path) -> Iterator[Path]:
         yield Path(name)
 
 
-def _in_files(made: Security, folder: Path) -> Security:
-    """Write certificates where the jobs find them; they are gone when the run is over."""
+def _certificates(folder: Path) -> Security:
+    """Make certificates where the jobs find them; they are gone when the run is over."""
     from distributed.security import Security
 
+    made = Security.temporary()
     told = {"ca_file": made.tls_ca_file, "cert": made.tls_worker_cert, "key": made.tls_worker_key}
     paths = {}
     for name, text in told.items():

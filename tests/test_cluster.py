@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import gc
+import http.client
 import os
 import signal
+import socket
+import ssl
 import sys
 import textwrap
 from collections.abc import Iterator
@@ -31,11 +34,32 @@ def listening() -> set[tuple[int, str, int]]:
     """Return (process, interface, port) of all that this process and those it started listen on."""
     ours = [psutil.Process(), *psutil.Process().children(recursive=True)]
     return {
-        (process.pid, socket.laddr.ip, socket.laddr.port)
+        (process.pid, opened.laddr.ip, opened.laddr.port)
         for process in ours
-        for socket in process.net_connections("inet")
-        if socket.status == psutil.CONN_LISTEN
+        for opened in process.net_connections("inet")
+        if opened.status == psutil.CONN_LISTEN
     }
+
+
+def knock(address: str) -> None:
+    """Talk to an address as one who trusts anybody and has no certificate."""
+    trusting = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    trusting.check_hostname, trusting.verify_mode = False, ssl.CERT_NONE
+    host, port = address.removeprefix("tls://").split(":")
+    with socket.create_connection((host, int(port)), timeout=5) as plain, trusting.wrap_socket(plain) as encrypted:
+        encrypted.recv(1)
+
+
+def page(port: int, path: str) -> int | None:
+    """Return the HTTP status of a page; None where no HTTP is spoken."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+    try:
+        connection.request("GET", path)
+        return connection.getresponse().status
+    except (http.client.HTTPException, OSError):
+        return None
+    finally:
+        connection.close()
 
 
 def seen_by_a_worker(*names: str) -> dict[str, str | None]:
@@ -61,7 +85,21 @@ class TestThisMachine:
         assert {worker["nthreads"] for worker in workers.values()} == {2}
         assert len({pid for pid, _, _ in opened}) == 3  # a scheduler with nannies, two workers
         assert {interface for _, interface, _ in opened} == {"127.0.0.1"}
-        assert all(address.startswith("tcp://127.0.0.1:") for address in [told["address"], *workers])
+        assert all(address.startswith("tls://127.0.0.1:") for address in [told["address"], *workers])
+
+    def test_nobody_else_on_this_machine_is_heard(self) -> None:
+        before = listening()
+        with processes(None, 1, gpu=False) as (client, _):
+            addresses = [client.scheduler.address, *client.nthreads()]
+            for address in addresses:
+                with pytest.raises(ssl.SSLError, match="CERTIFICATE_REQUIRED"):
+                    knock(address)
+            talks = {int(address.rpartition(":")[2]) for address in addresses}
+            pages = {port for _, _, port in listening() - before} - talks
+            paths = ("/info/main/workers.html", "/metrics", "/health")
+            answers = [page(port, path) for port in pages for path in paths]
+        assert answers
+        assert 200 not in answers
 
     def test_threads_of_one_process_are_reached_by_nobody_either(self) -> None:
         before = listening()
@@ -256,12 +294,12 @@ class TestQueue:
         with config.set({"distributed.deploy.lost-worker-timeout": "0.1s"}), from_queue(queue, said.append) as client:
             seen = client.submit(seen_by_a_worker).result()
             first = [psutil.Process(pid) for pid in client.submit(with_its_parent, pure=False).result()]
-            sockets = [socket for process in first for socket in process.net_connections("inet")]
+            sockets = [each for process in first for each in process.net_connections("inet")]
             (address,) = client.scheduler_info(n_workers=-1)["workers"]
             os.killpg(os.getpgid(first[0].pid), signal.SIGKILL)
             second = [psutil.Process(pid) for pid in client.submit(with_its_parent, pure=False).result()]
         assert seen["OMP_NUM_THREADS"] == "7"
-        opened = {socket.laddr for socket in sockets if socket.status == psutil.CONN_LISTEN}
+        opened = {each.laddr for each in sockets if each.status == psutil.CONN_LISTEN}
         # What others can reach asks for a certificate.
         assert {port for interface, port in opened if interface != "127.0.0.1"} == {int(address.rpartition(":")[2])}
         assert address.startswith("tls://")
