@@ -165,7 +165,8 @@ def scan_archive(
                         so_far = states["done"], states["failed"], len(entries), megapixels, time.time() - started
                         on_slide(ArchiveProgress(record, *so_far))
                     if max_failures is not None and failures >= max_failures:
-                        raise ResultError(f"{run.out}: stopped after {failures} failures; see failures.csv")
+                        write_report(run.out, run.records.values())
+                        raise ResultError(f"{run.out}: stopped after {failures} failures; see report.html")
                     tables.write_if_due()
     except BaseException as exc:
         because = type(exc).__name__
