@@ -32,19 +32,20 @@ def review(
         raise MissingExtraError(
             f'review: needs starlette and uvicorn ({exc}); pip install "slidescan[review]"'
         ) from exc
-    from slidescan.archive import open_archive
-    from slidescan.result import load_result, read_manifest
     from slidescan.reviews import review as reviewed
     from slidescan.reviews.desk import Desk
+    from slidescan.reviews.start import open_runs
+    from slidescan.reviews.summary import notice
 
     if of not in ("regions", "detections"):
         raise ConfigError(f"--of must be regions or detections, got {of!r}")
-    what = load_result(run, verify=False) if read_manifest(run) is not None else open_archive(run)
-    looked = reviewed(what, slides=slides, reviewer=reviewer, of=of, blinded=blinded, top=top)  # type: ignore[arg-type]
+    looked = reviewed(open_runs(run), slides=slides, reviewer=reviewer, of=of, blinded=blinded, top=top)  # type: ignore[arg-type]
     server = ReviewServer(Desk(looked), port=port)
     typer.echo(f"{len(looked):,} {of} to review, {looked.left:,} left for {looked.reviewer}; Ctrl-C ends")
     if slides is None:
         typer.echo("without --slides there are no pixels to see", err=True)
+    if moved := notice(looked):
+        typer.echo(moved)
     typer.echo(server.url)
     sys.stdout.flush()
     server.run()

@@ -96,14 +96,14 @@ def flag_regions(
     found = detections[detections.score >= threshold]
     if not len(found):
         return ()
-    centers = found.centers
+    centers, corners = found.centers, _corners(found, frame, margin_um)
     pairs = cKDTree(centers).query_pairs(frame.px(link_um), output_type="ndarray")
     links = coo_array((np.ones(len(pairs), np.int8), (pairs[:, 0], pairs[:, 1])), shape=(len(found), len(found)))
     _, cluster = connected_components(links, directed=False)
     order = np.argsort(cluster, kind="stable")
     members = np.split(order, np.flatnonzero(np.diff(cluster[order])) + 1)
     regions = [
-        _region(found[rows], frame, classes, margin_um)
+        _region(found[rows], corners[:, rows].reshape(-1, 2), frame, classes)
         for whole in members
         for rows in _halved(whole, centers, frame.px(max_um))
     ]
@@ -116,6 +116,8 @@ def flag_regions(
 
 def _halved(rows: NDArray[np.intp], centers: NDArray[np.float64], max_px: float) -> list[NDArray[np.intp]]:
     """Cut a cluster at the median of its longer axis until no part is wider than `max_px`."""
+    if len(rows) == 1:
+        return [rows]
     todo, parts = [rows], []
     while todo:
         part = todo.pop()
@@ -128,13 +130,18 @@ def _halved(rows: NDArray[np.intp], centers: NDArray[np.float64], max_px: float)
     return parts
 
 
-def _region(found: Detections, frame: Frame, classes: tuple[str, ...], margin_um: float) -> FlaggedRegion:
-    """Describe one cluster; its rank is not yet known."""
+def _corners(found: Detections, frame: Frame, margin_um: float) -> NDArray[np.float64]:
+    """Return (4, N, 2) corners of the boxes grown by the margin, no farther than the slide."""
     margin = frame.px(margin_um)
     grown = found.xyxy + np.array([-margin, -margin, margin, margin])
-    corners = np.concatenate([grown[:, [0, 1]], grown[:, [2, 1]], grown[:, [2, 3]], grown[:, [0, 3]]])
-    corners = np.clip(corners, 0, frame.size_wh)
-    hull = ConvexHull(corners)
+    corners = np.stack([grown[:, [0, 1]], grown[:, [2, 1]], grown[:, [2, 3]], grown[:, [0, 3]]])
+    inside: NDArray[np.float64] = np.clip(corners, 0, frame.size_wh)
+    return inside
+
+
+def _region(found: Detections, corners: NDArray[np.float64], frame: Frame, classes: tuple[str, ...]) -> FlaggedRegion:
+    """Describe one cluster; its rank is not yet known."""
+    polygon_l0, area_px = _outline(corners)
     label = classes[int(np.bincount(found.label).argmax())]
     # float64 and sorted: the sum must not depend on the order of the rows
     scores = np.sort(found.score.astype(np.float64))
@@ -142,13 +149,22 @@ def _region(found: Detections, frame: Frame, classes: tuple[str, ...], margin_um
     return FlaggedRegion(
         rank=0,
         label=label,
-        polygon_l0=corners[hull.vertices],
+        polygon_l0=polygon_l0,
         n=len(found),
         peak=float(scores[-1]),
         mean=float(scores.mean()),
         evidence=float(evidence),
-        area_mm2=float(hull.volume * frame.mm2_per_px),  # scipy calls a polygon's area its volume
+        area_mm2=area_px * frame.mm2_per_px,
     )
+
+
+def _outline(corners: NDArray[np.float64]) -> tuple[NDArray[np.float64], float]:
+    """Return the convex outline of boxes' corners and its area in px²; of one box its four corners, as they come."""
+    if len(corners) > 4:
+        hull = ConvexHull(corners)
+        return corners[hull.vertices], float(hull.volume)  # scipy calls a polygon's area its volume
+    (x0, y0), _, (x1, y1), _ = corners.tolist()
+    return corners, (x1 - x0) * (y1 - y0)
 
 
 def mitotic_hotspot(detections: Detections, frame: Frame, *, threshold: float, area_mm2: float) -> Hotspot | None:

@@ -16,11 +16,21 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from slidescan.anomaly import Coverage
+from slidescan.legend import (
+    COVER_TINT,
+    HOTSPOT,
+    MARK,
+    RAMP_END_PER_MM2,
+    counted,
+    length_text,
+    ramp_rgb,
+    round_length_um,
+)
 
 if TYPE_CHECKING:
     from slidescan.result import ScanResult
 
-__all__ = ["RAMP_END_PER_MM2", "draw_overview", "heat_panel", "ramp_rgb"]
+__all__ = ["draw_overview", "heat_panel"]
 
 # px of the picture. One panel fits a laptop screen; two side by side a printed page.
 _PANEL_PX = 1100
@@ -32,18 +42,6 @@ _ROUNDING_PX = 10  # of the page: two columns, each off by up to one px of the s
 _MOST_NUMBERS = 20
 
 _INK, _GREY, _PAPER = (30, 30, 36), (110, 110, 118), (255, 255, 255)
-_MARK = (0, 114, 178)
-_HOTSPOT = (0, 158, 115)
-# Heat ramp from transparent yellow to dark red: no blue or purple, which nuclei have.
-_RAMP = np.array([[255, 237, 160], [254, 178, 76], [240, 59, 32], [160, 0, 20]], float)
-# Density at which the ramp ends, figures per mm²: 20 in 2 mm² is a high mitotic count in most grading schemes.
-RAMP_END_PER_MM2 = 20.0
-_COVER_TINT = {
-    Coverage.BACKGROUND: (236, 236, 240),
-    Coverage.ANALYSED: (222, 235, 247),
-    Coverage.SATURATED: (255, 210, 80),
-    Coverage.READ_FAILED: (90, 90, 90),
-}
 
 
 def draw_overview(thumbnail: NDArray[np.uint8], result: ScanResult, title: str) -> Image.Image:
@@ -118,12 +116,6 @@ def _layout(size_wh: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int],
     return (panel_w, panel_h), page_wh, column_px + 2 * _MARGIN_PX
 
 
-def ramp_rgb(strength: NDArray[np.float64] | np.float64) -> NDArray[np.float64]:
-    """Return the colours of densities, as shares of `RAMP_END_PER_MM2`: a last axis of three, 0 to 255."""
-    stops = np.linspace(0, 1, len(_RAMP))
-    return np.stack([np.interp(strength, stops, _RAMP[:, i]) for i in range(3)], -1)
-
-
 @lru_cache
 def _font(px: int) -> ImageFont.FreeTypeFont:
     """Return matplotlib's own font: on every machine the same, and it has µ, ² and ≥, which Pillow's lacks."""
@@ -139,7 +131,7 @@ def _heat(slide: Image.Image, result: ScanResult) -> Image.Image:
     pale = np.asarray(slide.convert("L").convert("RGB"), float) * 0.45 + 255 * 0.55
     tint = np.full((*coverage.shape, 4), 255.0)
     tint[..., 3] = 0
-    for state, rgb in _COVER_TINT.items():
+    for state, rgb in COVER_TINT.items():
         tint[coverage == state, :3] = rgb
     tint[coverage == Coverage.ANALYSED, 3] = 0.35
     tint[(coverage == Coverage.SATURATED) | (coverage == Coverage.READ_FAILED), 3] = 0.85
@@ -166,14 +158,14 @@ def _numbers(draw: ImageDraw.ImageDraw, result: ScanResult, origin: tuple[int, i
         # A region of a few px would vanish: 7 px around its middle is the least that is seen.
         grow = max(0.0, 7 - min(box.width, box.height) / 2)
         box = box.grow(grow)
-        draw.rounded_rectangle((box.x0, box.y0, box.x1, box.y1), 4, outline=_MARK, width=2)
+        draw.rounded_rectangle((box.x0, box.y0, box.x1, box.y1), 4, outline=MARK, width=2)
         if region.rank > _MOST_NUMBERS:
             continue
         text = str(region.rank)
         text_w = draw.textlength(text, font=font) + 10
         x = box.x1 + 3 if box.x1 + 3 + text_w < origin[0] + result.frame.size_wh[0] * px_per_l0 else box.x0 - 3 - text_w
         y = max(origin[1], box.y0 - 6)
-        draw.rounded_rectangle((x, y, x + text_w, y + 23), 5, fill=_MARK)
+        draw.rounded_rectangle((x, y, x + text_w, y + 23), 5, fill=MARK)
         draw.text((x + 5, y + 1), text, font=font, fill=_PAPER)
 
 
@@ -181,15 +173,14 @@ def _hotspot(draw: ImageDraw.ImageDraw, result: ScanResult, origin: tuple[int, i
     """Draw the square with most figures."""
     if result.hotspot is not None:
         box = result.hotspot.box_l0.scale(px_per_l0).translate(*origin)
-        draw.rectangle((box.x0, box.y0, box.x1, box.y1), outline=_HOTSPOT, width=3)
+        draw.rectangle((box.x0, box.y0, box.x1, box.y1), outline=HOTSPOT, width=3)
 
 
 def _heading(draw: ImageDraw.ImageDraw, result: ScanResult, title: str, left: int, right: int) -> None:
     """Write what was scanned and what was found."""
-    n, what = len(result.found), result.classes[0] if len(result.classes) == 1 else "object"
-    counted = f"{n:,} {what}{'' if n == 1 else 's'} at score ≥ {result.threshold:.2f}"
+    found = counted(len(result.found), result.classes, result.threshold)
     draw.text((left, 14), title, font=_font(30), fill=_INK)
-    draw.text((left, 54), f"{counted} · {len(result.regions):,} flagged regions", font=_font(20), fill=_INK)
+    draw.text((left, 54), f"{found} · {len(result.regions):,} flagged regions", font=_font(20), fill=_INK)
     fraction = result.anomaly.analysed_fraction
     looked = (
         "no tissue" if np.isnan(fraction) else f"{fraction:.1%} of {result.anomaly.tissue_mm2:.1f} mm² tissue analysed"
@@ -203,19 +194,17 @@ def _scale_bar(draw: ImageDraw.ImageDraw, result: ScanResult, x: int, y: int, px
     """Draw a bar of a round length, about a fifth of the panel."""
     um_per_px = result.frame.mpp / px_per_l0
     wanted = 0.2 * result.frame.size_wh[0] * px_per_l0 * um_per_px
-    power = 10 ** np.floor(np.log10(wanted))
-    length_um = float(max(m * power for m in (1, 2, 5) if m * power <= wanted))
+    length_um = round_length_um(wanted)
     bar_px = length_um / um_per_px
     draw.rectangle((x, y + 4, x + bar_px, y + 9), fill=_INK)
-    text = f"{length_um / 1000:g} mm" if length_um >= 1000 else f"{length_um:g} µm"
-    draw.text((x + bar_px + 10, y - 5), text, font=_font(18), fill=_INK)
+    draw.text((x + bar_px + 10, y - 5), length_text(length_um), font=_font(18), fill=_INK)
 
 
 def _legend(draw: ImageDraw.ImageDraw, x: int, y: int) -> None:
     """Explain the marks on the left panel."""
-    draw.rounded_rectangle((x, y + 2, x + 26, y + 20), 4, outline=_MARK, width=2)
+    draw.rounded_rectangle((x, y + 2, x + 26, y + 20), 4, outline=MARK, width=2)
     draw.text((x + 36, y), "flagged region, numbered by evidence", font=_font(17), fill=_INK)
-    draw.rectangle((x, y + 34, x + 26, y + 52), outline=_HOTSPOT, width=3)
+    draw.rectangle((x, y + 34, x + 26, y + 52), outline=HOTSPOT, width=3)
     draw.text((x + 36, y + 32), "hotspot: the square with most figures", font=_font(17), fill=_INK)
 
 
@@ -236,10 +225,10 @@ def _ramp(draw: ImageDraw.ImageDraw, result: ScanResult, x: int, y: int) -> None
     )
     at = x
     for state, text in states:
-        draw.rectangle((at, y + 50, at + 22, y + 68), fill=_COVER_TINT[state], outline=(170, 170, 175))
+        draw.rectangle((at, y + 50, at + 22, y + 68), fill=COVER_TINT[state], outline=(170, 170, 175))
         draw.text((at + 30, y + 48), text, font=font, fill=_INK)
         at += 30 + int(draw.textlength(text, font=font)) + 24
     hotspot = result.hotspot
     if hotspot is not None:
         text = f"hotspot: {hotspot.count} figures in {hotspot.area_mm2:.2g} mm²"
-        draw.text((x, y + 82), text, font=font, fill=_HOTSPOT)
+        draw.text((x, y + 82), text, font=font, fill=HOTSPOT)

@@ -10,8 +10,6 @@ Nothing in the directory names the slide's path or carries text from inside the 
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import astuple, dataclass, replace
@@ -29,30 +27,24 @@ import pyarrow.parquet as pq
 from slidescan.anomaly import AnomalyMap
 from slidescan.config import ScanConfig
 from slidescan.detections import Detections
-from slidescan.errors import ConfigError, ResultError, ResultInTheWayError, SlidescanError
+from slidescan.errors import ConfigError, ResultError, SlidescanError
 from slidescan.export import detection_features, detection_ids, region_features, write_geojson
-from slidescan.export.ngff import Channel, read_ngff, write_ngff
+from slidescan.export.stored import attribute_columns, from_table, read_map, to_table, write_map
 from slidescan.flagged import FlaggedRegion, Hotspot, flag_regions, mitotic_hotspot
 from slidescan.geometry import Frame
+from slidescan.legend import counted
+from slidescan.manifest import MANIFEST, SCHEMA, check_files, listed, read_manifest, write_manifest
 from slidescan.region import commit, disk_error
+from slidescan.slides import Slide
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from PIL.Image import Image
 
-__all__ = ["ScanResult", "load_result"]
+__all__ = ["MANIFEST", "ScanResult", "load_result", "read_manifest"]
 
-MANIFEST = "manifest.json"
-_SCHEMA = 1
-_FILES = ("detections.parquet", "anomaly.ome.zarr", "flagged.geojson", "overview.png")
 # Cached properties of a result.
 _COMPUTED = ("config", "found", "ids", "regions", "hotspot")
-_COLUMNS = ("x0", "y0", "x1", "y1")
-# Windows in stored steps: score 0 to 1, density 0 to 20 per mm² (a high mitotic count), coverage by state.
-_CHANNELS = (
-    Channel("score", "FF4000", 1, 10_001, 0, 10_001),
-    Channel("density per mm²", "FFB000", 1, 201, 0, 65_535, active=False),
-    Channel("coverage", "00A0FF", 0, 4, 0, 4, active=False),
-)
 
 
 @dataclass(frozen=True)
@@ -204,6 +196,52 @@ class ScanResult:
         commit(Path(path), lambda partial: csv.write_csv(rows, partial))
         return int(rows.num_rows)
 
+    def plot(
+        self,
+        slide: Slide | None = None,
+        *,
+        what: Literal["density", "score", "coverage"] = "density",
+        regions: int = 20,
+        um: float | None = None,
+        width_in: float = 7.0,
+    ) -> Figure:
+        """Return a figure of the map for a paper, ``.savefig("map.pdf")``; the rest as in `slidescan.figure.draw_map`.
+
+        Parameters
+        ----------
+        slide : Slide, optional
+            Shown pale under the map.
+        regions : int
+            How many of the flagged regions are outlined and numbered, those with most evidence.
+
+        Raises
+        ------
+        ConfigError
+            If the slide is not the one that was scanned, or a setting cannot be meant.
+        SlideError
+            If the slide cannot be read.
+        """
+        from slidescan.figure import THUMBNAIL_PX, draw_map
+
+        if slide is not None and slide.fingerprint != self.provenance["slide"]["fingerprint"]:
+            raise ConfigError(
+                f"slide: expected the slide that was scanned, got {slide.name}, whose content is another; give the "
+                "file that was scanned"
+            )
+        if regions < 0:
+            raise ConfigError(f"regions: expected a number of regions, got {regions}")
+        return draw_map(
+            self.anomaly,
+            self.frame,
+            what=what,
+            title=counted(len(self.found), self.classes, self.threshold),
+            regions=self.flagged(regions),
+            hotspot=self.hotspot,
+            thumbnail=None if slide is None else slide.thumbnail(THUMBNAIL_PX)[0].rgb,
+            um=um,
+            width_in=width_in,
+        )
+
     def summary(self) -> dict[str, Any]:
         """Return the numbers a person asks for first."""
         hotspot = self.hotspot
@@ -231,36 +269,22 @@ class ScanResult:
             commit(
                 out / "detections.parquet", lambda partial: pq.write_table(self._table(), partial, compression="zstd")
             )
-            write_ngff(
-                out / "anomaly.ome.zarr",
-                AnomalyMap.pyramid(self.anomaly.encode()),
-                um_per_px=self.anomaly.frame.mpp,
-                slide_mpp=self.frame.mpp,
-                name="anomaly",
-                channels=_CHANNELS,
-                downsampling="maximum of score and coverage, mean of density",
-                attributes={
-                    "score": "(value - 1) / 10000; 0 not evaluated",
-                    "density_per_mm2": "(value - 1) / 10; 0 not evaluated",
-                    "coverage": "0 outside, 1 background, 2 analysed, 3 saturated, 4 read-failed",
-                },
-            )
+            write_map(out / "anomaly.ome.zarr", self.anomaly, self.frame)
             self.to_geojson(out / "flagged.geojson", what="regions")
             commit(out / "overview.png", lambda partial: draw().save(partial, format="PNG"))
-            files = {name: _digest(out / name) for name in _walk(out)}
+            files = listed(out)
             write_s, seconds = round(time.perf_counter() - started, 3), self.provenance["seconds"]
             seconds = {**seconds, "write": write_s, "total": round(seconds["total"] + write_s, 3)}
             saved = replace(self, path=out, provenance={**self.provenance, "seconds": seconds})
             manifest = {
-                "schema": _SCHEMA,
+                "schema": SCHEMA,
                 "classes": list(self.classes),
                 "frame": {"size_wh": list(self.frame.size_wh), "mpp": self.frame.mpp},
                 "summary": self.summary(),
                 **saved.provenance,
                 "files": files,
             }
-            text = json.dumps(manifest, indent=1, allow_nan=False)
-            commit(out / MANIFEST, lambda partial: _write_text(partial, text + "\n"))
+            write_manifest(out, manifest)
         except OSError as exc:
             if isinstance(exc, ResultError):
                 raise
@@ -275,17 +299,12 @@ class ScanResult:
 
     @property
     def _said(self) -> dict[str, np.ndarray[Any, np.dtype[np.float32]]]:
-        """Return the attributes by name; without detections there are no columns to take them from."""
-        columns = (
-            self.detections.attributes.T if len(self.detections) else np.empty((len(self.attributes), 0), np.float32)
-        )
-        return dict(zip(self.attributes, columns, strict=True))
+        """Return the attributes by name."""
+        return attribute_columns(self.detections, self.attributes)
 
     def _table(self) -> pa.Table:
         """Return the detections as an Arrow table, best first."""
-        names = pa.DictionaryArray.from_arrays(pa.array(self.detections.label.astype(np.int32)), pa.array(self.classes))
-        boxes = {name: self.detections.xyxy[:, i] for i, name in enumerate(_COLUMNS)}
-        return pa.table({"id": self.ids, **boxes, "score": self.detections.score, "label": names, **self._said})
+        return to_table(self.detections, self.ids, self.classes, self._said)
 
 
 def load_result(path: str | Path, *, verify: bool = True) -> ScanResult:
@@ -309,10 +328,7 @@ def load_result(path: str | Path, *, verify: bool = True) -> ScanResult:
         state = "the scan has not finished; run the same command to continue" if out.is_dir() else "no such directory"
         raise ResultError(f"{out}: expected a result directory with {MANIFEST}; {state}")
     try:
-        for name, entry in manifest["files"].items():
-            file = out / name
-            if not file.is_file() or file.stat().st_size != entry["bytes"] or (verify and _digest(file) != entry):
-                raise ResultError(f"{out}: {name} is not what the manifest lists; scan again with --overwrite")
+        check_files(out, manifest, verify=verify)
         return _load(out, manifest)
     except (OSError, ValueError, KeyError, TypeError) as exc:
         if isinstance(exc, SlidescanError):
@@ -326,50 +342,8 @@ def _load(out: Path, manifest: dict[str, Any]) -> ScanResult:
         (int(manifest["frame"]["size_wh"][0]), int(manifest["frame"]["size_wh"][1])), manifest["frame"]["mpp"]
     )
     classes = tuple(manifest["classes"])
-    attributes = manifest["detector"].get("attributes", ())
     table = pq.read_table(out / "detections.parquet")
-    label = table["label"].combine_chunks()
-    names = label.dictionary.to_pylist()
-    to_class = np.array([classes.index(n) for n in names] or [0], np.int16)
-    detections = Detections.build(
-        np.column_stack([table[c].to_numpy() for c in _COLUMNS]),
-        table["score"].to_numpy(),
-        to_class[label.indices.to_numpy()] if len(table) else np.empty(0),
-        np.stack([table[name].to_numpy() for name in attributes], -1) if attributes else None,
-    )
-    levels, _ = read_ngff(out / "anomaly.ome.zarr")
+    detections = from_table(table, classes, manifest["detector"].get("attributes", ()))
     provenance = {k: v for k, v in manifest.items() if k not in ("schema", "classes", "frame", "summary", "files")}
-    map_frame = frame.at(float(manifest["config"]["map"]["um_per_px"]))
-    return ScanResult(frame, classes, detections, AnomalyMap.decode(levels[0], map_frame), provenance, out)
-
-
-def read_manifest(out: Path) -> dict[str, Any] | None:
-    """Return the manifest of a finished result, or None where there is none."""
-    try:
-        manifest = json.loads((out / MANIFEST).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as exc:
-        raise ResultInTheWayError(f"{out}: {MANIFEST} cannot be read; scan again with --overwrite") from exc
-    if not isinstance(manifest, dict) or manifest.get("schema") != _SCHEMA:
-        raise ResultInTheWayError(
-            f"{out}: expected {MANIFEST} of schema {_SCHEMA}; it was written by another slidescan"
-        )
-    return manifest
-
-
-def _walk(out: Path) -> list[str]:
-    """Return every file of the result, relative and sorted."""
-    files = [f for name in _FILES for f in ([out / name] if (out / name).is_file() else (out / name).rglob("*"))]
-    return sorted(f.relative_to(out).as_posix() for f in files if f.is_file())
-
-
-def _digest(file: Path) -> dict[str, Any]:
-    """Return size and sha256 of a file."""
-    with file.open("rb") as opened:
-        return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(opened, "sha256").hexdigest()}
-
-
-def _write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text."""
-    path.write_text(text, encoding="utf-8")
+    anomaly = read_map(out / "anomaly.ome.zarr", frame.at(float(manifest["config"]["map"]["um_per_px"])))
+    return ScanResult(frame, classes, detections, anomaly, provenance, out)

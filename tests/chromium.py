@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import json
 import shutil
 import subprocess
 import time
@@ -19,7 +20,7 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 WHY = "needs Chromium, to see what a browser makes of the page"
 _DEADLINE_S = 30.0  # of one wait; a busy machine takes a second
 _CODES = {"ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40, "Escape": 27, "Tab": 9, "Enter": 13}
-_SHIFT = 8  # as the protocol counts modifiers
+_SHIFT, _CONTROL = 8, 2  # as the protocol counts modifiers
 
 
 class _ElsewhereError(Exception):
@@ -113,13 +114,23 @@ class Tab:
                 self.run("new Promise((done) => requestAnimationFrame(done))")
         raise AssertionError
 
-    def press(self, key: str, *, shift: bool = False, repeats: bool = False) -> None:
+    def press(self, key: str, *, shift: bool = False, control: bool = False, repeats: bool = False) -> None:
         """Press and release a key."""
         code = _CODES.get(key) or ord(key.upper())
-        common = {"key": key, "windowsVirtualKeyCode": code, "modifiers": _SHIFT if shift else 0}
-        text = {"text": key} if len(key) == 1 else {"text": "\r"} if key == "Enter" else {}
+        common = {"key": key, "windowsVirtualKeyCode": code, "modifiers": _SHIFT * shift + _CONTROL * control}
+        text = {"text": key} if len(key) == 1 and not control else {"text": "\r"} if key == "Enter" else {}
         self.send("Input.dispatchKeyEvent", type="keyDown", autoRepeat=repeats, **common, **text)
         self.send("Input.dispatchKeyEvent", type="keyUp", **common)
+
+    def click(self, selector: str) -> None:
+        """Press and release the mouse in the middle of the first element of a selector."""
+        x, y = self.run(
+            f"(() => {{ const e = document.querySelector({json.dumps(selector)});"
+            " e.scrollIntoView({block: 'center'});"
+            " const b = e.getBoundingClientRect(); return [b.x + b.width / 2, b.y + b.height / 2]; })()"
+        )
+        for kind in ("mousePressed", "mouseReleased"):
+            self.send("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
 
     def picture(self, path: Path) -> None:
         path.write_bytes(base64.b64decode(self.send("Page.captureScreenshot", format="png")["data"]))

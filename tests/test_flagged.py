@@ -5,8 +5,10 @@ from __future__ import annotations
 from itertools import pairwise
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.spatial import ConvexHull
 from scipy.spatial.distance import cdist
 
 from slidescan.detections import Detections
@@ -99,3 +101,23 @@ def test_links_are_transitive_whatever_the_order() -> None:
     order = rng.permutation(80)
     a, b = flag(table(centers, scores)), flag(table(centers[order], scores[order]))
     assert [(r.n, r.evidence, r.box_l0) for r in a] == [(r.n, r.evidence, r.box_l0) for r in b]
+
+
+@given(st.integers(0, 2**32 - 1), st.sampled_from([0.0, 5.0, 15.0]), st.booleans())
+def test_of_one_detection_the_outline_is_its_hull(seed: int, margin_um: float, whole: bool) -> None:
+    """The corners of the box with its margin, in qhull's order."""
+    rng = np.random.default_rng(seed)
+    centers, sides = rng.uniform(0, 40_000, (8, 2)), rng.uniform(1, 120, (8, 2))
+    xyxy = np.clip(np.concatenate([centers - sides, centers + sides], 1), 0, 40_000)
+    found = Detections.build(xyxy.round() if whole else xyxy, np.full(8, 0.9))
+    for region in flag(found, link_um=0.01, margin_um=margin_um):
+        assert region.n == 1
+        hull = ConvexHull(region.polygon_l0)
+        assert hull.vertices.tolist() == [0, 1, 2, 3]
+        assert region.area_mm2 == pytest.approx(hull.volume * FRAME.mm2_per_px, rel=1e-12)
+    margin_px = margin_um / 0.25
+    grown = np.clip(found.xyxy + margin_px * np.array([-1, -1, 1, 1]), 0, 40_000)
+    outlines = sorted(
+        tuple(region.polygon_l0[[0, 2]].ravel()) for region in flag(found, link_um=0.01, margin_um=margin_um)
+    )
+    assert outlines == sorted(map(tuple, grown.tolist()))

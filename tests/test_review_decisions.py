@@ -87,6 +87,32 @@ def test_whatever_is_typed_comes_back(note: str, label: str) -> None:
     assert back == [replace(first, order=1), replace(decided("b"), order=2)]
 
 
+@given(st.none() | st.lists(st.tuples(*[st.floats(-1e6, 1e6, width=32)] * 4), max_size=4), st.none() | st.text())
+def test_what_was_seen_comes_back(boxes: list[tuple[float, float, float, float]] | None, label: str | None) -> None:
+    """Boxes of the detections in a region, in their order, and the detector's class; not known is neither none."""
+    parts = None if boxes is None else tuple(Box(*box) for box in boxes)
+    made = replace(decided("a"), parts_l0=parts, detected_label=label)
+    with tempfile.TemporaryDirectory() as folder:
+        log = DecisionLog(Path(folder, "decisions.jsonl"))
+        log.append(made)
+        assert list(read(log.path).standing.of("r0")) == [replace(made, order=1)]
+
+
+def test_lines_from_before_boxes_were_kept_are_read(tmp_path: Path) -> None:
+    """What they do not hold is not known; boxes that are none make a line unreadable."""
+    log = DecisionLog(tmp_path / "decisions.jsonl")
+    log.append(replace(decided("a"), parts_l0=(), detected_label="disc"))
+    line = json.loads(log.path.read_text())
+    wrong = [
+        {**line, "event_id": f"w{i}", "parts_l0": parts} for i, parts in enumerate(([[0, 1]], [[0, 0, 1, None]], 7))
+    ]
+    del line["parts_l0"], line["detected_label"]
+    log.path.write_text("".join(json.dumps(each) + "\n" for each in ({**line, "event_id": "b"}, *wrong)))
+    (back,) = read(log.path).standing.latest_first()
+    assert (back.event_id, back.parts_l0, back.detected_label) == ("b", None, None)
+    assert read(log.path).unreadable == 3
+
+
 def test_a_line_cut_off_anywhere_costs_nothing_but_itself(tmp_path: Path) -> None:
     """What was written before and after is read; the next line begins on its own; no byte is taken back."""
     log = DecisionLog(tmp_path / "whole")

@@ -40,7 +40,7 @@ class TestFiles:
         text = module()
         assert not re.search(r"^\s*import\b", text, re.MULTILINE)
         assert text.count("async function mount(") == 1
-        assert {path.stem for path in ASSETS.glob("*.js")} == {*MODULES, "start", "openseadragon.min"}
+        assert {path.stem for path in ASSETS.glob("*.js")} == {*MODULES, "start", "widget", "openseadragon.min"}
         for name in MODULES:
             for needed in re.findall(r'from "\./(\w+)\.js"', (ASSETS / f"{name}.js").read_text()):
                 assert MODULES.index(needed) < MODULES.index(name)
@@ -327,7 +327,7 @@ class TestGallery:
         """No score, evidence or rank is in the page, nor a control that would tell it."""
         opened(blinded=True)
         text = tab.run("document.body.textContent") + tab.run("document.getElementById('review').outerHTML")
-        for word in ("Score", "score ", "Evidence", "Rank", "min_score"):
+        for word in ("Score", "score ", "Evidence", "Rank", "min_score", "disputed"):
             assert word not in text
         tab.press("h")
         tab.wait("document.querySelector('[role=status]').textContent.includes('blinded')")
@@ -356,13 +356,111 @@ class TestGallery:
         for _ in range(40):
             tab.press("Tab")
             seen.add(tab.run("document.activeElement.name || document.activeElement.textContent.trim()"))
-        assert {"sort", "decision", "Accept a", "Undo z", "Slide f", "Help ?"} <= seen
+        assert {"sort", "decision", "Accept a", "Undo z", "Slide f", "Summary i", "Help ?"} <= seen
+
+    def test_the_help_has_all_keys(self, opened: Callable[..., Desk], tab: Tab) -> None:
+        """Each key that a button shows is in the help."""
+        opened()
+        shown = "(where) => [...document.querySelectorAll(where + ' kbd')].map((key) => key.textContent)"
+        on_buttons = set(tab.run(f"({shown})('.ss-panel button')"))
+        assert on_buttons == {"a", "r", "u", "←", "→", "z", "f", "i", "?"}
+        assert on_buttons <= set(tab.run(f"({shown})('dialog')"))
 
     def test_a_wrong_token(self, opened: Callable[..., Desk], tab: Tab) -> None:
         opened()
         url = tab.run("location.href")
         tab.open(f"{url}#{'x' * 43}")
         tab.wait("document.getElementById('review')?.textContent.startsWith('open the page by the URL')")
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason=WHY)
+class TestOthers:
+    OTHERS = "[...document.querySelectorAll('.ss-panel dl:last-of-type:not([hidden]) dd')].map((dd) => dd.textContent)"
+
+    def others(self, case: Path) -> list[str]:
+        """Let ben and cy decide on the first items; return their ids."""
+        result = ss.load_result(case, verify=False)
+        ids = [item.id for item in ss.review(result, reviewer="ben").items()]
+        for name, verdicts in (("ben", ("accept", "reject")), ("cy", ("unsure",))):
+            for id_, verdict in zip(ids, verdicts, strict=False):
+                ss.review(result, reviewer=name).decide(id_, verdict, note=HOSTILE if name == "cy" else "")
+        return ids
+
+    def test_what_others_decided(self, opened: Callable[..., Desk], tab: Tab, case: Path) -> None:
+        """Beside the item in question; none where nobody did. Those that are disputed can be listed."""
+        self.others(case)
+        opened()
+        assert tab.run(self.OTHERS) == ["ben accept", f"cy unsure: {HOSTILE}"]
+        press(tab, "ArrowRight")
+        at(tab, 2)
+        assert tab.run(self.OTHERS) == ["ben reject"]
+        press(tab, "ArrowRight")
+        at(tab, 3)
+        assert tab.run(self.OTHERS) == []
+        TestGallery().choose(tab, "decision", "disputed")
+        at(tab, 1, 1)
+        assert tab.run("document.title") == "slidescan review"
+
+    def test_summary(self, opened: Callable[..., Desk], tab: Tab, case: Path) -> None:
+        """By its key and by its button; tables have names; the keys wait; focus goes in and comes back."""
+        self.others(case)
+        opened()
+        press(tab, "r")
+        at(tab, 2)
+        tab.press("i")
+        tab.wait("document.querySelector('.ss-summary').open")
+        rows = tab.run(
+            "[...document.querySelectorAll('.ss-summary tr')].map((row) => [...row.cells].map((c) => c.textContent))"
+        )
+        assert rows == [
+            ["Reviewer", "Accept", "Reject", "Unsure", "Left"],
+            ["ann", "0", "1", "0", f"{N - 1}"],
+            ["ben", "1", "1", "0", f"{N - 2}"],
+            ["cy", "0", "0", "1", f"{N - 1}"],
+            ["Reviewers", "Decided by both", "Cohen's kappa"],
+            ["ann, ben", "1", "0.00"],
+            ["ann, cy", "1", "0.00"],
+            ["ben, cy", "1", "0.00"],
+        ]
+        nodes = [node for node in tab.send("Accessibility.getFullAXTree")["nodes"] if not node["ignored"]]
+        named = {(node["role"]["value"], node["name"]["value"]) for node in nodes}
+        assert {("table", "Agreement beyond chance"), ("table", f"Decisions on {N} regions")} <= named
+        assert {("dialog", "Summary"), ("rowheader", "ann, ben"), ("columnheader", "Cohen's kappa")} <= named
+        assert tab.run("document.activeElement.closest('dialog').className").endswith("ss-summary")
+        tab.press("a")
+        tab.press("Escape")
+        tab.wait("!document.querySelector('.ss-summary').open")
+        assert tab.run("document.activeElement.matches('.ss-card[aria-current]')")
+        assert len(decided(case)) == 4
+        tab.run("[...document.querySelectorAll('.ss-moves button')].find((b) => b.textContent === 'Summary i').click()")
+        tab.wait("document.querySelector('.ss-summary').open")
+
+    def test_blinded_it_tells_nothing_of_others(self, opened: Callable[..., Desk], tab: Tab, case: Path) -> None:
+        self.others(case)
+        opened(blinded=True)
+        tab.press("i")
+        tab.wait("document.querySelector('.ss-summary').open")
+        text = tab.run("document.body.textContent")
+        assert "ann" in text
+        assert "This review is blinded: what others decided is not told." in text
+        for word in ("ben", "cy unsure", HOSTILE, "kappa", "Others"):
+            assert word not in text
+
+    def test_decisions_of_an_earlier_scan(self, opened: Callable[..., Desk], tab: Tab, case: Path) -> None:
+        """It is said when the page opens, and gone once something else is to be said."""
+        self.others(case)
+        log = case / "decisions.jsonl"
+        lines = [json.loads(line) for line in log.read_text().splitlines()]
+        for line in lines:
+            line["region"] = f"old {line['region']}"
+        lines[1]["box_l0"] = [0.0, 0.0, 1.0, 1.0]
+        log.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        opened()
+        status = "document.querySelector('[role=status]').textContent"
+        assert tab.run(status) == "2 decisions of an earlier scan were re-attached, 1 found no place."
+        press(tab, "a")
+        at(tab, 2)
+        assert tab.run(status).startswith("Accepted")
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason=WHY)
@@ -459,6 +557,44 @@ class TestSlide:
         tab.wait(f"{self.SCALE} > {before['scale'] * 1.1}")
         tab.press("a")  # the keys are still ours
         at(tab, 2)
+
+    def test_a_click_on_an_item_goes_to_it(self, opened: Callable[..., Desk], tab: Tab) -> None:
+        """On its outline or some px beside it; the view stays. A drag and a click on nothing go nowhere."""
+        desk = opened()
+        boxes = [item.box_l0 for item in desk._review.items()]
+        press(tab, "f")
+        tab.wait(self.LOADED)
+        tab.press("0")
+        tab.wait(f"{self.STILL} && {self.SCALE} < 0.62")
+        stage = tab.run(
+            "(() => { const r = document.querySelector('.ss-stage').getBoundingClientRect(); return [r.x, r.y]; })()"
+        )
+
+        def click(x_l0: float, y_l0: float, *, by: float = 0, to: float = 0) -> dict[str, float]:
+            """Press `by` px right of a place, release `to` px farther; return the view before."""
+            view: dict[str, float] = tab.run(f"{REVIEW}.context.view()")
+            x, y = x_l0 * view["scale"] + view["left"] + stage[0] + by, y_l0 * view["scale"] + view["top"] + stage[1]
+            for kind, at_x, buttons in (("Pressed", x, 1), ("Moved", x + to, 1), ("Released", x + to, 0)):
+                how = {"button": "left", "buttons": buttons, "clickCount": 1}
+                tab.send("Input.dispatchMouseEvent", type=f"mouse{kind}", x=at_x, y=y, **how)
+            return view
+
+        middle = [((box.x0 + box.x1) / 2, (box.y0 + box.y1) / 2) for box in boxes]
+        view = click(*middle[7])
+        at(tab, 8)
+        assert tab.run(f"{REVIEW}.context.view()") == pytest.approx(view)
+        inner = [n for n in range(1, N) if n != 7 and boxes[n].x1 < 1500]
+        lonely = max(inner, key=lambda n: sorted(np.hypot(*np.subtract(middle[n], m)) for m in middle)[1])
+        click(boxes[lonely].x1, middle[lonely][1], by=8)
+        at(tab, lonely + 1)
+        asked = sum("/api/find" in url for url in tab.asked)
+        click(*middle[0], to=60)
+        click(boxes[lonely].x1, middle[lonely][1], by=12)
+        tab.wait(f"{self.STILL}")
+        press(tab, "a")  # of the one that was gone to
+        tab.wait("document.querySelector('[role=status]').textContent.startsWith('Accepted')")
+        assert desk._review.decision(desk._review.items()[lonely].id) is not None
+        assert sum("/api/find" in url for url in tab.asked) == asked + 1
 
     def test_two_hundred_thousand_boxes(self, opened: Callable[..., Desk], tab: Tab) -> None:
         """All are found by place, and a view of any part is painted within a frame or two."""

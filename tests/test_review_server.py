@@ -258,7 +258,8 @@ class TestAttacks:
         self.refused(call("GET", path, token=False, Authorization=f"Bearer {call.token}"), 403)
         body = json.dumps({"id": "x", "decision": "accept"}).encode()
         self.refused(call("POST", "/api/decide", body, token=False, Content_Type="application/json"), 403)
-        for kind in ("items", "crop", "tile", "heat", "boxes", "coverage", "slide", "next", "nothing"):
+        for kind in ("items", "crop", "tile", "heat", "boxes", "coverage", "slide", "next", "find", "summary",
+                     "nothing"):  # fmt: skip
             self.refused(call("GET", f"/api/{kind}", token=False), 403)
         assert len(call.token) >= 43
         assert not (case / "decisions.jsonl").exists()
@@ -414,7 +415,7 @@ class TestAttacks:
         for kind in ("decide", "undo"):
             self.refused(call.get(kind), 405)
             assert call.headers["allow"] == "POST"
-        for kind in ("state", "items", "tile", "crop"):
+        for kind in ("state", "items", "tile", "crop", "find", "summary"):
             self.refused(call.post(kind, {}), 405)
         for method in ("PUT", "DELETE", "PATCH"):
             self.refused(call(method, "/api/decide", b"{}"), 405)
@@ -495,7 +496,8 @@ class TestAttacks:
     def test_whatever_is_asked(self, case: Path, slide: Slide) -> None:
         """No value makes a desk fail in another way than by a line of its own."""
         desk, said = Desk(looked_at(case, slide)), [0]
-        names = ["slide", "level", "x", "y", "id", "fov_um", "page", "size", "listing", "start", "decision", "note"]
+        names = ["slide", "level", "x", "y", "id", "fov_um", "page", "size", "listing", "start", "decision", "note",
+                 "x_l0", "y_l0", "reach_l0"]  # fmt: skip
         json_values = st.recursive(
             st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
             lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner, max_size=2),

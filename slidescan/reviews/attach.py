@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import astuple
 
 import numpy as np
 import shapely
+from numpy.typing import NDArray
 
 from slidescan.detections import iou_pairs
 from slidescan.geometry import Box
 from slidescan.reviews.items import ReviewItem
 
-__all__ = ["reattach"]
+__all__ = ["at_one_place", "reattach"]
 
 _SAME_IOU = 0.5  # from here on two boxes mean one thing: the usual rule for detections (Pascal VOC)
 
@@ -35,20 +36,34 @@ def reattach(boxes_l0: Mapping[str, Box], items: Collection[ReviewItem]) -> dict
     old_ids, new = sorted(boxes_l0), sorted(items, key=lambda item: item.id)
     old_xyxy = np.array([astuple(boxes_l0[id_]) for id_ in old_ids], np.float64)
     new_xyxy = np.array([astuple(item.box_l0) for item in new], np.float64)
+    pairs = at_one_place(old_xyxy, new_xyxy, lambda row: new[row].polygon_l0)
+    return {old_ids[old]: new[row].id for old, row in pairs.items()}
+
+
+def at_one_place(
+    old_xyxy: NDArray[np.float64],
+    new_xyxy: NDArray[np.float64],
+    outline: Callable[[int], NDArray[np.float64] | None] = lambda row: None,
+) -> dict[int, int]:
+    """Return, by row of the old boxes (N, 4), the row of the new one (M, 4) at the same place, as `reattach` has it.
+
+    `outline` gives the outline of a new one, (K, 2), where that is not its box. Boxes are in one frame, whichever.
+    """
+    if not len(old_xyxy) or not len(new_xyxy):
+        return {}
     outlines = shapely.box(*new_xyxy.T)
     a, b = shapely.STRtree(outlines).query(shapely.box(*old_xyxy.T))
     for row in np.unique(b).tolist():
-        polygon_l0 = new[row].polygon_l0
-        if polygon_l0 is not None:
-            outlines[row] = shapely.Polygon(polygon_l0)
+        if (polygon := outline(row)) is not None:
+            outlines[row] = shapely.Polygon(polygon)
     overlap = iou_pairs(old_xyxy[a], new_xyxy[b])
     centre_x, centre_y = (old_xyxy[a, 0] + old_xyxy[a, 2]) / 2, (old_xyxy[a, 1] + old_xyxy[a, 3]) / 2
     fits = shapely.intersects_xy(outlines[b], centre_x, centre_y) | (overlap >= _SAME_IOU)
-    attached: dict[str, str] = {}
+    attached: dict[int, int] = {}
     given: set[int] = set()
     for pair in np.lexsort((b, a, -overlap)).tolist():
-        old, item_row = old_ids[a[pair]], int(b[pair])
-        if fits[pair] and old not in attached and item_row not in given:
-            attached[old] = new[item_row].id
-            given.add(item_row)
+        old, new = int(a[pair]), int(b[pair])
+        if fits[pair] and old not in attached and new not in given:
+            attached[old] = new
+            given.add(new)
     return attached

@@ -17,12 +17,14 @@ from slidescan.geometry import Box
 from slidescan.result import ScanResult
 from slidescan.reviews.attach import reattach
 from slidescan.reviews.decisions import DECISIONS, Decision, DecisionLog, Undo, Verdict, What
-from slidescan.reviews.items import ReviewItem, items_of
+from slidescan.reviews.items import ReviewItem, inside, items_of
 from slidescan.slides import Slide, pooled
 
-__all__ = ["Case", "SlideAt"]
+__all__ = ["MOST_PARTS", "Case", "SlideAt"]
 
 SlideAt = Slide | str | PathLike[str]
+
+MOST_PARTS = 200  # boxes of a region that a page shows and a line of the log holds: some 10 kB
 
 
 class Case:
@@ -35,6 +37,7 @@ class Case:
     def __init__(self, result: ScanResult, what: What, *, slide_id: str = "", group: str = "") -> None:
         self.path = _saved(result)
         self.slide_id = slide_id or self.path.resolve().name
+        self.group = group
         self.what = what
         self.frame = result.frame
         self.items = {item.id: item for item in items_of(result, what, self.slide_id, group)}
@@ -95,21 +98,28 @@ class Case:
     @property
     def reattached(self) -> int:
         """Decisions that stand through where they are, since their ids are gone."""
-        return sum(region in self._attached for region in self._elsewhere())
+        return self.moved()[0]
 
     @property
     def orphaned(self) -> int:
         """Decisions whose place holds nothing any more, or that were made on another slide."""
-        return sum(region not in self._attached for region in self._elsewhere())
+        return self.moved()[1]
 
-    def _elsewhere(self) -> Iterator[str]:
-        """Yield the region of each decision that stands for an id that is gone: one a reviewer and region."""
+    def moved(self, reviewer: str | None = None) -> tuple[int, int]:
+        """Return how many decisions, of all or of one reviewer, are `reattached`, and how many `orphaned`."""
         standing = self.log.standing
-        for region in self._strangers:
-            yield from (region for _ in {decision.reviewer for decision in standing.of(region)})
+        places = [
+            region in self._attached
+            for region in self._strangers  # one a reviewer and region
+            for name in {decision.reviewer for decision in standing.of(region)}
+            if reviewer in (None, name)
+        ]
+        return sum(places), len(places) - sum(places)
 
     def decide(self, item: ReviewItem, decision: Verdict, *, reviewer: str, label: str | None, note: str) -> Decision:
-        """Write a decision; `item` is as it was shown, scores hidden or not."""
+        """Write a decision with what it was decided on; `item` is as it was shown, scores hidden or not."""
+        # The shortest text that gives back the float32.
+        parts = [Box(*(float(str(edge)) for edge in part)) for part in self.parts(item)[:MOST_PARTS]]
         decided = Decision(
             event_id=uuid.uuid4().hex,
             at=time.time(),
@@ -125,6 +135,8 @@ class Case:
             run_key=self._run_key,
             model_sha256=self._model,
             slide_fingerprint=self._fingerprint,
+            detected_label=item.label,
+            parts_l0=tuple(parts),
         )
         self.log.append(decided)
         self.refresh()
@@ -136,10 +148,11 @@ class Case:
         self.refresh()
 
     def parts(self, item: ReviewItem) -> NDArray[np.float32]:
-        """Return the boxes (N, 4) of the detections in a region's box, from left to right."""
-        x, y = (self._found_l0[:, :2] + self._found_l0[:, 2:]).T / 2
-        box = item.box_l0
-        parts = self._found_l0[(x >= box.x0) & (x < box.x1) & (y >= box.y0) & (y < box.y1)]
+        """Return the boxes (N, 4) of the detections in a region, from left to right; none for a detection."""
+        box, found = item.box_l0, self._found_l0
+        meets = (found[:, 2:] >= (box.x0, box.y0)) & (found[:, :2] <= (box.x1, box.y1))  # a tree of few is soon built
+        near = found[meets.all(1)]
+        parts = near[inside([item], (near[:, :2] + near[:, 2:]) / 2)[:, 1]] if len(near) else near
         ordered: NDArray[np.float32] = parts[np.lexsort(parts.T[::-1])]  # by score it would tell scores
         return ordered
 
@@ -161,7 +174,7 @@ class Case:
         if at is None:
             raise ConfigError(
                 f"slides: expected where the pixels of {self.slide_id!r} are, got nothing for it; a result names no "
-                "path, so pass slides= to review()"
+                "path, so pass slides=, or --slides on the command line"
             )
         slide = at if isinstance(at, Slide) else pooled(at, mpp=self.frame.mpp, color=self._color)
         if slide.fingerprint != self._fingerprint:

@@ -64,6 +64,10 @@ class Decision:
     run_key: str
     model_sha256: str
     slide_fingerprint: str
+    detected_label: str | None = None
+    """The detector's class, of a region that of most of its detections; None in lines from before it was kept."""
+    parts_l0: tuple[Box, ...] | None = None
+    """Boxes of the detections shown in a region, from left to right; empty for a detection; None: as above."""
     order: int = 0
     """Place among the events of its log, from 1; given when it is read."""
 
@@ -220,6 +224,7 @@ def _line(event: Decision | Undo) -> bytes:
     told |= {name: getattr(event, name) for name in event.__slots__ if name != "order"}
     if isinstance(event, Decision):
         told["box_l0"] = list(astuple(event.box_l0))
+        told["parts_l0"] = None if event.parts_l0 is None else [list(astuple(part)) for part in event.parts_l0]
     return json.dumps(told, allow_nan=False).encode() + b"\n"
 
 
@@ -246,9 +251,7 @@ def _undo(told: dict[str, Any]) -> Undo:
 def _decision(told: dict[str, Any]) -> Decision:
     if told["decision"] not in get_args(Verdict) or told["what"] not in get_args(What):
         raise ValueError("no such decision")
-    x0, y0, x1, y1 = map(float, told["box_l0"])
-    if not all(map(math.isfinite, (x0, y0, x1, y1))):
-        raise ValueError("no such box")
+    parts, detected_label = told.get("parts_l0"), told.get("detected_label")
     shown = (told.get(name) for name in ("score", "evidence"))
     score, evidence = (None if value is None else float(value) for value in shown)
     label = told.get("label")
@@ -261,13 +264,22 @@ def _decision(told: dict[str, Any]) -> Decision:
         decision=told["decision"],
         label=None if label is None else _text(label),
         note=_text(told.get("note", "")),
-        box_l0=Box(x0, y0, x1, y1),
+        box_l0=_box(told["box_l0"]),
         score=score,
         evidence=evidence,
         run_key=_text(told["run_key"]),
         model_sha256=_text(told["model_sha256"]),
         slide_fingerprint=_text(told["slide_fingerprint"]),
+        detected_label=None if detected_label is None else _text(detected_label),
+        parts_l0=None if parts is None else tuple(map(_box, parts)),
     )
+
+
+def _box(told: Any) -> Box:
+    x0, y0, x1, y1 = map(float, told)
+    if not all(map(math.isfinite, (x0, y0, x1, y1))):
+        raise ValueError("no such box")
+    return Box(x0, y0, x1, y1)
 
 
 def _text(value: object) -> str:

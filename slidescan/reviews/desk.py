@@ -14,26 +14,26 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 from slidescan.errors import ConfigError, ResultError, SlideError
-from slidescan.overview import RAMP_END_PER_MM2
+from slidescan.legend import RAMP_END_PER_MM2
 from slidescan.reviews.asked import Asked, NotThereError
-from slidescan.reviews.case import Case
+from slidescan.reviews.case import MOST_PARTS, Case
+from slidescan.reviews.chosen import STATES, TELL_OTHERS, TELL_SCORES, Sort, nearest
 from slidescan.reviews.decisions import Decision, Verdict
 from slidescan.reviews.items import ReviewItem
 from slidescan.reviews.layers import Layers, layers_of
-from slidescan.reviews.session import TELL_SCORES, Review, Sort
+from slidescan.reviews.session import Review
+from slidescan.reviews.summary import notice, summary_of
 from slidescan.reviews.tiles import TILE_PX, Tiling, as_jpeg
 from slidescan.slides import Slide
 
 __all__ = ["WRITES", "Desk", "Picture"]
 
 WRITES = frozenset({"decide", "undo"})  # kinds that change something
-_STATES = (*get_args(Verdict), "decided", "undecided")
 _MOST_ON_PAGE = 100  # items: as many pictures as a screen holds, several times
 _MOST_TEXT = 10_000  # characters of a note, as `Review.decide` takes
 _MOST_NAME = 1000  # characters of a class or an id
 _FOV_UM = (8.0, 2048.0)  # field of view: of one nucleus; of two flagged regions
 _MOST_CROP_PX = 640  # edge of a crop: 1.2 MB of RGB
-_MOST_PARTS = 200  # detections of a region that are marked in its picture
 _LISTINGS, _LAYERS = 8, 4  # kept: lists that pages are turned of, one a window; layers of slides looked at last
 
 
@@ -65,6 +65,8 @@ class Desk:
             "state": self._state,
             "items": self._items,
             "next": self._next,
+            "find": self._find,
+            "summary": self._summary,
             "decide": self._decide,
             "undo": self._undo,
             "crop": self._crop,
@@ -123,7 +125,15 @@ class Desk:
             "labels": self._labels,
             "slides": slides,
             "sorts": sorts[::-1] if review.blinded else sorts,
+            "notice": notice(review),
         }
+
+    def _summary(self, asked: Asked) -> dict[str, Any]:
+        asked.nothing_else()
+        with self._lock:
+            self._review.refresh()
+            self._left = self._review.left
+            return summary_of(self._review)
 
     def _items(self, asked: Asked) -> dict[str, Any]:
         """Turn a page of a list; a list stays as it was made, whatever is decided meanwhile, so that pages fit."""
@@ -133,11 +143,13 @@ class Desk:
         sort = asked.one_of_or_none("sort", get_args(Sort))
         slide_n = asked.whole("slide", -1, len(self._slides) - 1, default=-1)
         label = asked.text_or_none("label", _MOST_NAME)
-        decision = asked.one_of_or_none("decision", _STATES)
+        decision = asked.one_of_or_none("decision", STATES)
         min_score = asked.number_or_none("min_score", 0.0, 1.0)
         asked.nothing_else()
         with self._lock:
             if kept < 0:
+                if decision in TELL_OTHERS:
+                    self._review.refresh()
                 self._listed = kept = self._listed + 1
                 self._listings[kept] = self._review.items(
                     sort,  # type: ignore[arg-type]  # one of them
@@ -159,6 +171,17 @@ class Desk:
         with self._lock:
             rest = enumerate(self._listing(kept)[start:], start)
             return {"index": next((i for i, item in rest if self._review.decision(item.id) is None), None)}
+
+    def _find(self, asked: Asked) -> dict[str, Any]:
+        """Find the item of a list that is at a place of a slide."""
+        kept = asked.whole("listing", 0, 10**9)
+        _, case = self._case(asked)
+        width, height = case.frame.size_wh
+        x, y = asked.number("x_l0", 0, width), asked.number("y_l0", 0, height)
+        reach = asked.number("reach_l0", 0, max(width, height))
+        asked.nothing_else()
+        with self._lock:
+            return {"index": nearest(self._listing(kept), case.slide_id, (x, y), reach)}
 
     def _listing(self, kept: int) -> list[ReviewItem]:
         if kept not in self._listings:
@@ -286,7 +309,7 @@ class Desk:
 
     def _told(self, item: ReviewItem) -> dict[str, Any]:
         """Say of an item what may be shown; nothing else leaves."""
-        box = item.box_l0
+        box, said = item.box_l0, self._review.decisions(item.id)
         polygon = None if item.polygon_l0 is None else item.polygon_l0.round(1).tolist()
         return {
             "id": item.id,
@@ -301,8 +324,9 @@ class Desk:
             "mpp": self._review.cases[item.slide_id].frame.mpp,
             "box_l0": [box.x0, box.y0, box.x1, box.y1],
             "polygon_l0": polygon,
-            "parts_l0": self._review.cases[item.slide_id].parts(item)[:_MOST_PARTS].tolist(),
-            "decided": _said(self._review.decision(item.id)),
+            "parts_l0": self._review.cases[item.slide_id].parts(item)[:MOST_PARTS].tolist(),
+            "decided": _said(said.get(self._review.reviewer)),
+            "others": [] if self._review.blinded else _others(said, self._review.reviewer),
         }
 
 
@@ -310,3 +334,9 @@ def _said(decision: Decision | None) -> dict[str, Any] | None:
     if decision is None:
         return None
     return {"decision": decision.decision, "label": decision.label, "note": decision.note}
+
+
+def _others(said: Mapping[str, Decision], reviewer: str) -> list[dict[str, str]]:
+    """Say what others decided, who decided last at the end."""
+    others = [(name, made) for name, made in said.items() if name != reviewer]
+    return [{"reviewer": name, "decision": made.decision, "note": made.note} for name, made in others]

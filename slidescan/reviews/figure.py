@@ -6,12 +6,12 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.patheffects import withStroke
 
 from slidescan.errors import ConfigError
+from slidescan.figure import scale_bar
+from slidescan.legend import MARK
 from slidescan.reviews.items import ReviewItem
 
 if TYPE_CHECKING:
@@ -21,9 +21,8 @@ __all__ = ["contact_sheet"]
 
 # Okabe and Ito (2008): told apart by colour-blind readers; the word stands beside the colour all the same.
 _COLORS = {"accept": "#009E73", "reject": "#D55E00", "unsure": "#E69F00"}
-_UNDECIDED, _MARK = "#6E6E76", "#0072B2"  # grey; the blue of outlines in the overview
+_UNDECIDED = "#6E6E76"
 _TILE_IN, _HEADING_IN = 1.7, 0.3  # inches of a field of view, and of the line above it
-_MOST_BAR = 0.35  # of a field's edge, so that the bar hides little
 
 
 def contact_sheet(
@@ -55,13 +54,14 @@ def contact_sheet(
     share = _HEADING_IN / (_TILE_IN + _HEADING_IN)
     grid = figure.add_gridspec(rows, columns, left=0, right=1, bottom=0.1 / height_in, top=1 - _HEADING_IN / height_in)
     grid.update(wspace=0.06, hspace=share / (1 - share))
+    mark = [part / 255 for part in MARK]
     several = len({item.slide_id for item in items}) > 1
     for place, item in enumerate(items):
         axes = figure.add_subplot(grid[divmod(place, columns)])
         # Axes in µm, whatever the pixels.
         axes.imshow(review.crop(item.id, fov_um, px), extent=(0, fov_um, fov_um, 0))
         x0, y0, x1, y1 = review.box_um(item.id, fov_um)
-        axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=_MARK, linewidth=1))
+        axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=mark, linewidth=1))
         axes.set(xlim=(0, fov_um), ylim=(fov_um, 0), xticks=[], yticks=[])
         made = review.decision(item.id)
         color = _UNDECIDED if made is None else _COLORS[made.decision]
@@ -75,19 +75,7 @@ def contact_sheet(
         if made is not None:
             said.append(made.decision)
         axes.set_title(" · ".join(said), fontsize=8, color=color, pad=4)
-        _scale_bar(axes, fov_um)
+        scale_bar(axes, fov_um, fov_um, um_per_unit=1)
     if not items:
         figure.text(0.5, 0.5, "nothing to show", ha="center", va="center")
     return figure
-
-
-def _scale_bar(axes: Axes, fov_um: float) -> None:
-    """Draw a bar of a round length."""
-    most_um = _MOST_BAR * fov_um
-    power = 10.0 ** math.floor(math.log10(most_um))
-    bar_um = max(step * power for step in (1, 2, 5) if step * power <= most_um)
-    x, y = 0.05 * fov_um, 0.93 * fov_um
-    axes.add_patch(Rectangle((x, y), bar_um, 0.02 * fov_um, facecolor="black", edgecolor="white", linewidth=0.7))
-    text = f"{bar_um / 1000:g} mm" if bar_um >= 1000 else f"{bar_um:g} µm"
-    outline = [withStroke(linewidth=1.5, foreground="white")]
-    axes.text(x, y - 0.02 * fov_um, text, fontsize=6, color="black", va="bottom", path_effects=outline)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import shapely
 from numpy.typing import NDArray
 
 from slidescan.flagged import MOST_CERTAIN
@@ -14,7 +15,7 @@ from slidescan.geometry import Box
 from slidescan.result import ScanResult
 from slidescan.reviews.decisions import What
 
-__all__ = ["ReviewItem", "items_of"]
+__all__ = ["ReviewItem", "inside", "items_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,3 +57,13 @@ def items_of(result: ScanResult, what: What, slide_id: str, group: str = "") -> 
         evidence = -math.log1p(-min(score, MOST_CERTAIN))
         name, box_l0 = result.classes[label], Box(*xyxy)
         yield ReviewItem(result.ids[row], what, slide_id, group, name, score, evidence, 1, rank, box_l0, None)
+
+
+def inside(regions: Sequence[ReviewItem], xy_l0: NDArray[np.floating]) -> NDArray[np.intp]:
+    """Return which of the points (N, 2) are in which region: rows (region, point), shape (k, 2).
+
+    A detection is in a region if its centre is in the outline, or on it.
+    """
+    outlines = np.array([shapely.Polygon(region.polygon_l0) for region in regions], object)
+    pairs: NDArray[np.intp] = shapely.STRtree(shapely.points(xy_l0)).query(outlines, predicate="intersects").T
+    return pairs

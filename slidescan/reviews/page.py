@@ -6,16 +6,15 @@ import re
 from functools import cache
 from importlib import resources
 
-__all__ = ["MODULES", "asset", "module"]
+__all__ = ["MODULES", "asset", "module", "style"]
 
 # In this order each needs only what comes before it.
-MODULES = ("elements", "crops", "keys", "gallery", "boxes", "overlay", "context", "panel", "filters", "page")
+MODULES = ("elements", "crops", "keys", "gallery", "boxes", "overlay", "context", "panel", "filters", "summary", "page")
 _IMPORT = re.compile(r'^import \{[^}]*\} from "\./\w+\.js";\n', re.MULTILINE)
 _SERVED = {
     "openseadragon.min.js": "text/javascript",
     "openseadragon.LICENSE.txt": "text/plain",
     "icon.svg": "image/svg+xml",
-    "review.css": "text/css",
     "review.html": "text/html",
 }
 
@@ -25,6 +24,8 @@ def asset(name: str) -> tuple[bytes, str] | None:
     """Return a file and its media type; None for any other name."""
     if name == "review.js":
         return module("start").encode(), "text/javascript"
+    if name == "review.css":
+        return style("start").encode(), "text/css"
     return (_text(name).encode(), _SERVED[name]) if name in _SERVED else None
 
 
@@ -35,6 +36,11 @@ def module(*last: str) -> str:
     """
     texts = (_IMPORT.sub("", _text(f"{name}.js")) for name in (*MODULES, *last))
     return "\n".join(re.sub(r"^export (?!default)", "", text, flags=re.MULTILINE) for text in texts)
+
+
+def style(last: str) -> str:
+    """Return the style of a review, and after it that of where it is shown: ``start``, the page, or ``widget``."""
+    return f"{_text('review.css')}\n{_text(f'{last}.css')}"
 
 
 def _text(name: str) -> str:

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import numpy as np
-import shapely
-
 from slidescan.errors import ConfigError, ResultError
 from slidescan.result import ScanResult
 from slidescan.reviews.case import Case
 from slidescan.reviews.decisions import DECISIONS, Decision, Verdict
+from slidescan.reviews.items import inside
 
 __all__ = ["decided_ids"]
 
@@ -61,11 +59,10 @@ def decided_ids(result: ScanResult, decisions: str, *, reviewer: str | None = No
     if reviewer is not None and reviewer not in names:
         raise ConfigError(f"reviewer: expected one who decided here ({', '.join(names) or 'nobody'}), got {reviewer!r}")
     chosen = {id_ for id_ in regions.items if last.of(regions.decisions(id_)) == wanted}
-    outlines = np.array([shapely.Polygon(regions.items[id_].polygon_l0) for id_ in sorted(chosen)], object)
-    centres = shapely.STRtree(shapely.points(result.detections.centers))
-    inside = {result.ids[row] for _, row in centres.query(outlines, predicate="intersects").T.tolist()}
+    pairs = inside([regions.items[id_] for id_ in sorted(chosen)], result.detections.centers)
+    parts = {result.ids[row] for _, row in pairs.tolist()}
     if any(decision.what == "detection" for decision in regions.log.standing.latest_first()):
         detections = Case(result, "detection")
         alone = {id_: verdict for id_ in detections.items if (verdict := last.of(detections.decisions(id_)))}
-        inside = (inside - alone.keys()) | {id_ for id_, verdict in alone.items() if verdict == wanted}
-    return frozenset(chosen | inside)
+        parts = (parts - alone.keys()) | {id_ for id_, verdict in alone.items() if verdict == wanted}
+    return frozenset(chosen | parts)

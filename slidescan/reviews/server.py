@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hmac
 import json
-import re
 import secrets
 import socket
 import sys
@@ -27,17 +26,16 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from slidescan.errors import ConfigError, ResultError, SlideError, SlidescanError
-from slidescan.reviews.asked import NotThereError
+from slidescan.errors import ConfigError
 from slidescan.reviews.desk import WRITES, Desk, Picture
 from slidescan.reviews.page import asset
+from slidescan.reviews.refusals import MOST_ASKED_BYTES, Refusal, answered
 
 __all__ = ["CARRIER", "ReviewServer", "make_app"]
 
 CARRIER = "X-Slidescan-Token"
 _LOOPBACK = "127.0.0.1"
 _TOKEN_BYTES = 32  # of randomness: 256 bits
-_MOST_BODY_BYTES = 256 * 1024  # a note of 10,000 characters, each written as two \\uXXXX, and room
 _MOST_QUERY_CHARS = 4096
 _GRACE_S = 1  # how long an end waits for requests in flight; a decision takes ms
 # The one style that OpenSeadragon 6.1.1 puts into the document: no grey flash where a touch screen is touched.
@@ -188,8 +186,8 @@ async def _body(request: Request) -> bytes:
     body = b""
     async for chunk in request.stream():
         body += chunk
-        if len(body) > _MOST_BODY_BYTES:
-            raise HTTPException(413, f"expected at most {_MOST_BODY_BYTES} bytes")
+        if len(body) > MOST_ASKED_BYTES:
+            raise HTTPException(413, f"expected at most {MOST_ASKED_BYTES} bytes")
     return body
 
 
@@ -213,25 +211,12 @@ def _values(text: bytes) -> Any:
 
 
 def _answered(desk: Desk, kind: str, values: Any) -> Response:
-    try:
-        answer = desk.answer(kind, values)
-    except NotThereError as exc:
-        return _told(404, str(exc))
-    except ConfigError as exc:
-        return _told(400, str(exc))
-    except (SlideError, ResultError) as exc:
-        _say(exc.__cause__ or exc)
-        # The desk's own are of these very types; the text of others is for the terminal.
-        return _told(500, str(exc) if type(exc) in (SlideError, ResultError) else "failed; the terminal says why")
+    answer = answered(desk, kind, values, lambda line: sys.stderr.write(f"{line}\n"))
+    if isinstance(answer, Refusal):
+        return _json(answer.status, {"error": answer.why})
     if isinstance(answer, Picture):
         return Response(answer.data, media_type=answer.media_type)
     return _json(200, answer)
-
-
-def _say(error: BaseException) -> None:
-    """Say on the terminal what is not for the page, since it may name a path; no more than one line."""
-    text = str(error) if isinstance(error, SlidescanError) else f"{type(error).__name__}: {error}"
-    sys.stderr.write(f"slidescan: {re.sub(r'[^ -~µ]+', ' ', text)}\n")
 
 
 def _json(status: int, values: Any, headers: dict[str, str] | None = None) -> Response:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from slidescan.errors import ConfigError
+from slidescan.errors import ConfigError, MissingExtraError
 from slidescan.reviews.agreement import Kappa, cohen_kappa
 from slidescan.reviews.case import Case
+from slidescan.reviews.chosen import Choice, Sort
 from slidescan.reviews.decisions import Decision, Verdict
 from slidescan.reviews.items import ReviewItem
 from slidescan.reviews.table import table_of
@@ -22,22 +23,12 @@ from slidescan.reviews.table import table_of
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["TELL_SCORES", "Review", "Sort", "check_name"]
+    from slidescan.reviews.widget import ReviewWidget
 
-Sort = Literal["evidence", "score", "uncertainty", "slide", "shuffled"]
+__all__ = ["Review", "check_name"]
 
-_EVEN = 0.5  # the calibrated score at which yes and no are as likely: nothing is less certain
 _MOST_PX = 4096  # edge of a crop: 50 MB of RGB, more than any screen shows
 _MOST_TEXT = 10_000  # characters of a note: some pages, and a line that is still written in one piece
-
-_KEYS: Mapping[Sort, Callable[[ReviewItem], Any]] = {
-    "evidence": lambda item: (-(item.evidence or 0.0), item.slide_id, item.rank),
-    "score": lambda item: (-(item.score or 0.0), item.slide_id, item.rank),
-    "uncertainty": lambda item: (abs((item.score or 0.0) - _EVEN), item.slide_id, item.rank),
-    "slide": lambda item: (item.slide_id, item.rank or 0, item.id),
-    "shuffled": lambda item: item.id,  # ids are digests: their order is one nobody chose
-}
-TELL_SCORES = ("evidence", "score", "uncertainty")
 
 
 class Review:
@@ -56,6 +47,7 @@ class Review:
         for item in shown:  # a slide that is in an archive twice, under two names, is reviewed once
             self._items.setdefault(item.id, replace(item, score=None, evidence=None, rank=None) if blinded else item)
         self._sorted: dict[Sort, list[ReviewItem]] = {}
+        self._widget: ReviewWidget | None = None
         self._made: dict[str, int] = {}
         """The reviewer's decisions of this session, numbered: which was last must not depend on clocks."""
 
@@ -70,6 +62,35 @@ class Review:
     def __repr__(self) -> str:
         blinded = ", blinded" if self.blinded else ""
         return f"Review({self.reviewer!r}, {len(self):,} items, {self.left:,} left{blinded})"
+
+    def _repr_mimebundle_(self, **_: object) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Give a notebook the page where it can be shown, else what it is in words."""
+        try:
+            shown = self.widget()._repr_mimebundle_()
+        except MissingExtraError:
+            shown = None
+        hint = 'In a notebook, pip install "slidescan[notebook]" gives the page.'
+        return shown or ({"text/plain": f"{self!r}\n{hint}"}, {})
+
+    def widget(self) -> ReviewWidget:
+        """Return the page as a widget: what a notebook shows where a review is the last line of a cell.
+
+        Each call returns the same one. Decide on the page or in a cell, not in both at the same moment.
+
+        Raises
+        ------
+        MissingExtraError
+            If anywidget is not installed.
+        """
+        if self._widget is None or self._widget.comm is None:  # one that was closed cannot be shown again
+            try:
+                from slidescan.reviews.widget import ReviewWidget
+            except ImportError as exc:
+                raise MissingExtraError(f'widget: needs anywidget ({exc}); pip install "slidescan[notebook]"') from exc
+            from slidescan.reviews.desk import Desk
+
+            self._widget = ReviewWidget(Desk(self), told=self.__repr__)
+        return self._widget
 
     def items(
         self,
@@ -90,15 +111,15 @@ class Review:
             evidence, in a blinded review shuffled.
         slide, label : str, optional
             Only of this slide id, of this class of the detector's.
-        decision : {"accept", "reject", "unsure", "decided", "undecided"}, optional
-            Only what this reviewer decided so.
+        decision : {"accept", "reject", "unsure", "decided", "undecided", "disputed"}, optional
+            Only what this reviewer decided so; or, disputed, what reviewers decided differently.
         min_score : float, optional
             Only what has at least this highest score.
 
         Raises
         ------
         ConfigError
-            If a setting is not one of these, or would tell scores in a blinded review.
+            If a setting is not one of these, or would tell in a blinded review scores or what others decided.
         """
         return list(self._chosen(sort, slide, label, decision, min_score))
 
@@ -280,31 +301,10 @@ class Review:
         self, sort: Sort | None, slide: str | None, label: str | None, decision: str | None, min_score: float | None
     ) -> Iterator[ReviewItem]:
         order: Sort = sort or ("shuffled" if self.blinded else "evidence")
-        if order not in _KEYS:
-            raise ConfigError(f"sort: expected one of {', '.join(_KEYS)}, got {sort!r}")
-        states = (*get_args(Verdict), "decided", "undecided")
-        if decision is not None and decision not in states:
-            raise ConfigError(f"decision: expected one of {', '.join(states)}, got {decision!r}")
-        if self.blinded and (order in TELL_SCORES or min_score is not None):
-            asked = f"sort={sort!r}" if order in TELL_SCORES else f"min_score={min_score!r}"
-            raise ConfigError(f"{asked}: would tell scores, and this review is blinded; leave it out")
+        choice = Choice(order, slide, label, decision, min_score, self.blinded)
         if order not in self._sorted:
-            self._sorted[order] = sorted(self._items.values(), key=_KEYS[order])
-        return (item for item in self._sorted[order] if self._fits(item, slide, label, decision, min_score))
-
-    def _fits(
-        self, item: ReviewItem, slide: str | None, label: str | None, state: str | None, min_score: float | None
-    ) -> bool:
-        if (slide is not None and item.slide_id != slide) or (label is not None and item.label != label):
-            return False
-        if min_score is not None and (item.score is None or item.score < min_score):
-            return False
-        if state is None:
-            return True
-        made = self.decision(item.id)
-        if state in ("decided", "undecided"):
-            return (made is None) == (state == "undecided")
-        return made is not None and made.decision == state
+            self._sorted[order] = sorted(self._items.values(), key=choice.key)
+        return (item for item in self._sorted[order] if choice.fits(item, self.reviewer, self.decisions))
 
 
 def check_name(name: str, value: object, expected: str) -> None:

@@ -10,16 +10,16 @@ from typing import Literal
 
 import numpy as np
 
-from slidescan.archive import Archive, ArchiveRegion, read_listing
+from slidescan.archive import Archive, ArchiveRegion, open_archive, read_listing
 from slidescan.errors import ConfigError
-from slidescan.result import ScanResult, load_result
+from slidescan.result import ScanResult, load_result, read_manifest
 from slidescan.reviews.case import Case, SlideAt
-from slidescan.reviews.decisions import What
+from slidescan.reviews.decisions import DECISIONS, What
 from slidescan.reviews.items import ReviewItem
 from slidescan.reviews.session import Review, check_name
 from slidescan.slides import Slide
 
-__all__ = ["Slides", "review"]
+__all__ = ["Slides", "decided_cases", "open_runs", "review"]
 
 Slides = SlideAt | Mapping[str, SlideAt]
 
@@ -76,20 +76,62 @@ def review(
     elif isinstance(what, Archive) and kind == "region" and top is not None:
         cases, shown = _of_regions(what.top(top), kind)  # opens no more slides than it must
     elif isinstance(what, Archive):
-        cases = [
-            Case(what.result(slide_id), kind, slide_id=slide_id, group=what.records[slide_id].group)
-            for slide_id in what
-        ]
+        cases = [_of_slide(what, slide_id, kind) for slide_id in what]
         shown = [item for case in cases for item in case.items.values()]
     else:
         cases, shown = _of_regions(what, kind)
     if top is not None:
         shown = sorted(shown, key=lambda item: (-(item.evidence or 0.0), item.slide_id, item.rank))[:top]
-    for slide_id, at in _slides_of(what, slides, cases).items():
-        for case in cases:
-            if case.slide_id == slide_id:
-                case.read_from(at)
+    _read_from(what, slides, cases)
     return Review(cases, shown, reviewer=who, blinded=blinded)
+
+
+def open_runs(path: str | Path) -> ScanResult | Archive:
+    """Open a result directory, or the output directory of an archive, whichever it is.
+
+    Raises
+    ------
+    ResultError
+        If it is neither.
+    """
+    return load_result(path, verify=False) if read_manifest(Path(path)) is not None else open_archive(path)
+
+
+def decided_cases(what: ScanResult | Archive, slides: Slides | None) -> list[Case]:
+    """Return the results with decisions beside them, with their flagged regions in review; others are not read.
+
+    Parameters
+    ----------
+    what : ScanResult or Archive
+    slides : Slides, optional
+        As `review` takes it.
+
+    Raises
+    ------
+    ConfigError
+        If a result is not saved, or the list of slides is none.
+    ResultError
+        If a result is damaged.
+    """
+    if isinstance(what, ScanResult):
+        cases = [Case(what, "region")]
+    else:
+        decided = [slide_id for slide_id in what if (what.path / "slides" / slide_id / DECISIONS).is_file()]
+        cases = [_of_slide(what, slide_id, "region") for slide_id in decided]
+    _read_from(what, slides, cases)
+    return [case for case in cases if case.log.path.is_file()]
+
+
+def _of_slide(archive: Archive, slide_id: str, kind: What) -> Case:
+    return Case(archive.result(slide_id), kind, slide_id=slide_id, group=archive.records[slide_id].group)
+
+
+def _read_from(what: object, slides: Slides | None, cases: Sequence[Case]) -> None:
+    """Tell each case where its pixels are."""
+    at = _slides_of(what, slides, cases)
+    for case in cases:
+        if case.slide_id in at:
+            case.read_from(at[case.slide_id])
 
 
 def _of_regions(regions: Sequence[ArchiveRegion], kind: What) -> tuple[list[Case], list[ReviewItem]]:

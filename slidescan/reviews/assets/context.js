@@ -8,11 +8,12 @@ const MOST_ENLARGED = 4; // screen px a slide's px
 const PAN = 0.2; // share of the view that a key moves
 const ZOOM = 1.5; // a key's factor
 const MOST_TILES = 150; // tiles, of 1 MB each
+const REACH = 10; // screen px around an item that a click still means
 const MOST_LOADING = 6; // tiles at once: as many as a browser asks one server for
 
 export class SlideView {
-  constructor(transport, OpenSeadragon, { say, blinded }) {
-    Object.assign(this, { transport, OpenSeadragon, say });
+  constructor(transport, OpenSeadragon, { say, blinded, onPlace }) {
+    Object.assign(this, { transport, OpenSeadragon, say, onPlace });
     this.overlay = new Overlay();
     this.shown = { heat: !blinded, boxes: true, coverage: true, opacity: 0.35, minScore: 0, item: null };
     this.slide = null;
@@ -47,8 +48,8 @@ export class SlideView {
     this.paint();
   }
 
-  /* Show an item on its slide; the slide is opened where it is not. */
-  async show(item) {
+  /* Show an item on its slide; the slide is opened where it is not. With `stay` the view is left where it is. */
+  async show(item, { stay = false } = {}) {
     this.shown.item = item;
     this.wanted = item.slide;
     if (this.slide !== item.slide) {
@@ -56,7 +57,7 @@ export class SlideView {
       else return;
     }
     if (this.wanted !== this.slide || !this.image) return;
-    this.lookAt(this.shown.item);
+    if (!stay) this.lookAt(this.shown.item);
     this.paint();
   }
 
@@ -95,8 +96,18 @@ export class SlideView {
     });
     // The page has keys of its own; OpenSeadragon's would turn and flip the slide.
     this.viewer.addHandler("canvas-key", (event) => { event.preventDefaultAction = true; });
+    this.viewer.addHandler("canvas-click", (event) => { if (event.quick) this.#clicked(event.position); });
     for (const name of ["update-viewport", "resize"]) this.viewer.addHandler(name, () => this.paint());
     this.stage.append(this.overlay.canvas);
+  }
+
+  #clicked({ x, y }) {
+    if (!this.layers || !this.image) return;
+    const { left, top, scale } = this.view();
+    const [width, height] = this.layers.size;
+    const inside = (place, size) => Math.max(0, Math.min(size, place / scale));
+    this.onPlace({ slide: this.slide, x_l0: inside(x - left, width), y_l0: inside(y - top, height),
+      reach_l0: Math.min(REACH / scale, width, height) });
   }
 
   #tiles(slide, told) {
@@ -194,6 +205,6 @@ export class SlideView {
     this.bar.firstChild.textContent = lengthText(um);
     const boxes = this.layers.index ? `${counted(this.layers.index.n)} boxes on ${this.told.name}` : "loading boxes";
     const heat = this.blinded ? "" : `heat: red is ${this.told.ramp_end_per_mm2} or more per mm²; `;
-    this.legend.textContent = `${boxes}; ${heat}hatched: not analysed; ${umPerPx.toPrecision(3)} µm per screen px`;
+    this.legend.textContent = `${boxes}; a click goes to an item; ${heat}hatched: not analysed; ${umPerPx.toPrecision(3)} µm per screen px`;
   }
 }

@@ -4,7 +4,7 @@ import { element } from "./elements.js";
 const SORTS = { evidence: "most evidence", score: "highest score", uncertainty: "least certain", slide: "slide",
   shuffled: "shuffled" };
 const DECISIONS = { "": "all", undecided: "not decided", decided: "decided", accept: "accepted", reject: "rejected",
-  unsure: "unsure" };
+  unsure: "unsure", disputed: "disputed" };
 const FIELDS_UM = [32, 64, 128, 256, 512, 1024];
 
 export class Filters {
@@ -15,11 +15,11 @@ export class Filters {
       made.value = value;
       return [made, element("label", {}, `${text} `, made)];
     };
-    const named = (names) => Object.entries(names);
+    const decisions = Object.entries(DECISIONS).filter(([name]) => name !== "disputed" || !state.blinded);
     let parts;
     [this.sort, parts] = select("sort", "Sort by", state.sorts.map((sort) => [sort, SORTS[sort]]), state.sorts[0]);
     const labels = [parts];
-    [this.decision, parts] = select("decision", "Show", named(DECISIONS));
+    [this.decision, parts] = select("decision", "Show", decisions);
     labels.push(parts);
     [this.slide, parts] = select("slide", "Slide", [["", "all"], ...state.slides.map(({ n, name }) => [n, name])]);
     if (state.slides.length > 1) labels.push(parts);

@@ -19,6 +19,7 @@ export const KEYS = [
   { keys: ["0"], act: "whole", tells: "slide: all of it" },
   { keys: ["ShiftArrowLeft", "ShiftArrowRight", "ShiftArrowUp", "ShiftArrowDown"], shown: "Shift + arrow", act: "pan",
     tells: "slide: move", repeats: true },
+  { keys: ["i"], act: "summary", tells: "summary: who decided what, and how far reviewers agree" },
   { keys: ["?"], act: "help", tells: "this help" },
 ];
 

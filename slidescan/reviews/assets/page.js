@@ -9,6 +9,7 @@ import { Filters } from "./filters.js";
 import { Gallery } from "./gallery.js";
 import { Panel } from "./panel.js";
 import { SlideView } from "./context.js";
+import { Summary } from "./summary.js";
 
 const PER_PAGE = 24; // items: as many as are seen at once
 const AHEAD = 8; // items whose pictures are fetched before they are needed
@@ -18,6 +19,7 @@ export async function mount(root, transport, { OpenSeadragon = globalThis.OpenSe
   root.classList.add("slidescan-review");
   const state = await transport.request("state", {});
   const review = new Page(root, transport, state, { OpenSeadragon, keysFrom });
+  if (state.notice) review.panel.say(`${state.notice}.`);
   await review.list();
   return review;
 }
@@ -43,15 +45,19 @@ class Page {
       farther: () => this.context.zoom(false),
       whole: () => this.context.whole(),
       pan: (key) => { if (!this.context.root.hidden) this.context.pan(key); },
+      summary: () => this.summarise(),
       help: () => this.help.showModal(),
     };
     this.panel = new Panel({ acts, state });
     this.gallery = new Gallery({ onChoose: (index) => this.go(index), onPage: (name) => this.turn(name) });
-    this.context = new SlideView(transport, OpenSeadragon, { say, blinded: state.blinded });
+    this.context = new SlideView(transport, OpenSeadragon, {
+      say, blinded: state.blinded, onPlace: (place) => this.goTo(place),
+    });
     this.filters = new Filters({
       state, fovUm: this.crops.fovUm, onChange: () => this.list(), onField: (um) => this.resize(um),
     });
     this.help = helpDialog();
+    this.summary = new Summary();
     this.progress = element("progress", { max: Math.max(1, state.total), aria: { label: "Decided" } });
     this.leftText = element("output", { className: "ss-left", aria: { live: "polite" } });
     const who = `${state.reviewer}${state.blinded ? ", blinded" : ""}`;
@@ -59,7 +65,8 @@ class Page {
       element("header", {}, element("h1", { text: "Review" }), element("span", { className: "ss-who", text: who }),
         this.filters.root, element("div", { className: "ss-progress" }, this.leftText, this.progress)),
       element("main", {}, element("div", { className: "ss-main" }, this.gallery.root, this.context.root), this.panel.root),
-      element("footer", { text: "Research use only. Not for diagnosis." }), this.help);
+      element("footer", { text: "Research use only. Not for diagnosis." }), this.help,
+      this.summary.root);
     listen(keysFrom, root, acts);
     this.#progressed(state.left);
   }
@@ -102,7 +109,7 @@ class Page {
     return this.pages.get(number) ?? [];
   }
 
-  async go(index) {
+  async go(index, { stay = false } = {}) {
     if (this.busy || !(index >= 0 && index < this.total)) return;
     this.wanted = index;
     const number = Math.floor(index / PER_PAGE);
@@ -116,7 +123,8 @@ class Page {
     this.index = index;
     const item = this.current;
     const focused = document.activeElement;
-    const focus = focused === document.body || focused === this.root || focused.closest(".ss-card") !== null;
+    const onCard = this.root.contains(focused) && focused.closest(".ss-card") !== null; // of this view
+    const focus = focused === document.body || focused === this.root || onCard;
     // First the one to be decided on, then its page, then those to come.
     const shown = this.panel.show(item, index + 1, this.total, this.crops);
     if (this.shownPage !== number) {
@@ -124,9 +132,27 @@ class Page {
       this.shownPage = number;
     }
     this.gallery.select(item.id, { focus });
-    if (!this.context.root.hidden) this.context.show(item);
+    if (!this.context.root.hidden) this.context.show(item, { stay });
     this.#ahead(index);
     await shown;
+  }
+
+  /* Go to the item of this list at a place of a slide; the view stays where it was clicked. */
+  async goTo(place) {
+    try {
+      const { index } = await this.transport.request("find", { listing: this.listing, ...place });
+      if (index !== null) await this.go(index, { stay: true });
+    } catch (error) {
+      this.panel.say(error.message, { wrong: true });
+    }
+  }
+
+  async summarise() {
+    try {
+      this.summary.show(await this.transport.request("summary", {}), this.state);
+    } catch (error) {
+      this.panel.say(error.message, { wrong: true });
+    }
   }
 
   async #ahead(index) {

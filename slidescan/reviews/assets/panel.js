@@ -8,9 +8,11 @@ export class Panel {
     this.field = new Field("ss-large");
     this.title = element("h2", { text: "" });
     this.facts = element("dl", { className: "ss-facts" });
+    this.others = element("dl", { className: "ss-facts", hidden: true });
+    this.group = `ss-label-${Math.random()}`; // of this view: in a notebook there may be two
     this.note = element("textarea", { rows: 2, maxLength: 10000, placeholder: "Note (n); no patients' names" });
     this.choices = this.labels.slice(0, 9).map((label, i) => element("label", {},
-      element("input", { type: "radio", name: "ss-label", value: label }), ` ${label} `,
+      element("input", { type: "radio", name: this.group, value: label }), ` ${label} `,
       element("kbd", { text: i + 1, aria: { hidden: "true" } })));
     this.radios = this.choices.map((choice) => choice.firstChild);
     this.verdicts = Object.keys(VERDICTS).map((verdict) => button(
@@ -18,7 +20,7 @@ export class Panel {
     ));
     const moves = [button("Previous", acts.previous, { key: "←" }), button("Next", acts.next, { key: "→" }),
       button("Undo", acts.undo, { key: "z" }), button("Slide", acts.context, { key: "f" }),
-      button("Help", acts.help, { key: "?" })];
+      button("Summary", acts.summary, { key: "i" }), button("Help", acts.help, { key: "?" })];
     this.contextButton = moves[3];
     this.status = element("p", { className: "ss-status", role: "status" });
     this.alert = element("p", { className: "ss-alert", role: "alert" });
@@ -26,7 +28,7 @@ export class Panel {
       this.field.root,
       element("div", { className: "ss-verdicts", role: "group", aria: { label: "Decide" } }, ...this.verdicts),
       this.status, this.alert,
-      this.title, this.facts,
+      this.title, this.facts, this.others,
       element("fieldset", { hidden: this.labels.length < 2 }, element("legend", { text: "Class" }), ...this.choices),
       element("label", { className: "ss-note" }, element("span", { className: "ss-hidden", text: "Note" }), this.note),
       element("div", { className: "ss-moves", role: "group", aria: { label: "Go" } }, ...moves));
@@ -55,6 +57,10 @@ export class Panel {
     const verdict = item.decided?.decision;
     this.root.dataset.decision = verdict ?? "none";
     for (const each of this.verdicts) each.setAttribute("aria-pressed", String(each.dataset.verdict === verdict));
+    this.others.hidden = !item.others.length;
+    const said = item.others.map(({ reviewer, decision, note }) =>
+      element("dd", { text: `${reviewer} ${decision}${note ? `: ${note}` : ""}` }));
+    this.others.replaceChildren(...(said.length ? [element("div", {}, element("dt", { text: "Others" }), ...said)] : []));
   }
 
   /* Whether its picture is there, or cannot be had: before that there is nothing to decide on. */

@@ -1,0 +1,489 @@
+"""The review in a notebook: what goes over the widget's messages, what a notebook keeps, and a real JupyterLab."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+
+import slidescan as ss
+from slidescan.errors import MissingExtraError
+from slidescan.reviews import Review
+from slidescan.reviews.desk import Picture
+from slidescan.reviews.page import style
+from slidescan.reviews.refusals import MOST_ASKED_BYTES
+from slidescan.reviews.widget import ReviewWidget
+from slidescan.slides import Slide
+from tests import jupyterlab
+from tests.archives import write_slide
+from tests.chromium import CHROMIUM, WHY, Tab
+from tests.discs import ORACLE, discs
+from tests.reviewed import APART, copied, scan_apart
+
+N = 12
+
+
+@pytest.fixture(scope="module")
+def slide() -> Slide:
+    return discs(n=N, size_wh=(900, 700))[0]
+
+
+@pytest.fixture(scope="module")
+def scanned(slide: Slide, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return scan_apart(slide, tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture
+def case(scanned: Path, tmp_path: Path) -> Path:
+    return copied(scanned, tmp_path)
+
+
+@pytest.fixture
+def looked(case: Path, slide: Slide) -> Iterator[Review]:
+    review = ss.review(ss.load_result(case), slides=slide, reviewer="ann")
+    yield review
+    review.widget().close()
+
+
+class Channel:
+    """A widget's comm: what a front end sends is taken, what it would get is kept."""
+
+    comm_id = "a channel"
+
+    def __init__(self, widget: ReviewWidget, log: Path | None = None) -> None:
+        self.sent: list[tuple[dict[str, Any], list[bytes]]] = []
+        self.on_disk: list[bool] = []
+        """Whether there was a log of decisions when a message went out."""
+        self._log = log
+        self._more = threading.Condition()
+        widget.comm = self
+
+    def on_msg(self, callback: Any) -> None:
+        self._take = callback
+
+    def send(self, data: dict[str, Any], buffers: list[bytes] | None = None) -> None:
+        with self._more:
+            if data["method"] == "custom":
+                self.on_disk.append(self._log is not None and self._log.is_file())
+                self.sent.append((data["content"], buffers or []))
+                self._more.notify_all()
+
+    def close(self, *_: object, **__: object) -> None: ...
+
+    def take(self, content: object, *buffers: bytes) -> None:
+        self._take({"content": {"data": {"method": "custom", "content": content}}, "buffers": list(buffers)})
+
+    def answers(self, n: int) -> list[tuple[dict[str, Any], list[bytes]]]:
+        with self._more:
+            assert self._more.wait_for(lambda: len(self.sent) >= n, 30)
+            return self.sent
+
+    def ask(self, kind: object, values: object = None, *buffers: bytes) -> tuple[dict[str, Any], list[bytes]]:
+        n = len(self.sent) + 1
+        self.take({"view": "v", "n": n, "kind": kind, "values": {} if values is None else values}, *buffers)
+        told, sent = self.answers(n)[-1]
+        assert (told.pop("view"), told.pop("n")) == ("v", n)
+        return told, sent
+
+
+class TestMessages:
+    def test_answers(self, looked: Review) -> None:
+        """What the desk answers comes back under the request's number; a picture is a buffer, and not in the text."""
+        channel = Channel(looked.widget())
+        told, _ = channel.ask("items", {"page": 0, "size": 5})
+        assert [item["id"] for item in told["answer"]["items"]] == [item.id for item in looked.items()[:5]]
+        told, (data,) = channel.ask("crop", {"id": looked.items()[0].id, "fov_um": 64})
+        assert told == {"media_type": "image/jpeg"}
+        assert data[:3] == b"\xff\xd8\xff"
+
+    def test_a_decision_is_on_the_disk_before_it_is_answered(self, looked: Review, case: Path) -> None:
+        channel = Channel(looked.widget(), case / "decisions.jsonl")
+        id_ = looked.items()[0].id
+        told, _ = channel.ask("decide", {"id": id_, "decision": "accept"})
+        assert told["answer"]["left"] == N - 1
+        assert channel.on_disk == [True]
+        made = looked.decision(id_)
+        assert made is not None
+        assert made.decision == "accept"
+
+    @pytest.mark.parametrize(
+        ("kind", "values", "words"),
+        [
+            ("close", {}, "kind: expected one of"),
+            (["state"], {}, "kind: expected one of"),
+            (None, {}, "kind: expected one of"),
+            ("state", {"path": "/etc/passwd"}, "request: expected nothing"),
+            ("state", ["x"], "request: expected named values"),
+            ("crop", {"id": "nobody", "fov_um": 64}, "id: expected that of an item"),
+            ("items", {"page": -1, "size": 5}, "page: expected a whole number"),
+            ("decide", {"id": "x" * MOST_ASKED_BYTES}, f"request: expected at most {MOST_ASKED_BYTES} bytes"),
+        ],
+    )
+    def test_refused(self, looked: Review, case: Path, kind: object, values: object, words: str) -> None:
+        """What cannot be meant is refused in words, and nothing is written."""
+        told, sent = Channel(looked.widget()).ask(kind, values)
+        assert list(told) == ["error"]
+        assert told["error"].startswith(words)
+        assert sent == []
+        assert not (case / "decisions.jsonl").exists()
+
+    def test_a_request_has_no_buffers(self, looked: Review) -> None:
+        told, _ = Channel(looked.widget()).ask("state", {}, b"more")
+        assert "error" in told
+
+    def test_nobody_to_answer(self, looked: Review) -> None:
+        """What is no request is passed over, and the next one is answered."""
+        channel = Channel(looked.widget())
+        for content in (
+            None,
+            [],
+            "state",
+            {},
+            {"view": "v"},
+            {"view": 1, "n": 1, "kind": "state", "values": {}},
+            {"view": "x" * 1000, "n": 1, "kind": "state", "values": {}},
+            {"view": "v", "n": 7, "drop": True},
+        ):
+            channel.take(content)
+        told, _ = channel.ask("state")
+        assert told["answer"]["total"] == N
+
+    def test_no_paths(
+        self, case: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """What failed is told without a path and without a trace; the log has it in a line, a notebook's stderr not."""
+        review = ss.review(ss.load_result(case), slides=tmp_path / "gone.svs", reviewer="ann")
+        widget = review.widget()
+        widget.log.propagate = True
+        channel = Channel(widget)
+        (case / "decisions.jsonl").mkdir()
+        id_ = review.items()[0].id
+
+        def broken(_: object) -> Picture:
+            raise RuntimeError(f"{tmp_path} fell over\nbadly")
+
+        widget._desk._kinds = {**widget._desk._kinds, "heat": broken}
+        told = [channel.ask("crop", {"id": id_, "fov_um": 64})[0], channel.ask("heat", {"slide": 0})[0]]
+        told.append(channel.ask("decide", {"id": id_, "decision": "accept"})[0])
+        assert all(list(each) == ["error"] for each in told)
+        assert str(tmp_path) not in str(told)
+        assert "gone.svs" not in str(told)
+        assert "Traceback" not in str(told)
+        assert capsys.readouterr().err == ""
+        lines = [record.getMessage() for record in caplog.records]
+        assert len(lines) == 3
+        assert "gone.svs" in lines[0]
+        assert re.fullmatch(r"slidescan: RuntimeError: \S+ fell over badly", lines[1])
+        widget.close()
+
+    def test_many_at_once_and_one_dropped(self, looked: Review) -> None:
+        """A slow request keeps no quick one waiting; one that is dropped before its turn is never begun."""
+        widget = looked.widget()
+        channel = Channel(widget)
+        go = threading.Event()
+        begun: list[object] = []
+
+        def slow(asked: Any) -> dict[str, Any]:
+            begun.append(asked.whole("slide", 0, 100))
+            assert go.wait(30)
+            return {}
+
+        widget._desk._kinds = {**widget._desk._kinds, "heat": slow}
+        for n in range(3):
+            channel.take({"view": "a", "n": n, "kind": "heat", "values": {"slide": n}})
+        channel.take({"view": "b", "n": 0, "kind": "state", "values": {}})
+        assert channel.answers(1)[0][0]["view"] == "b"
+        for n in range(3, 6):
+            channel.take({"view": "a", "n": n, "kind": "heat", "values": {"slide": n}})
+        channel.take({"view": "a", "n": 5, "drop": True})
+        go.set()
+        assert {told["n"] for told, _ in channel.answers(6)[1:]} == {0, 1, 2, 3, 4}
+        assert 5 not in begun
+
+
+class TestNotebook:
+    def kept(self, review: Review) -> str:
+        data, metadata = review._repr_mimebundle_()
+        widget = review.widget()
+        state = {name: value for name, value in widget.get_state().items() if name not in ("_esm", "_css")}
+        return json.dumps([data, metadata, state, sorted(widget.traits(sync=True))])
+
+    def test_a_notebook_keeps_nothing_of_the_review(self, looked: Review, case: Path) -> None:
+        """State and output are the same whatever is asked and decided, and hold no id, path or decision."""
+        code = {name: looked.widget().get_state()[name] for name in ("_esm", "_css")}
+        channel = Channel(looked.widget())
+        before = self.kept(looked)
+        item = looked.items()[0]
+        channel.ask("crop", {"id": item.id, "fov_um": 64})
+        channel.ask("decide", {"id": item.id, "decision": "unsure", "note": "a patient's name"})
+        after = self.kept(looked)
+        assert after.replace(f"{N - 1} left", f"{N} left") == before
+        for word in (item.id, item.label, str(case), "unsure", "patient", "jpeg", item.slide_id + '"'):
+            assert word not in after
+        assert code == {name: looked.widget().get_state()[name] for name in ("_esm", "_css")}
+        for text in code.values():
+            assert item.id not in text
+            assert str(case) not in text
+
+    def test_the_output_names_the_widget(self, looked: Review) -> None:
+        """A cell's output is a widget's id and a line; shown again it is the same widget, closed it is a new one."""
+        data, _ = looked._repr_mimebundle_()
+        shown = "application/vnd.jupyter.widget-view+json"
+        assert set(data) == {shown, "text/plain"}
+        assert data["text/plain"] == repr(looked)
+        assert data[shown]["model_id"] == looked.widget().model_id
+        assert looked._repr_mimebundle_(include=None, exclude=None)[0] == data
+        looked.widget().close()
+        assert looked._repr_mimebundle_()[0][shown]["model_id"] != data[shown]["model_id"]
+
+    def test_without_anywidget(self, looked: Review, monkeypatch: pytest.MonkeyPatch) -> None:
+        review = Review(list(looked.cases.values()), looked.items(), reviewer="ann", blinded=False)
+        monkeypatch.delitem(sys.modules, "slidescan.reviews.widget")
+        monkeypatch.setitem(sys.modules, "anywidget", None)
+        data, _ = review._repr_mimebundle_()
+        assert set(data) == {"text/plain"}
+        first, hint = data["text/plain"].splitlines()
+        assert first == repr(review)
+        assert 'pip install "slidescan[notebook]"' in hint
+        with pytest.raises(MissingExtraError, match=r'pip install "slidescan\[notebook\]"'):
+            review.widget()
+
+    def test_its_style_is_for_nothing_else(self) -> None:
+        """Each rule names the review, or a class that only the review has."""
+        text = re.sub(r"/\*.*?\*/", "", style("widget"), flags=re.DOTALL)
+        rules = re.findall(r"([^{}]+)\{[^{}]*\}", re.sub(r"@(container|media)[^{]*\{", "", text))
+        assert len(rules) > 60
+        for rule in rules:
+            for selector in re.split(r",(?![^(]*\))", rule):
+                assert re.search(r"\.slidescan-review|\.ss-", selector), selector
+        assert "@import" not in text
+        assert "url(" not in text
+
+
+FAKE = """(async () => {
+  window.define = Object.assign(() => { throw new Error("not ours"); }, { amd: true });
+  window.module = { exports: {} };
+  const told = new Map();
+  window.model = {
+    sent: [], on: (name, act) => told.set(name, act), off: (name) => told.delete(name),
+    send: (content) => window.model.sent.push(content),
+  };
+  window.tell = (name, ...values) => told.get(name)(...values);
+  window.listeners = told;
+  const code = URL.createObjectURL(new Blob([CODE], { type: "text/javascript" }));
+  window.end = (await import(code)).default.render({ model: window.model, el: document.body });
+})()"""
+
+
+@pytest.fixture
+def fake(tmp_path: Path) -> Iterator[Tab]:
+    """Give the widget's front end, whose kernel is the test: `model.sent` is what it asks, `tell` what it is told."""
+    with Tab(tmp_path) as tab:
+        tab.run(FAKE.replace("CODE", json.dumps(str(ReviewWidget._esm))))
+        tab.wait("model.sent.length === 1")
+        yield tab
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason=WHY)
+class TestFrontEnd:
+    ROOT = "document.querySelector('.slidescan-review').textContent"
+
+    def test_answers_of_other_views_are_theirs(self, fake: Tab) -> None:
+        """Only an answer under this view's name and a number that waits is taken."""
+        for changed in ("view: 'another'", "n: 2"):
+            fake.run(f"tell('msg:custom', {{ ...model.sent[0], error: 'not for you', {changed} }}, [])")
+        assert fake.run(self.ROOT) == ""
+        fake.run("tell('msg:custom', { ...model.sent[0], error: 'for you' }, [])")
+        fake.wait(f"{self.ROOT} === 'for you'")
+        assert fake.run("[typeof OpenSeadragon, Object.keys(module.exports).length]") == ["undefined", 0]
+
+    @pytest.mark.parametrize("sign", ["comm:close", "comm_live_update", "destroy"])
+    def test_a_kernel_that_is_gone_fails_what_waits(self, fake: Tab, sign: str) -> None:
+        fake.run(f"tell('{sign}')")
+        fake.wait(f"{self.ROOT}.includes('run the cell again')")
+        assert fake.run("document.querySelector('.ss-kernel').textContent.includes('run the cell again')")
+
+    def test_keys_are_kept_from_the_notebook(self, fake: Tab) -> None:
+        """Notebooks listen on the way down, and pass over what is marked, or on the way up; saving is left to them."""
+        fake.run(
+            "window.seen = []; for (const down of [true, false]) document.addEventListener('keydown', (event) =>"
+            " { if (!down || !event.target.closest('[data-lm-suppress-shortcuts]')) seen.push(event.key); }, down);"
+            " document.querySelector('.slidescan-review').tabIndex = -1;"
+            " document.querySelector('.slidescan-review').focus(); null"
+        )
+        for key in ("a", "Enter", "Escape"):
+            fake.press(key)
+        fake.press("b", control=True)
+        fake.press("s", control=True)
+        fake.press("z")
+        assert fake.run("seen") == ["s", "s"]
+
+    def test_the_end_leaves_nothing(self, fake: Tab) -> None:
+        assert fake.run("listeners.size") > 0
+        fake.run("end(); null")
+        assert fake.run("listeners.size") == 0
+        fake.wait(f"{self.ROOT} !== ''")
+
+
+CELLS = "document.querySelectorAll('.jp-Cell').length"
+VIEW = "document.querySelectorAll('.slidescan-review')[{}]"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Give a folder of a slide, its result and a notebook."""
+    folder = tmp_path / "notebooks"
+    write_slide(folder / "slide.tiff", 3)
+    ss.scan(folder / "slide.tiff", ORACLE, out=folder / "case", config=APART)
+    begin = f"import os, sys\nsys.path.insert(0, {str(Path(ss.__file__).parents[1])!r})\nimport slidescan as ss\n"
+    begin += "open('pid', 'w').write(str(os.getpid()))\n"
+    begin += "looked = ss.review(ss.load_result('case'), slides='slide.tiff', reviewer='ann')\nlooked"
+    jupyterlab.write_notebook(folder / "review.ipynb", begin, "looked", "os._exit(1)")
+    return folder
+
+
+@pytest.fixture
+def lab(folder: Path, tmp_path: Path) -> Iterator[tuple[Tab, str]]:
+    private = tmp_path / "private"
+    with jupyterlab.serving(folder, private) as url, Tab(private / "browser", size_wh=(1400, 1000)) as tab:
+        yield tab, url.format("review.ipynb")
+
+
+def shown(tab: Tab, url: str) -> None:
+    """Open the notebook, whose first cell has the focus when its kernel is there."""
+    tab.open(url)
+    tab.wait("!!document.querySelector('.jp-Notebook .jp-Cell .cm-content')")
+    tab.click(".jp-Notebook .jp-Cell .cm-content")
+    tab.wait("!!document.getElementById('jp-main-statusbar')?.innerText.includes('| Idle')")
+
+
+def at(tab: Tab, n: int, view: int = 0) -> None:
+    root = VIEW.format(view)
+    tab.wait(
+        f"!!({root}?.review?.panel?.seen && !{root}.review.busy"
+        f" && {root}.querySelector('.ss-panel h2').textContent === '{n} of {N}')"
+    )
+
+
+def decided(folder: Path) -> list[str]:
+    log = folder / "case" / "decisions.jsonl"
+    return [json.loads(line)["decision"] for line in log.read_text().splitlines()] if log.is_file() else []
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason=WHY)
+@pytest.mark.skipif(not jupyterlab.HERE, reason=jupyterlab.WHY)
+def test_in_jupyterlab(lab: tuple[Tab, str], folder: Path) -> None:
+    """Keys decide, and are the notebook's where it has the focus; neither a reload nor a dead kernel costs anything."""
+    tab, url = lab
+    shown(tab, url)
+    tab.press("Enter", shift=True)
+    at(tab, 1)
+    tab.press("b")  # a cell has the focus: the key is the notebook's, and in it makes a cell below
+    tab.wait(f"{CELLS} === 4")
+    assert not tab.run(f"{VIEW.format(0)}.classList.contains('ss-no-boxes')")
+
+    tab.click(".ss-card[aria-current]")
+    for n, key in enumerate("aru", 1):
+        at(tab, n)
+        tab.press(key)
+    at(tab, 4)
+    assert decided(folder) == ["accept", "reject", "unsure"]
+    sidebar = "document.getElementById('jp-left-stack').checkVisibility()"
+    seen = tab.run(sidebar)
+    tab.press("b", control=True)  # shows or hides it wherever the focus is, save in the review
+    assert tab.run(sidebar) == seen
+    tab.click(".slidescan-review footer")  # beside everything
+    assert tab.run(f"document.activeElement === {VIEW.format(0)}")
+    tab.press("n")
+    for key in "xz":
+        tab.press(key)
+    assert tab.run("document.activeElement.value") == "xz"
+    tab.press("Escape")
+    tab.press("?")
+    tab.wait("document.querySelector('.ss-help').open")
+    tab.press("d")
+    tab.press("d")
+    tab.press("Escape")
+    tab.wait("!document.querySelector('.ss-help').open")
+
+    tab.press("f")
+    context = f"{VIEW.format(0)}.review.context"
+    tab.wait(f"!!({context}.root.dataset.layers && {context}.image?.getFullyLoaded())")
+    left = tab.run(f"{context}.view().left")
+    tab.press("ArrowRight", shift=True)
+    tab.wait(f"{context}.view().left < {left - 20}")
+    tab.press("f")
+    assert tab.run(CELLS) == 4
+    assert tab.run("typeof OpenSeadragon") == "undefined"
+
+    tab.press("s", control=True)
+    tab.wait("!document.querySelector('.jp-mod-dirty')")
+    saved = nbformat.read(folder / "review.ipynb", as_version=4)
+    (output,) = saved.cells[0].outputs
+    assert set(output.data) == {"application/vnd.jupyter.widget-view+json", "text/plain"}
+    assert len(json.dumps(saved)) < 10_000  # bytes: with a picture or the page's code it would be far more
+    assert "widgets" not in saved.metadata
+
+    shown(tab, url)
+    at(tab, 4)  # the kernel is the same, and so is the widget
+    tab.run(f"window.before = {VIEW.format(0)}; null")
+    tab.press("Enter", shift=True)
+    tab.wait(f"!!{VIEW.format(0)} && {VIEW.format(0)} !== window.before")
+    at(tab, 4)
+    assert len(decided(folder)) == 3
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason=WHY)
+@pytest.mark.skipif(not jupyterlab.HERE, reason=jupyterlab.WHY)
+def test_two_views_and_a_kernel_that_dies(lab: tuple[Tab, str], folder: Path) -> None:
+    """Each view has its own answers; what a dead kernel did not save is said to be not saved."""
+    tab, url = lab
+    shown(tab, url)
+    tab.press("Enter", shift=True)
+    at(tab, 1)
+    tab.press("Enter", shift=True)
+    at(tab, 1, 1)
+    tab.run(f"{VIEW.format(1)}.querySelectorAll('.ss-card')[2].click(); null")
+    at(tab, 3, 1)
+    tab.run(f"{VIEW.format(1)}.querySelectorAll('.ss-card')[2].focus(); null")
+    tab.press("r")
+    at(tab, 4, 1)
+    at(tab, 1)
+    assert decided(folder) == ["reject"]
+
+    kernel = int((folder / "pid").read_text())
+    os.kill(kernel, signal.SIGSTOP)  # as busy as can be
+    try:
+        tab.press("u")
+        tab.wait(
+            "[...document.querySelectorAll('.ss-kernel')].filter((e) => e.textContent.includes('busy')).length === 1"
+        )
+        tab.press("u")  # one at a time
+        assert decided(folder) == ["reject"]
+    finally:
+        os.kill(kernel, signal.SIGCONT)
+    at(tab, 5, 1)
+    assert tab.run("document.querySelectorAll('.ss-kernel:not(:empty)').length") == 0
+    assert decided(folder) == ["reject", "unsure"]
+
+    tab.click(".jp-Cell:last-of-type .cm-content")
+    tab.press("Enter", shift=True)
+    ended = "[...document.querySelectorAll('.ss-kernel')].every((e) => e.textContent.includes('run the cell again'))"
+    tab.wait(ended)
+    tab.wait("!!document.querySelector('.jp-Dialog .jp-mod-accept')")  # the notebook says so, too
+    tab.click(".jp-Dialog .jp-mod-accept")
+    tab.wait("!document.querySelector('.jp-Dialog')")
+    tab.run(f"{VIEW.format(1)}.querySelector('.ss-card[aria-current]').focus(); null")
+    tab.press("a")
+    alert = f"{VIEW.format(1)}.querySelector('[role=alert]').textContent"
+    tab.wait(f"{alert}.startsWith('Not saved: The kernel')")
+    assert decided(folder) == ["reject", "unsure"]
