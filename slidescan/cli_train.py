@@ -25,6 +25,14 @@ def train(
         typer.Option(help="Slide taken to be free of objects: what is found there is unlearned; repeatable."),
     ] = None,
     mine_mpp: Annotated[float | None, typer.Option(help="µm/px of the slides to mine, overriding their own.")] = None,
+    add_decisions: Annotated[
+        Path | None,
+        typer.Option(help="Result directory that was reviewed, or an archive's: what was decided there is learned."),
+    ] = None,
+    slides: Annotated[
+        str | None,
+        typer.Option(help="Where the pixels of --add-decisions are: the slide; of an archive its list, as in review."),
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda:0, …; default: a GPU if there is one.")] = None,
     smoke: Annotated[
         bool, typer.Option("--smoke", help="A few steps of a tiny network, to see that all fits.")
@@ -36,11 +44,13 @@ def train(
     from slidescan.train.settings import load_settings
 
     settings = load_settings(config)
-    changes = {key: value for key, value in (("data", data), ("device", device)) if value is not None}
-    settings = settings.model_copy(update=changes)
-    slides = [open_slide(path, mpp=mine_mpp) for path in mine or []]
+    given = {"data": data, "device": device, "decisions": add_decisions, "decision_slides": slides}
+    settings = settings.model_copy(update={key: value for key, value in given.items() if value is not None})
+    if settings.decisions is None and settings.decision_slides is not None:
+        raise ConfigError("--slides: expected --add-decisions with it, whose pixels these are, got none; add it")
+    mined = [open_slide(path, mpp=mine_mpp) for path in mine or []]
     out = out or Path("runs") / settings.name
-    train_detector(settings.smoke() if smoke else settings, out, typer.echo, mine_slides=slides)
+    train_detector(settings.smoke() if smoke else settings, out, typer.echo, mine_slides=mined)
     typer.echo(f"model       {out}; use it with --model {out}")
 
 

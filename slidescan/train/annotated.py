@@ -41,6 +41,11 @@ class Annotated:
     patient : str
         Whose tissue; splits never part a patient.
     scanner : str
+    rejected_xyxy_l0 : ndarray of float64, shape (k, 4)
+        Where something that is no object was taken for one: shown as often as the objects of a class.
+    whole : bool
+        Whether all objects are annotated, so that any other tissue is background. If not, nothing is known but what is
+        around objects and rejected places.
     """
 
     slide: Slide
@@ -50,6 +55,8 @@ class Annotated:
     ignored_xyxy_l0: NDArray[np.float64]
     patient: str
     scanner: str = ""
+    rejected_xyxy_l0: NDArray[np.float64] = field(default_factory=lambda: np.empty((0, 4)))
+    whole: bool = True
 
 
 def split(annotated: Sequence[Annotated], share: float, seed: int) -> tuple[list[Annotated], list[Annotated]]:

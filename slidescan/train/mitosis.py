@@ -26,6 +26,7 @@ from PIL import Image as Picture
 
 from slidescan.detections import Detector
 from slidescan.phantom import Phantom
+from slidescan.train.annotated import Annotated
 from slidescan.train.augment import Rgb
 from slidescan.train.crops import CROP_MPP, NO_FIGURES, OBJECT_UM, Figures, load_crops
 from slidescan.train.fields import FieldMaker, Sample
@@ -158,6 +159,10 @@ class CropSource:
         figures = round(_ASSEMBLED_PER_MM2 * (size * self._variant.mpp * 1e-3) ** 2)
         for i in range(1 if self._settings.crops else 4):
             yield maker.field(np.random.default_rng((self._settings.seed, 6, i)), size, figures)[0]
+
+    def annotated(self, split: Split) -> tuple[Annotated, ...]:
+        """Return nothing: crops are of no slide that could have been scanned."""
+        return ()
 
     def _maker(self, split: str) -> FieldMaker:
         crops = load_crops(self._data, split, mpp=self._variant.mpp, limit=self._settings.crops)

@@ -5,7 +5,7 @@ Measured is what a user gets: whole slides go through `scan`, stitching included
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -137,6 +137,10 @@ class OwnSource:
     def shown(self, split: Split) -> Iterator[ShownSlide]:
         """Yield the slides and pictures of a split."""
         return (ShownSlide(one, self._kind) for one in self._splits[split])
+
+    def annotated(self, split: Split) -> Sequence[Annotated]:
+        """Return what `shown` scans."""
+        return self._splits.get(split, ())
 
 
 def load_annotated(path: Path, settings: TrainSettings, mpp: float) -> list[Annotated]:

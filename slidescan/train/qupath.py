@@ -20,7 +20,7 @@ from slidescan.export.rules import class_of, kind_of
 from slidescan.slides import Slide, open_slide
 from slidescan.train.annotated import Annotated, Objects, read_json
 
-__all__ = ["load_slides"]
+__all__ = ["load_slides", "patient_in"]
 
 _GEOJSON = (".geojson", ".geojson.gz")
 _REGION_KEYS = {"rank", "evidence"}  # measurements by which a flagged region that slidescan exported is known
@@ -110,7 +110,7 @@ def load_slides(
     for stem, slide in slides.items():
         objects = Objects(slide, tuple(classes), tuple(attributes))
         _add_features(objects, geojson[stem], object_um / slide.frame.mpp / 2)
-        patient, scanner = _tcga_patient(slide.name), ""
+        patient, scanner = patient_in(slide.name), ""
         if known is not None:
             try:
                 patient, scanner = next(known[name] for name in _names(slide.path.name) if name in known)
@@ -146,7 +146,7 @@ def _names(file: str) -> tuple[str, ...]:
     return stem, stem.removesuffix(".ome"), file
 
 
-def _tcga_patient(stem: str) -> str:
+def patient_in(stem: str) -> str:
     """Return the patient that a name of TCGA begins with (TCGA-<site>-<participant>-<sample>…), or the name."""
     found = re.match(r"TCGA-\w+-\w+(?=[-.]|$)", stem)
     return found[0] if found else stem

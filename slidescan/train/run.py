@@ -23,7 +23,7 @@ from slidescan.errors import ConfigError, ModelError
 from slidescan.ops import accelerate
 from slidescan.slides import Slide
 from slidescan.train import metrics
-from slidescan.train.augment import Rgb
+from slidescan.train.decided import keep_decided, load_decided
 from slidescan.train.evaluate import best_cut, describe, evaluate, find_all
 from slidescan.train.loop import train
 from slidescan.train.mine import mine
@@ -33,6 +33,7 @@ from slidescan.train.own import OwnSource, kind_of, load_annotated
 from slidescan.train.report import draw_losses
 from slidescan.train.settings import TrainSettings, VariantSettings
 from slidescan.train.source import Batches, Source
+from slidescan.train.windows import Windows
 
 __all__ = ["open_source", "open_test", "settle", "train_detector"]
 
@@ -56,8 +57,8 @@ def train_detector(
     ----------
     settings : TrainSettings
     out : Path
-        Also takes checkpoints, ``losses-<mpp>.csv`` and ``.png``, and per variant what `evaluate` writes. The directory
-        is a detector for ``--model``.
+        Also takes checkpoints, ``losses-<mpp>.csv`` and ``.png``, ``decisions.json``, and per variant what `evaluate`
+        writes. The directory is a detector for ``--model``.
     log : callable
         Takes one line.
     mine_slides : sequence of Slide
@@ -71,35 +72,45 @@ def train_detector(
     Raises
     ------
     ConfigError
-        If data are missing, or a patient is in two splits.
+        If data are missing, a patient is in two splits, or the run was begun with other decisions.
     ModelError
         If training diverges, or the device is not there.
     """
     torch.set_num_threads(settings.threads)
     out.mkdir(parents=True, exist_ok=True)
+    decided, taught = None, {}
+    if settings.decisions is not None:
+        decided = load_decided(settings.decisions, settings.decision_slides, settings)
+        taught = {"accepted": decided.accepted, "rejected": decided.rejected}
+        log(str(decided))
+    keep_decided(decided, out)
     report: dict[str, Any] = {}
     for variant in settings.variants:
         name = f"{variant.mpp:g}"
         log(f"{name} µm/px")
-        source = open_source(settings, variant)
+        source, around = open_source(settings, variant), None
+        if decided is not None:
+            decided.refuse_leaks(validation=source.annotated("validation"), test=source.annotated("test"))
+            around = Windows(decided.annotated, variant.mpp, seed=settings.seed)
         start = None if variant.start_mpp is None else out / f"{variant.start_mpp:g}"
         if variant.start is not None:
             start = load_detector(variant.start).at(variant.mpp, allow_coarse=True).path
         checkpoint = out / f"losses-{name}.safetensors"
         average = train(
             _network(settings, variant, start),
-            Batches(source, settings, variant),
+            Batches(source, settings, variant, decided=around),
             settings,
             variant,
             checkpoint=checkpoint,
             log=log,
         )
         draw_losses(checkpoint.with_suffix(".csv"), checkpoint.with_suffix(".png"))
-        log(f"validation: {settle(average, _card(settings, variant), out / name, source)}")
+        log(f"validation: {settle(average, _card(settings, variant, **taught), out / name, source)}")
         windows = mine(Model(out / name), mine_slides, out / f"mined-{name}", log)
         if windows:  # of this run, or of one before: what was unlearned stays so
-            average = _unlearn(settings, variant, source, start, average, windows, out, log)
-            card = _card(settings, variant, mined=len(windows))
+            batches = Batches(source, settings, variant, windows, around)
+            average = _unlearn(settings, variant, batches, start, average, out, log)
+            card = _card(settings, variant, mined=len(windows), **taught)
             log(f"validation: {settle(average, card, out / name, source)}")
         if settings.test is not None or isinstance(source, CropSource):
             trained, assembled = Model(out / name), source.assembled("test")
@@ -200,10 +211,9 @@ def _card(settings: TrainSettings, variant: VariantSettings, **training: int) ->
 def _unlearn(
     settings: TrainSettings,
     variant: VariantSettings,
-    source: Source,
+    batches: Batches,
     start: Path | None,
     average: torch.nn.Module,
-    windows: Sequence[Rgb],
     out: Path,
     log: Callable[[str], None],
 ) -> torch.nn.Module:
@@ -213,7 +223,7 @@ def _unlearn(
     network.load_state_dict(average.state_dict())
     return train(
         network,
-        Batches(source, settings, variant, windows),
+        batches,
         settings.model_copy(update={"seed": settings.seed + 1}),
         more,
         checkpoint=out / f"losses-mined-{variant.mpp:g}.safetensors",

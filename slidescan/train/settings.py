@@ -51,6 +51,8 @@ class TrainSettings(_Strict):
     validation: Path | None = None  # data of its own; else a share of the patients of `data`
     validation_share: Annotated[float, Field(gt=0, lt=1)] = 0.2
     test: Path | None = None
+    decisions: Path | None = None  # results that were reviewed: a scan's directory, or an archive's
+    decision_slides: str | None = None  # their slide; of an archive its table, folder or pattern
     name: str = "mitosis"
     classes: Annotated[list[str], Field(min_length=1)] = ["mitotic figure"]
     attributes: list[str] = []
@@ -66,6 +68,7 @@ class TrainSettings(_Strict):
     share_phantom: _Share = 0.06
     share_negative: _Share = 0.12  # tissue from elsewhere, where there is some
     share_mined: _Share = 0.2  # where there is some
+    share_decided: _Share = 0.2  # around what reviewers accepted and rejected, where there is some
     figures_per_mpx: Annotated[float, Field(gt=0)] = 40.0
     stain_jitter: Annotated[float, Field(ge=0)] = 0.25
     schedule: Literal["cosine", "flat"] = "cosine"  # flat anneals in the last part only
@@ -124,5 +127,8 @@ def load_settings(path: Path) -> TrainSettings:
             raise ConfigError(f"{path}: {first['msg'].removeprefix('Value error, ')}") from exc
         key = ".".join(str(part) for part in first["loc"])
         raise ConfigError(f"{path}: {key}: {first['msg']}, got {first['input']!r}") from exc
-    places = {key: getattr(settings, key) for key in ("data", "validation", "test")}
-    return settings.model_copy(update={key: path.parent / place for key, place in places.items() if place is not None})
+    places: dict[str, Any] = {key: getattr(settings, key) for key in ("data", "validation", "test", "decisions")}
+    changes = {key: path.parent / place for key, place in places.items() if place is not None}
+    if settings.decision_slides is not None and "://" not in settings.decision_slides:
+        changes["decision_slides"] = str(path.parent / settings.decision_slides)
+    return settings.model_copy(update=changes)

@@ -2,7 +2,8 @@
 
 A `Source` draws training images and lists what to measure, by split; there are two: crops that are made into fields
 (`slidescan.train.mitosis`) and annotated slides or pictures of one's own (`slidescan.train.own`). `Batches` puts their
-images together: one size a batch, changed as scanners and stainers would, and packed for the loss.
+images together, and those of decided slides and mined windows: one size a batch, changed as scanners and stainers
+would, and packed for the loss.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ import numpy as np
 import torch
 
 from slidescan.detections import Detector
+from slidescan.train.annotated import Annotated
 from slidescan.train.augment import Rgb, augment
 from slidescan.train.loop import Batch
 from slidescan.train.loss import Target
 from slidescan.train.metrics import Image
 from slidescan.train.settings import TrainSettings, VariantSettings
-from slidescan.train.windows import Example
+from slidescan.train.windows import Example, Windows
 
 __all__ = ["LEAST_SCORE", "Batches", "Shown", "Source", "Split", "pack"]
 
@@ -60,6 +62,10 @@ class Source(Protocol):
         """Yield images of many tiles, at the variant's µm/px, to shift the grid of tiles on."""
         ...
 
+    def annotated(self, split: Split) -> Sequence[Annotated]:
+        """Return the slides measured on, which no decision on them may teach; none where images are composed."""
+        ...
+
 
 class Batches:
     """Draws the training batches of a source.
@@ -70,12 +76,20 @@ class Batches:
     settings, variant : TrainSettings, VariantSettings
     mined : sequence of ndarray
         Windows without objects that the detector took for some; a share of the images is cut from them.
+    decided : Windows, optional
+        Of slides that reviewers decided on; a share of the images.
     """
 
     def __init__(
-        self, source: Source, settings: TrainSettings, variant: VariantSettings, mined: Sequence[Rgb] = ()
+        self,
+        source: Source,
+        settings: TrainSettings,
+        variant: VariantSettings,
+        mined: Sequence[Rgb] = (),
+        decided: Windows | None = None,
     ) -> None:
         self._source, self._settings, self._tile_px, self._mined = source, settings, variant.tile_px, mined
+        self._decided = decided
 
     def __call__(self, rng: np.random.Generator) -> Batch:
         """Return one batch: images (B, N, N, 3) and their targets."""
@@ -88,8 +102,14 @@ class Batches:
         return pack(examples)
 
     def _example(self, rng: np.random.Generator, size: int) -> Example:
-        if not self._mined or rng.random() >= self._settings.share_mined:
-            return self._source.example(rng, size)
+        kind, share_decided = rng.random(), self._settings.share_decided if self._decided else 0.0
+        if self._decided and kind < share_decided:
+            return self._decided.window(rng, size)
+        if self._mined and kind < share_decided + self._settings.share_mined:
+            return self._of_mined(rng, size)
+        return self._source.example(rng, size)
+
+    def _of_mined(self, rng: np.random.Generator, size: int) -> Example:
         rows = []
         edge = len(self._mined[0])
         for _ in range(-(-size // edge)):  # side by side: their own joints are in every batch, around nothing

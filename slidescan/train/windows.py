@@ -27,7 +27,8 @@ __all__ = ["Example", "Windows"]
 
 F64 = NDArray[np.float64]
 
-_SHOWN = 0.5  # share of the windows drawn around an object
+_SHOWN = 0.5  # share of the windows drawn around a place, where other tissue is background
+_REJECTED = -1  # stands for a class of objects
 _AS_IS = 0.5  # share of them in the slide's own plane, not resampled where a scan would not resample either
 _SCALE = 1.25  # most by which others are larger or smaller: cells of one kind differ so between tissues and species
 _VISIBLE = 0.5  # share of a box from which a cut object is one still
@@ -79,7 +80,7 @@ class Windows:
     Parameters
     ----------
     annotated : sequence of Annotated
-        With at least one object.
+        With at least one object or rejected place.
     mpp : float
         µm/px of the windows.
     seed : int
@@ -105,18 +106,19 @@ class Windows:
     def __init__(self, annotated: Sequence[Annotated], mpp: float, *, seed: int = 0) -> None:
         self._annotated, self._mpp = list(annotated), mpp
         self._open: OrderedDict[int, None] = OrderedDict()
-        labels = np.concatenate([np.empty(0, np.int64), *(one.label for one in self._annotated)])
-        if not len(labels):
+        rejected = (np.full(len(one.rejected_xyxy_l0), _REJECTED) for one in self._annotated)
+        labels = [np.concatenate(both) for both in zip((one.label for one in self._annotated), rejected, strict=True)]
+        shown = np.concatenate([np.empty(0, np.int64), *labels])
+        if not len(shown):
             raise ConfigError("training data: expected at least one annotated object to learn, got none")
-        rows = np.concatenate(
-            [np.stack((np.full(len(one.label), i), np.arange(len(one.label))), 1) for i, one in enumerate(annotated)]
-        )
-        self._of_class = [rows[labels == label] for label in np.unique(labels)]  # (k, 2): slide, object
+        rows = np.concatenate([np.stack((np.full(len(of), i), np.arange(len(of))), 1) for i, of in enumerate(labels)])
+        self._of_class = [rows[shown == label] for label in np.unique(shown)]  # (k, 2): slide, object or place after
+        self._shown = _SHOWN if any(one.whole for one in self._annotated) else 1.0
         rng = np.random.default_rng(seed)
         self._places: list[_Places | None] = []
         area_mm2 = []
         for i, one in enumerate(self._annotated):
-            mm2 = one.slide.frame.area_mm2
+            mm2 = one.slide.frame.area_mm2 if one.whole else 0.0
             places = None
             if mm2 > _PICTURE_MM2:
                 places = _tissue(self._slide(i), rng)
@@ -125,14 +127,15 @@ class Windows:
             area_mm2.append(mm2)
         if not sum(area_mm2):  # no tissue found anywhere: any place will do
             self._places = [None] * len(area_mm2)
-            area_mm2 = [one.slide.frame.area_mm2 for one in self._annotated]
-        self._share = np.array(area_mm2) / sum(area_mm2)
+            area_mm2 = [one.slide.frame.area_mm2 if one.whole else 0.0 for one in self._annotated]
+        self._share = np.array(area_mm2) / (sum(area_mm2) or 1.0)
 
     def window(self, rng: np.random.Generator, size: int) -> Example:
         """Draw one window of `size` px.
 
         A half of them show the centre of an object, which may be anywhere in the window; classes are equally likely,
-        and so are the objects of a class. The others lie on tissue, of which each mm² is equally likely.
+        and so are the objects of a class. Rejected places are one class more. The others lie on tissue of slides that
+        are annotated as a whole, of which each mm² is equally likely; where there is no such slide, there are none.
         """
         return self._part(rng, size, size)
 
@@ -152,11 +155,12 @@ class Windows:
 
     def _part(self, rng: np.random.Generator, width: int, height: int) -> Example:
         """Draw a window of any shape."""
-        shows = rng.random() < _SHOWN
+        shows = rng.random() < self._shown
         if shows:
             members = self._of_class[int(rng.integers(len(self._of_class)))]
             i, j = members[int(rng.integers(len(members)))].tolist()
-            box = self._annotated[i].xyxy_l0[j]
+            n = len(self._annotated[i].label)
+            box = self._annotated[i].xyxy_l0[j] if j < n else self._annotated[i].rejected_xyxy_l0[j - n]
             at_l0 = (box[:2] + box[2:]) / 2
         else:
             i = int(rng.choice(len(self._share), p=self._share))
