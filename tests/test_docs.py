@@ -75,6 +75,10 @@ def test_readme_commands_run(beside_a_case: Path, monkeypatch: pytest.MonkeyPatc
         if program == "make":
             assert re.search(rf"^{arguments[0]}:", makefile, re.MULTILINE)
             continue
+        if "--add-decisions" in arguments:
+            looked = slidescan.review(slidescan.load_result("runs/case"), of="detections")
+            for n, item in enumerate(looked.items()):
+                looked.decide(item.id, "reject" if n else "accept")
         monkeypatch.setattr(sys, "argv", ["slidescan", *arguments])
         with pytest.raises(SystemExit) as ended:
             cli.main()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import math
 import os
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,9 +21,9 @@ from hypothesis import strategies as st
 
 from slidescan.errors import ResultError
 from slidescan.geometry import Box
-from slidescan.reviews import Decision, ReviewItem, cohen_kappa
+from slidescan.reviews import Decision, ReviewItem, cohen_kappa, decisions
 from slidescan.reviews.attach import reattach
-from slidescan.reviews.decisions import DecisionLog, Standing, Undo
+from slidescan.reviews.decisions import DecisionLog, Standing, Undo, _line
 
 ROOT = Path(__file__).parents[1]
 SAID = ("accept", "reject", "unsure")
@@ -220,6 +222,38 @@ def test_two_processes_never_mix_or_lose_lines(tmp_path: Path) -> None:
     assert log.unreadable == 0
     for name in "pq":
         assert [made for made in ids(log) if made[0] == name] == [f"{name}{i}" for i in range(200)]
+
+
+def test_an_append_waits_for_another_machines(tmp_path: Path) -> None:
+    """As on NFS, where two that append at once overwrite each other; a lock held in this test stands for the other."""
+    log = read(tmp_path / "log")
+    log.append(decided("a"))
+    with (tmp_path / "log").open("ab") as other, ThreadPoolExecutor() as pool:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        ours = pool.submit(log.append, decided("b"))
+        with pytest.raises(TimeoutError):
+            ours.result(timeout=0.05)
+        other.write(_line(decided("c")))
+        other.flush()
+        fcntl.flock(other, fcntl.LOCK_UN)
+        ours.result(timeout=30)
+    assert ids(read(tmp_path / "log")) == ["a", "c", "b"]
+
+
+@pytest.mark.parametrize("locks", [True, False], ids=["held by one that was stopped", "of a disk without locks"])
+def test_a_lock_that_cannot_be_had_keeps_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, locks: bool) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    log = read(tmp_path / "log")
+    log.append(decided("a"))
+    with (tmp_path / "log").open("ab") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        monkeypatch.setattr(decisions, "_LOCK_S", 0.0)
+        if not locks:
+            monkeypatch.setattr(fcntl, "flock", refuse)
+        log.append(decided("b"))
+    assert ids(read(tmp_path / "log")) == ["a", "b"]
 
 
 @pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES])

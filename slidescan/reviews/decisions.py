@@ -7,19 +7,21 @@
         {"schema": 1, "event": "undo", "event_id": …, "at": …, "reviewer": …, "undoes": …}
 
 Invariants: a line is written in one piece and is on the disk when `DecisionLog.append` returns; no line is ever changed
-or removed, and nobody waits for a lock; a line that was cut off costs nothing but itself; events of a kind or schema
-that is not known here stay in the file and count for nothing. The order of the lines is the order of the events: clocks
-are not asked. No line holds a path.
+or removed, and nobody waits long for a lock; a line that was cut off costs nothing but itself; events of a kind or
+schema that is not known here stay in the file and count for nothing. The order of the lines is the order of the events:
+clocks are not asked. No line holds a path.
 """
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import math
 import os
 import re
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
@@ -32,6 +34,7 @@ __all__ = ["DECISIONS", "Decision", "DecisionLog", "Standing", "Undo", "Verdict"
 
 DECISIONS = "decisions.jsonl"
 _SCHEMA = 1
+_LOCK_S, _AGAIN_S = 2.0, 0.005  # to wait for a lock, and between two tries: an append takes ms
 # How each line begins. Inside a JSON text a quote has a backslash before it, so no note can hold this.
 _BEGIN = re.compile(rb'(?=\{"schema":)')
 
@@ -133,8 +136,8 @@ class Standing:
 class DecisionLog:
     """The decisions of one result directory, read as far as the file went when it was last looked at.
 
-    Safe to use from many threads and many processes at once. A file system that many machines share must append as one
-    machine does; NFS does not where two machines write in the same moment.
+    Safe to use from many threads and many processes at once, and from many machines where their file system has locks:
+    NFS, where each machine appends where it last saw the end, has them.
     """
 
     def __init__(self, path: Path) -> None:
@@ -192,6 +195,7 @@ class DecisionLog:
         try:
             descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
             try:
+                _lock(descriptor)
                 size = os.fstat(descriptor).st_size
                 if size and os.pread(descriptor, 1, size - 1) != b"\n":
                     line = b"\n" + line  # behind a line that was cut off
@@ -207,6 +211,21 @@ class DecisionLog:
             why = "the disk is full; free some space" if full else f"{exc.strerror}; make it writable for you"
             raise ResultError(f"{self.path}: the decision was not saved: {why} and decide again") from exc
         self.refresh()
+
+
+def _lock(descriptor: int) -> None:
+    """Wait for the appends of others until the file is closed; not for ever for one that was stopped within its own."""
+    late_s = time.monotonic() + _LOCK_S
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() > late_s:
+                return
+            time.sleep(_AGAIN_S)
+        except OSError:  # there are no locks here
+            return
 
 
 def _sync_directory(path: Path) -> None:
