@@ -54,7 +54,7 @@ class Archive:
 
     @cached_property
     def table(self) -> pa.Table:
-        """A row a slide, failed ones too, as in ``index.parquet``; ``table.to_pandas()`` where pandas is installed."""
+        """A row a slide, failed ones too, as in ``index.parquet``; ``table.to_pandas()`` is a DataFrame."""
         return table_of(self.records.values())
 
     @property

@@ -9,7 +9,6 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 
 from slidescan.errors import ConfigError, MissingExtraError
@@ -18,9 +17,9 @@ from slidescan.reviews.case import Case
 from slidescan.reviews.chosen import Choice, Sort
 from slidescan.reviews.decisions import Decision, Verdict
 from slidescan.reviews.items import ReviewItem
-from slidescan.reviews.table import table_of
 
 if TYPE_CHECKING:
+    import pandas as pd
     from matplotlib.figure import Figure
 
     from slidescan.reviews.widget import ReviewWidget
@@ -232,8 +231,8 @@ class Review:
         """Lines of the logs that are no decision: cut off by a power failure or a full disk, or edited by hand."""
         return sum(case.log.unreadable for case in self._cases.values())
 
-    def table(self, *, everyone: bool = False) -> pa.Table:
-        """Return a row an item with what this reviewer decided; ``.to_pandas()`` where pandas is installed.
+    def table(self, *, everyone: bool = False) -> pd.DataFrame:
+        """Return a row an item with what this reviewer decided.
 
         Without `everyone` an item nobody decided on has a row, too; with it a row is an item and a reviewer. A blinded
         review has no columns of scores.
@@ -245,6 +244,8 @@ class Review:
             if everyone
             else [(item, by_name.get(self.reviewer)) for item, by_name in zip(items, said, strict=True)]
         )
+        from slidescan.reviews.table import table_of
+
         return table_of(rows, blinded=self.blinded)
 
     def crop(self, item_id: str, fov_um: float = 64.0, px: int = 256) -> NDArray[np.uint8]:
