@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from slidescan import cli_archive, cli_review, cli_train
-from slidescan.cli_archive import assigned
+from slidescan.cli_archive import assigned, with_reason
 from slidescan.cli_report import chosen, duration, report, say_profile, seconds_of, warnings_in_a_line
 from slidescan.errors import ConfigError, ResultError, SlideError, SlidescanError, WorkerError
 
@@ -53,7 +53,7 @@ def main() -> None:
     """Run the command line; a foreseen failure is one line on stderr."""
     try:
         # Typer returns the code of a command that ended by `Exit`, and 130 for Ctrl-C.
-        code = app(standalone_mode=False)
+        code = app(with_reason(sys.argv[1:]), standalone_mode=False)
     except (typer.Abort, KeyboardInterrupt):
         code = 130
     except SlidescanError as exc:

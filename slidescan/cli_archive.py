@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from slidescan.archive import ArchiveProgress
     from slidescan.jobqueue import Queue
 
-__all__ = ["archive", "assigned", "status"]
+__all__ = ["archive", "assigned", "status", "with_reason"]
 
 
 def archive(
@@ -47,8 +47,10 @@ def archive(
     allow_coarse: Annotated[
         bool, typer.Option("--allow-coarse", help="Scan coarser slides than was trained for.")
     ] = False,
-    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try again what failed for good.")] = False,
-    retry_reason: Annotated[str | None, typer.Option(help="Try again what failed for this reason.")] = None,
+    retry_failed: Annotated[
+        str | None,
+        typer.Option(metavar="[REASON]", help="Try again what failed for good: all, or those of one reason."),
+    ] = None,
     max_failures: Annotated[int | None, typer.Option(min=1, help="Stop after so many failures.")] = None,
     fail_fast: Annotated[bool, typer.Option("--fail-fast", help="Stop at the first failure.")] = False,
     timeout: Annotated[
@@ -60,8 +62,8 @@ def archive(
     from slidescan.archive.record import REASONS
     from slidescan.jobqueue import load_settings
 
-    if retry_reason is not None and retry_reason not in REASONS:
-        raise ConfigError(f"--retry-reason must be one of {', '.join(REASONS)}, got {retry_reason!r}")
+    if retry_failed and retry_failed not in REASONS:
+        raise ConfigError(f"--retry-failed must be one of {', '.join(REASONS)}, or nothing, got {retry_failed!r}")
     settings, queue = load_settings(config, assigned(set_ or []))
     part, entries = _shard(shard), read_listing(listing)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a queue's polite end is the user's Ctrl-C
@@ -77,7 +79,7 @@ def archive(
                 model,
                 out=out,
                 allow_coarse=allow_coarse,
-                retry_failed=retry_reason or retry_failed,
+                retry_failed=retry_failed or retry_failed is not None,
                 max_failures=1 if fail_fast else max_failures,
                 timeout_s=timeout,
                 on_slide=on_slide,
@@ -101,6 +103,17 @@ def status(
     if write:
         write_report(out, open_archive(out).records.values())
     typer.echo(json.dumps(now.told()) if as_json else "\n".join(now.lines()))
+
+
+def with_reason(arguments: list[str]) -> list[str]:
+    """Give ``--retry-failed`` its value where it has none: Typer knows no option with a value that may be left out."""
+    if "--retry-failed" not in arguments:
+        return arguments
+    from slidescan.archive.record import REASONS
+
+    at = arguments.index("--retry-failed") + 1
+    told = at < len(arguments) and arguments[at] in REASONS
+    return arguments if told else [*arguments[:at], "", *arguments[at:]]
 
 
 def assigned(assignments: list[str]) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import slidescan as ss
+from slidescan import cli
 from slidescan.archive import Entry, archive_status, engine, read_listing
 from slidescan.archive.engine import ArchiveProgress, estimate_archive
 from slidescan.archive.record import REASONS, Record, read_records
@@ -458,7 +459,7 @@ class TestCommands:
         ("options", "told"),
         [
             (["--shard", "x"], "--shard must be i/n"),
-            (["--retry-reason", "x"], "--retry-reason must be one of not_found"),
+            (["--retry-failed=x"], "--retry-failed must be one of not_found"),
         ],
     )
     def test_usage(self, tmp_path: Path, options: list[str], told: str) -> None:
@@ -467,3 +468,31 @@ class TestCommands:
         assert done.returncode == 2
         assert told in done.stderr
         assert np.size(done.stderr.strip().splitlines()) == 1
+
+    @pytest.mark.parametrize(
+        ("options", "asked"),
+        [
+            ([], False),
+            (["--retry-failed"], True),
+            (["--retry-failed", "--workers", "1"], True),
+            (["--retry-failed", "killed"], "killed"),
+            (["--retry-failed=killed"], "killed"),
+        ],
+    )
+    def test_what_to_retry(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], asked: bool | str
+    ) -> None:
+        """All that failed, or what failed for one reason; wherever the option stands."""
+        (tmp_path / "a.svs").touch()
+        seen = []
+
+        def scan_archive(*_: object, retry_failed: bool | str, **__: object) -> None:
+            seen.append(retry_failed)
+            raise ConfigError("enough")
+
+        monkeypatch.setattr("slidescan.archive.scan_archive", scan_archive)
+        for arguments in ([str(tmp_path), *options], [*options, str(tmp_path)]):
+            monkeypatch.setattr(sys, "argv", ["slidescan", "archive", *arguments])
+            with pytest.raises(SystemExit):
+                cli.main()
+        assert seen == [asked, asked]
