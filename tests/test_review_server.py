@@ -13,7 +13,6 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -26,17 +25,15 @@ from PIL import Image
 
 import slidescan as ss
 from slidescan import cli
-from slidescan.anomaly import Coverage
 from slidescan.archive import read_listing
 from slidescan.errors import ConfigError, ResultError, SlideError
-from slidescan.reviews import Review, layers
+from slidescan.reviews import Review
 from slidescan.reviews.case import Case
 from slidescan.reviews.desk import Desk
 from slidescan.reviews.server import ReviewServer
-from slidescan.reviews.tiles import Tiling
-from slidescan.slides import Slide, memory_slide
+from slidescan.slides import Slide
 from tests.archives import write_slide
-from tests.discs import MPP, ORACLE, discs
+from tests.discs import ORACLE, discs
 from tests.reviewed import APART, copied, running, scan_apart
 
 # A connection that a browser holds open ends with the server's loop, of which asyncio complains.
@@ -125,118 +122,32 @@ def picture(data: bytes) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(data)))
 
 
-class TestAnswers:
-    def test_the_loop(self, call: Caller, case: Path) -> None:
-        """List, look, decide, undo; each is in the log when its answer comes."""
-        _, state = call.get("state")
-        assert (state["reviewer"], state["total"], state["left"], state["of"]) == ("ann", 12, 12, "region")
-        _, page = call.get("items", page=1, size=5)
-        assert (page["total"], page["page"], len(page["items"])) == (12, 1, 5)
-        item = page["items"][0]
-        assert item["rank"] == 6
-        ((x0, y0, x1, y1),) = item["parts_l0"]  # the disc, whose margin the region has around it
-        around = [max(0, x0 - 10), max(0, y0 - 10), min(900, x1 + 10), min(700, y1 + 10)]
-        assert item["box_l0"] == pytest.approx(around, abs=1)
-        status, crop = call.get("crop", id=item["id"], fov_um=64)
-        assert (status, call.headers["content-type"]) == (200, "image/jpeg")
-        assert picture(crop).shape == (128, 128, 3)
-        assert picture(crop)[60:68, 60:68].mean() < 100  # the disc is in the middle
-        said = {"id": item["id"], "decision": "accept", "label": None, "note": "sure"}
-        _, told = call.post("decide", said)
-        assert (told["left"], told["item"]["decided"]) == (11, {"decision": "accept", "label": None, "note": "sure"})
-        (line,) = (json.loads(text) for text in (case / "decisions.jsonl").read_text().splitlines())
-        assert (line["region"], line["decision"], line["note"]) == (item["id"], "accept", "sure")
-        assert call.post("decide", {**said, "decision": "reject"})[1]["left"] == 11
-        _, told = call.post("undo", {})
-        assert (told["left"], told["item"]["decided"]["decision"]) == (11, "accept")
-        _, told = call.post("undo", {})
-        assert (told["left"], told["item"]["id"], told["item"]["decided"]) == (12, item["id"], None)
-        assert call.post("undo", {}) == (200, {"left": 12, "item": None})
-
-    def test_a_list_stays_while_its_items_are_decided(self, desk: Desk) -> None:
-        """Of a list of what is not decided the second page follows the first, whatever was decided meanwhile."""
-        first = desk.answer("items", {"decision": "undecided", "page": 0, "size": 6})
-        for item in first["items"]:
-            desk.answer("decide", {"id": item["id"], "decision": "unsure"})
-        second = desk.answer("items", {"listing": first["listing"], "page": 1, "size": 6})
-        assert len({item["id"] for item in first["items"] + second["items"]}) == 12
-        assert desk.answer("next", {"listing": first["listing"], "start": 0}) == {"index": 6}
-        assert desk.answer("items", {"decision": "undecided", "page": 0, "size": 100})["total"] == 6
-        for item in second["items"]:
-            desk.answer("decide", {"id": item["id"], "decision": "unsure"})
-        assert desk.answer("next", {"listing": first["listing"], "start": 0}) == {"index": None}
-        for _ in range(8):
-            desk.answer("items", {"page": 0, "size": 1})
-        with pytest.raises(ConfigError, match="list anew"):
-            desk.answer("items", {"listing": first["listing"], "page": 0, "size": 6})
-
-    def test_filters(self, desk: Desk) -> None:
-        score = desk.answer("items", {"page": 0, "size": 100, "sort": "score"})["items"][5]["score"]
-        for values, n in (
-            ({"min_score": score}, 6),
-            ({"slide": 0}, 12),
-            ({"label": "disc"}, 12),
-            ({"label": "x"}, 0),
-            ({"decision": "accept"}, 0),
-        ):
-            assert desk.answer("items", {"page": 0, "size": 1, **values})["total"] == n, values
-
-    def test_tiles_make_up_the_slide(self, desk: Desk, slide: Slide) -> None:
-        told = desk.answer("slide", {"slide": 0})
-        assert (told["size_wh"], told["most"], told["least"], told["tile_px"]) == ([900, 700], 10, 0, 512)
-        rows = [
-            np.hstack([picture(desk.answer("tile", {"slide": 0, "level": 10, "x": x, "y": y}).data) for x in (0, 1)])
-            for y in (0, 1)
-        ]
-        whole = np.vstack(rows)
-        assert whole.shape == (700, 900, 3)
-        assert np.abs(whole.astype(int) - slide.read(0, 0, 900, 700, slide.frame).rgb).mean() < 3
-        for level, shape in ((9, (350, 450, 3)), (0, (1, 1, 3))):
-            assert picture(desk.answer("tile", {"slide": 0, "level": level, "x": 0, "y": 0}).data).shape == shape
-
-    def test_a_slide_without_small_levels_is_not_read_whole_for_a_tile(self) -> None:
-        flat = memory_slide(np.broadcast_to(np.uint8(0), (40_000, 40_000, 3)), MPP)
-        assert (Tiling.of(flat).most, Tiling.of(flat).least) == (16, 13)  # (512 × 2³)² is 17 MP, twice that 67 MP
-        half = memory_slide([np.broadcast_to(np.uint8(0), (px, px, 3)) for px in (40_000, 20_000)], MPP)
-        assert Tiling.of(half).least == 12
-
-    def test_layers(self, desk: Desk, case: Path) -> None:
-        result, told = ss.load_result(case), desk.answer("slide", {"slide": 0})
-        boxes = np.frombuffer(desk.answer("boxes", {"slide": 0}).data, "<f4").reshape(-1, 6)
-        assert len(boxes) == told["boxes"] == len(result.detections)
-        assert np.abs(boxes[:, :4] - result.detections.xyxy).max() < 0.01
-        assert boxes[:, 4].tolist() == result.detections.score.tolist()
-        assert (picture(desk.answer("coverage", {"slide": 0}).data) == result.coverage).all()
-        heat = picture(desk.answer("heat", {"slide": 0}).data)
-        assert heat.shape == (*result.coverage.shape, 4)
-        assert heat[..., 3].max() > 200
-        assert heat[result.coverage == Coverage.BACKGROUND, 3].max(initial=0) == 0
-        assert told["map_wh_l0"] == [n * result.anomaly.frame.mpp / MPP for n in result.anomaly.frame.size_wh]
-
-    def test_a_large_map_is_made_coarser_and_loses_no_pixel(self, desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
-        plane = np.zeros((5, 7), np.uint8)
-        plane[4, 6] = Coverage.READ_FAILED
-        assert layers._coarser(plane, 2).tolist() == [[0] * 4, [0] * 4, [0, 0, 0, 4]]
-        fine = desk.answer("slide", {"slide": 0})["map_wh_l0"]
-        monkeypatch.setattr(layers, "_MOST_PX", 30)
-        desk._layers.clear()
-        coarse = desk.answer("slide", {"slide": 0})["map_wh_l0"]
-        assert max(picture(desk.answer("coverage", {"slide": 0}).data).shape) <= 30
-        assert all(a <= b < a + 32 * 2 for a, b in zip(fine, coarse, strict=True))
-
-    def test_colours_are_those_of_the_overview(self, case: Path) -> None:
-        anomaly = ss.load_result(case).anomaly
-        for per_mm2, rgba in ((0.0, (255, 237, 160, 0)), (20.0, (160, 0, 20, 230)), (900.0, (160, 0, 20, 230))):
-            heat = layers._heat(replace(anomaly, density=np.full_like(anomaly.density, per_mm2)), 1)
-            assert np.array_equal(np.unique(heat.reshape(-1, 4), axis=0), [rgba])
-
-    def test_top(self, case: Path, slide: Slide) -> None:
-        """The best, of regions and of detections."""
-        for of in ("regions", "detections"):
-            best = [item.id for item in looked_at(case, slide, of=of).items()[:3]]
-            assert [item.id for item in looked_at(case, slide, of=of, top=3).items()] == best
-        with pytest.raises(ConfigError, match="top: expected"):
-            looked_at(case, slide, top=0)
+def test_the_loop(call: Caller, case: Path) -> None:
+    """List, look, decide, undo; each is in the log when its answer comes."""
+    _, state = call.get("state")
+    assert (state["reviewer"], state["total"], state["left"], state["of"]) == ("ann", 12, 12, "region")
+    _, page = call.get("items", page=1, size=5)
+    assert (page["total"], page["page"], len(page["items"])) == (12, 1, 5)
+    item = page["items"][0]
+    assert item["rank"] == 6
+    ((x0, y0, x1, y1),) = item["parts_l0"]  # the disc, whose margin the region has around it
+    around = [max(0, x0 - 10), max(0, y0 - 10), min(900, x1 + 10), min(700, y1 + 10)]
+    assert item["box_l0"] == pytest.approx(around, abs=1)
+    status, crop = call.get("crop", id=item["id"], fov_um=64)
+    assert (status, call.headers["content-type"]) == (200, "image/jpeg")
+    assert picture(crop).shape == (128, 128, 3)
+    assert picture(crop)[60:68, 60:68].mean() < 100  # the disc is in the middle
+    said = {"id": item["id"], "decision": "accept", "label": None, "note": "sure"}
+    _, told = call.post("decide", said)
+    assert (told["left"], told["item"]["decided"]) == (11, {"decision": "accept", "label": None, "note": "sure"})
+    (line,) = (json.loads(text) for text in (case / "decisions.jsonl").read_text().splitlines())
+    assert (line["region"], line["decision"], line["note"]) == (item["id"], "accept", "sure")
+    assert call.post("decide", {**said, "decision": "reject"})[1]["left"] == 11
+    _, told = call.post("undo", {})
+    assert (told["left"], told["item"]["decided"]["decision"]) == (11, "accept")
+    _, told = call.post("undo", {})
+    assert (told["left"], told["item"]["id"], told["item"]["decided"]) == (12, item["id"], None)
+    assert call.post("undo", {}) == (200, {"left": 12, "item": None})
 
 
 class TestAttacks:

@@ -1,0 +1,143 @@
+"""The desk behind the review's page: lists that stay, filters, and the slide with what lies over it."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import slidescan as ss
+from slidescan.anomaly import Coverage
+from slidescan.errors import ConfigError
+from slidescan.reviews import Review, layers
+from slidescan.reviews.desk import Desk
+from slidescan.reviews.tiles import Tiling
+from slidescan.slides import Slide, memory_slide
+from tests.discs import MPP, discs
+from tests.reviewed import copied, scan_apart
+
+
+@pytest.fixture(scope="module")
+def slide() -> Slide:
+    return discs(n=12, size_wh=(900, 700))[0]
+
+
+@pytest.fixture(scope="module")
+def scanned(slide: Slide, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return scan_apart(slide, tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture
+def case(scanned: Path, tmp_path: Path) -> Path:
+    return copied(scanned, tmp_path)
+
+
+def looked_at(case: Path, slide: Slide, **options: Any) -> Review:
+    return ss.review(ss.load_result(case, verify=False), slides=slide, reviewer="ann", **options)
+
+
+@pytest.fixture
+def desk(case: Path, slide: Slide) -> Desk:
+    return Desk(looked_at(case, slide))
+
+
+def picture(data: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(data)))
+
+
+def test_a_list_stays_while_its_items_are_decided(desk: Desk) -> None:
+    """Of a list of what is not decided the second page follows the first, whatever was decided meanwhile."""
+    first = desk.answer("items", {"decision": "undecided", "page": 0, "size": 6})
+    for item in first["items"]:
+        desk.answer("decide", {"id": item["id"], "decision": "unsure"})
+    second = desk.answer("items", {"listing": first["listing"], "page": 1, "size": 6})
+    assert len({item["id"] for item in first["items"] + second["items"]}) == 12
+    assert desk.answer("next", {"listing": first["listing"], "start": 0}) == {"index": 6}
+    assert desk.answer("items", {"decision": "undecided", "page": 0, "size": 100})["total"] == 6
+    for item in second["items"]:
+        desk.answer("decide", {"id": item["id"], "decision": "unsure"})
+    assert desk.answer("next", {"listing": first["listing"], "start": 0}) == {"index": None}
+    for _ in range(8):
+        desk.answer("items", {"page": 0, "size": 1})
+    with pytest.raises(ConfigError, match="list anew"):
+        desk.answer("items", {"listing": first["listing"], "page": 0, "size": 6})
+
+
+def test_filters(desk: Desk) -> None:
+    score = desk.answer("items", {"page": 0, "size": 100, "sort": "score"})["items"][5]["score"]
+    for values, n in (
+        ({"min_score": score}, 6),
+        ({"slide": 0}, 12),
+        ({"label": "disc"}, 12),
+        ({"label": "x"}, 0),
+        ({"decision": "accept"}, 0),
+    ):
+        assert desk.answer("items", {"page": 0, "size": 1, **values})["total"] == n, values
+
+
+def test_tiles_make_up_the_slide(desk: Desk, slide: Slide) -> None:
+    told = desk.answer("slide", {"slide": 0})
+    assert (told["size_wh"], told["most"], told["least"], told["tile_px"]) == ([900, 700], 10, 0, 512)
+    rows = [
+        np.hstack([picture(desk.answer("tile", {"slide": 0, "level": 10, "x": x, "y": y}).data) for x in (0, 1)])
+        for y in (0, 1)
+    ]
+    whole = np.vstack(rows)
+    assert whole.shape == (700, 900, 3)
+    assert np.abs(whole.astype(int) - slide.read(0, 0, 900, 700, slide.frame).rgb).mean() < 3
+    for level, shape in ((9, (350, 450, 3)), (0, (1, 1, 3))):
+        assert picture(desk.answer("tile", {"slide": 0, "level": level, "x": 0, "y": 0}).data).shape == shape
+
+
+def test_a_slide_without_small_levels_is_not_read_whole_for_a_tile() -> None:
+    flat = memory_slide(np.broadcast_to(np.uint8(0), (40_000, 40_000, 3)), MPP)
+    assert (Tiling.of(flat).most, Tiling.of(flat).least) == (16, 13)  # (512 × 2³)² is 17 MP, twice that 67 MP
+    half = memory_slide([np.broadcast_to(np.uint8(0), (px, px, 3)) for px in (40_000, 20_000)], MPP)
+    assert Tiling.of(half).least == 12
+
+
+def test_layers(desk: Desk, case: Path) -> None:
+    result, told = ss.load_result(case), desk.answer("slide", {"slide": 0})
+    boxes = np.frombuffer(desk.answer("boxes", {"slide": 0}).data, "<f4").reshape(-1, 6)
+    assert len(boxes) == told["boxes"] == len(result.detections)
+    assert np.abs(boxes[:, :4] - result.detections.xyxy).max() < 0.01
+    assert boxes[:, 4].tolist() == result.detections.score.tolist()
+    assert (picture(desk.answer("coverage", {"slide": 0}).data) == result.coverage).all()
+    heat = picture(desk.answer("heat", {"slide": 0}).data)
+    assert heat.shape == (*result.coverage.shape, 4)
+    assert heat[..., 3].max() > 200
+    assert heat[result.coverage == Coverage.BACKGROUND, 3].max(initial=0) == 0
+    assert told["map_wh_l0"] == [n * result.anomaly.frame.mpp / MPP for n in result.anomaly.frame.size_wh]
+
+
+def test_a_large_map_is_made_coarser_and_loses_no_pixel(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    plane = np.zeros((5, 7), np.uint8)
+    plane[4, 6] = Coverage.READ_FAILED
+    assert layers._coarser(plane, 2).tolist() == [[0] * 4, [0] * 4, [0, 0, 0, 4]]
+    fine = desk.answer("slide", {"slide": 0})["map_wh_l0"]
+    monkeypatch.setattr(layers, "_MOST_PX", 30)
+    desk._layers.clear()
+    coarse = desk.answer("slide", {"slide": 0})["map_wh_l0"]
+    assert max(picture(desk.answer("coverage", {"slide": 0}).data).shape) <= 30
+    assert all(a <= b < a + 32 * 2 for a, b in zip(fine, coarse, strict=True))
+
+
+def test_colours_are_those_of_the_overview(case: Path) -> None:
+    anomaly = ss.load_result(case).anomaly
+    for per_mm2, rgba in ((0.0, (255, 237, 160, 0)), (20.0, (160, 0, 20, 230)), (900.0, (160, 0, 20, 230))):
+        heat = layers._heat(replace(anomaly, density=np.full_like(anomaly.density, per_mm2)), 1)
+        assert np.array_equal(np.unique(heat.reshape(-1, 4), axis=0), [rgba])
+
+
+def test_top(case: Path, slide: Slide) -> None:
+    """The best, of regions and of detections."""
+    for of in ("regions", "detections"):
+        best = [item.id for item in looked_at(case, slide, of=of).items()[:3]]
+        assert [item.id for item in looked_at(case, slide, of=of, top=3).items()] == best
+    with pytest.raises(ConfigError, match="top: expected"):
+        looked_at(case, slide, top=0)
