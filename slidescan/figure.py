@@ -6,6 +6,7 @@ slide and the map are pixels. Nothing in it names the slide.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from typing import Literal
 
@@ -26,7 +27,7 @@ from slidescan.flagged import FlaggedRegion, Hotspot
 from slidescan.geometry import Frame
 from slidescan.legend import COVER_TINT, HOTSPOT, MARK, RAMP_END_PER_MM2, length_text, ramp_rgb, round_length_um
 
-__all__ = ["THUMBNAIL_PX", "Shown", "draw_map", "scale_bar"]
+__all__ = ["THUMBNAIL_PX", "Plot", "Shown", "draw_map", "scale_bar"]
 
 Shown = Literal["density", "score", "coverage"]
 
@@ -39,6 +40,7 @@ _TICKS_IN, _ROW_IN = 0.42, 0.17  # below the map: ticks and their label; a row o
 _ENTRY_IN = 1.45  # a legend's entry
 _TEXT_PT, _SMALL_PT = 8.0, 7.0  # what journals print at least
 _DOTS_PER_IN = 300  # what journals ask of pictures
+_SCREEN_DOTS_PER_IN = 110  # 770 px for a page's width: that of a notebook's cell
 _LINE_PT, _HATCH_PT, _BAR_PT = 1.0, 0.35, 2.5
 _LEAST_OUTLINE_PT = 5.0  # edge of an outline: a smaller one would be a speck
 _MOST_BAR = 0.35  # of the field, so that the bar hides little
@@ -57,6 +59,15 @@ _UNSEEN = {
 _SEEN = {Coverage.ANALYSED: "analysed", Coverage.SATURATED: "detector saturated"}
 
 
+class Plot(Figure):
+    """A figure that is shown as the last line of a notebook's cell, too, which otherwise pyplot sees to."""
+
+    def _repr_png_(self) -> bytes:
+        file = io.BytesIO()
+        self.savefig(file, format="png", dpi=_SCREEN_DOTS_PER_IN)
+        return file.getvalue()
+
+
 def draw_map(
     anomaly: AnomalyMap,
     frame: Frame,
@@ -68,7 +79,7 @@ def draw_map(
     thumbnail: _RGB | None = None,
     um: float | None = None,
     width_in: float = 7.0,
-) -> Figure:
+) -> Plot:
     """Draw the map of a slide.
 
     Parameters
@@ -158,7 +169,7 @@ def scale_bar(axes: Axes, width: float, height: float, *, um_per_unit: float, um
 
 def _laid_out(
     width_mm: float, height_mm: float, width_in: float, handles: list[Patch], *, bar: bool
-) -> tuple[Figure, Axes]:
+) -> tuple[Plot, Axes]:
     """Return a figure with axes of the slide's shape, and the legend below them."""
     columns = max(1, int((width_in - _LEFT_IN) / _ENTRY_IN))
     below_in = _TICKS_IN + _ROW_IN * -(-len(handles) // columns) + 0.05 * bool(handles)
@@ -168,7 +179,7 @@ def _laid_out(
         map_h_in = _MOST_HEIGHT_IN - _TOP_IN - below_in
         map_w_in = map_h_in * width_mm / height_mm
     height_in = _TOP_IN + map_h_in + below_in
-    figure = Figure(figsize=(width_in, height_in), dpi=_DOTS_PER_IN)
+    figure = Plot(figsize=(width_in, height_in), dpi=_DOTS_PER_IN)
     axes = figure.add_axes(
         (_LEFT_IN / width_in, below_in / height_in, map_w_in / width_in, map_h_in / height_in), aspect="equal"
     )
@@ -199,7 +210,7 @@ def _heat(axes: Axes, anomaly: AnomalyMap, what: Shown, strongest: float) -> Axe
     )  # fmt: skip
 
 
-def _colour_bar(figure: Figure, axes: Axes, image: AxesImage, what: Shown) -> None:
+def _colour_bar(figure: Plot, axes: Axes, image: AxesImage, what: Shown) -> None:
     """Explain the colours, at the right of the axes."""
     place, (width_in, height_in) = axes.get_position(), figure.get_size_inches()
     tall = min(place.height, 2.4 / height_in)
@@ -232,7 +243,7 @@ def _hatches(axes: Axes, anomaly: AnomalyMap) -> None:
             drawn.set(edgecolor=colour, linewidth=0)
 
 
-def _outlines(figure: Figure, axes: Axes, regions: Sequence[FlaggedRegion], frame: Frame) -> None:
+def _outlines(figure: Plot, axes: Axes, regions: Sequence[FlaggedRegion], frame: Frame) -> None:
     """Outline and number regions, the best on top."""
     if not regions:
         return

@@ -38,8 +38,9 @@ from slidescan.region import commit, disk_error
 from slidescan.slides import Slide
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
     from PIL.Image import Image
+
+    from slidescan.figure import Plot
 
 __all__ = ["MANIFEST", "ScanResult", "load_result", "read_manifest"]
 
@@ -204,7 +205,7 @@ class ScanResult:
         regions: int = 20,
         um: float | None = None,
         width_in: float = 7.0,
-    ) -> Figure:
+    ) -> Plot:
         """Return a figure of the map for a paper, ``.savefig("map.pdf")``; the rest as in `slidescan.figure.draw_map`.
 
         Parameters

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+import nbformat
 import numpy as np
 import pytest
 from matplotlib.collections import PolyCollection
 from matplotlib.contour import ContourSet
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from nbclient import NotebookClient
+from PIL import Image
 
 import slidescan as ss
 from slidescan.anomaly import AnomalyMap, Coverage
@@ -51,6 +55,18 @@ def words(figure: Figure) -> list[str]:
     said += [text.get_text() for axes in figure.axes for text in axes.texts]
     said += [label for axes in figure.axes for label in (axes.get_xlabel(), axes.get_ylabel())]
     return [text for text in said if text] + [text.get_text() for legend in figure.legends for text in legend.texts]
+
+
+def test_a_notebook_shows_it(result: ss.ScanResult, slide: Slide, tmp_path: Path) -> None:
+    """As the last line of a cell, where nobody imported pyplot."""
+    saved = ss.scan(slide, ORACLE, out=tmp_path / "case", config=APART)
+    for figure in (result.plot(), ss.review(saved, slides=slide, reviewer="ann").plot(2)):
+        picture = Image.open(io.BytesIO(figure._repr_png_()))
+        assert picture.width == pytest.approx(110 * figure.get_figwidth(), abs=1)
+    shown = "from slidescan.figure import Plot; Plot().add_subplot().figure"
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(shown)])
+    NotebookClient(notebook).execute()
+    assert "image/png" in notebook.cells[0].outputs[0].data
 
 
 def test_places_are_in_mm(result: ss.ScanResult) -> None:

@@ -6,11 +6,10 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from slidescan.errors import ConfigError
-from slidescan.figure import scale_bar
+from slidescan.figure import Plot, scale_bar
 from slidescan.legend import MARK
 from slidescan.reviews.items import ReviewItem
 
@@ -27,7 +26,7 @@ _TILE_IN, _HEADING_IN = 1.7, 0.3  # inches of a field of view, and of the line a
 
 def contact_sheet(
     review: Review, items: Sequence[ReviewItem], *, columns: int = 6, fov_um: float = 64.0, px: int = 192
-) -> Figure:
+) -> Plot:
     """Draw fields of view with box, scale bar, rank, score and this reviewer's decision.
 
     A blinded review shows a running number in place of rank and score. Save it with ``.savefig("sheet.png")``: no
@@ -50,7 +49,7 @@ def contact_sheet(
     columns = min(columns, max(1, len(items)))
     rows = max(1, math.ceil(len(items) / columns))
     width_in, height_in = columns * (_TILE_IN + 0.1), rows * (_TILE_IN + _HEADING_IN)
-    figure = Figure(figsize=(width_in, height_in))
+    figure = Plot(figsize=(width_in, height_in))
     share = _HEADING_IN / (_TILE_IN + _HEADING_IN)
     grid = figure.add_gridspec(rows, columns, left=0, right=1, bottom=0.1 / height_in, top=1 - _HEADING_IN / height_in)
     grid.update(wspace=0.06, hspace=share / (1 - share))

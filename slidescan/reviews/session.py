@@ -20,8 +20,8 @@ from slidescan.reviews.items import ReviewItem
 
 if TYPE_CHECKING:
     import pandas as pd
-    from matplotlib.figure import Figure
 
+    from slidescan.figure import Plot
     from slidescan.reviews.widget import ReviewWidget
 
 __all__ = ["Review", "check_name"]
@@ -285,7 +285,7 @@ class Review:
         )
         return fov_um / 2 - half_w, fov_um / 2 - half_h, fov_um / 2 + half_w, fov_um / 2 + half_h
 
-    def plot(self, n: int = 24, *, columns: int = 6, fov_um: float = 64.0, px: int = 192) -> Figure:
+    def plot(self, n: int = 24, *, columns: int = 6, fov_um: float = 64.0, px: int = 192) -> Plot:
         """Return a matplotlib figure of the first `n` items; see `contact_sheet`."""
         from slidescan.reviews.figure import contact_sheet
 
