@@ -7,6 +7,7 @@ python pipelines/benchmark.py overlap     a scan against the slower of its readi
 python pipelines/benchmark.py ops         deformable attention against transformers' own, and others on a GPU
 python pipelines/benchmark.py models      whole detectors, accelerated or not
 python pipelines/benchmark.py detector    px per second of the bundled detector against RT-DETRv2-R18, CPU
+python pipelines/benchmark.py heap        the bundled detector with what it frees kept, and with glibc's defaults, CPU
 python pipelines/benchmark.py grid        the same slide under shifted tile grids, bundled detector
 python pipelines/benchmark.py             all of these; --smoke for tiny sizes
 python pipelines/benchmark.py tune        write the launches of the kernels that are best on this GPU
@@ -103,6 +104,38 @@ def bench_memory(smoke: bool) -> str:
     return f"memory: {'; '.join(lines)}; ratio {peaks[1] / peaks[0]:.2f}"
 
 
+# The seconds of a batch of two tiles; "kept" or "default".
+_HEAP_PROGRAM = """
+import json, statistics, sys, time
+import numpy as np
+import slidescan.detect.model as model
+from slidescan.detect import load_detector
+
+how, edge, turns = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+if how == "default":
+    model.keep_freed = lambda: None
+detector = load_detector("mitosis", device="cpu").at(0.25)
+tiles = np.random.default_rng(0).integers(0, 256, (2, edge, edge, 3), np.uint8)
+seconds = []
+for _ in range(turns + 1):
+    started = time.perf_counter()
+    detector.detect(tiles, 0.3)
+    seconds.append(time.perf_counter() - started)
+print(json.dumps(statistics.median(seconds[1:])))
+"""
+
+
+def bench_heap(smoke: bool) -> str:
+    """Score batches in processes of their own, in turns, with and without `slidescan.heap.keep_freed`."""
+    seconds: dict[str, list[float]] = {"default": [], "kept": []}
+    for _ in range(1 if smoke else 5):
+        for how, told in seconds.items():
+            command = [sys.executable, "-c", _HEAP_PROGRAM, how, *(("256", "1") if smoke else ("1024", "9"))]
+            told.append(float(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+    ratio = statistics.median(seconds["default"]) / statistics.median(seconds["kept"])
+    return f"heap: with what is freed kept {ratio:.2f}x as fast as with glibc's defaults, two tiles a batch, CPU"
+
+
 def bench_grid(smoke: bool) -> str:
     """Shift the tile grid and count the detections above threshold that reappear within 2 px and 0.05 score."""
     with tempfile.TemporaryDirectory() as scratch:
@@ -122,6 +155,7 @@ BENCHES: dict[str, Callable[[bool], str]] = {
     "ops": bench_ops,
     "models": bench_models,
     "detector": bench_detector,
+    "heap": bench_heap,
     "grid": bench_grid,
     "tune": tune,
 }

@@ -8,7 +8,6 @@ a killed run loses at most the regions in flight.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import os
 import threading
@@ -23,6 +22,7 @@ from numpy.typing import NDArray
 from slidescan.detections import Detections, Detector
 from slidescan.errors import ResultError
 from slidescan.geometry import Box, Frame
+from slidescan.heap import give_back_freed, keep_freed
 from slidescan.plan import Region, Tile
 from slidescan.slides import Slide
 from slidescan.stages import stage, taken
@@ -30,7 +30,7 @@ from slidescan.stitch import owned
 from slidescan.suspects import being_read
 from slidescan.timeouts import within
 
-__all__ = ["RegionPart", "RegionTask", "commit", "disk_error", "give_back_memory", "scored_at_once"]
+__all__ = ["RegionPart", "RegionTask", "commit", "disk_error", "scored_at_once"]
 
 # Share of a detector's queries in use from which a tile counts as full: RF-DETR users report cells lost from 0.8 on.
 _SATURATED_SHARE = 0.8
@@ -40,7 +40,6 @@ _MOST_SPLITS = 2
 # than the float noise (1e-8) between numbers of threads, so that it does not show in the result.
 _BOX_STEPS_PER_PX = 64
 _SCORE_STEPS = 10_000
-_M_MMAP_THRESHOLD, _APART_BYTES = -3, 1 << 20  # mallopt(3): its number, and bytes of a block that gets pages of its own
 # On a CPU scoring uses every core by itself: two regions scored at once in one process would only fight for them. A GPU
 # idles while a region's tiles are cut and its detections sorted out: the second region fills the gaps. The reading of
 # the next ones runs beside it.
@@ -140,13 +139,14 @@ class RegionTask:
 
     def run(self) -> dict[str, float]:
         """Score the region, commit its part, and return seconds by stage."""
+        keep_freed()
         taken()  # what a region before this one left that failed
         if RegionPart.load(self.part) is not None:  # by a worker that died before it could say so
             return taken()
         part = self.score()
         with stage("write"):
             part.save(self.part)
-            give_back_memory()
+            give_back_freed()
         return taken()
 
     def score(self) -> RegionPart:
@@ -212,19 +212,6 @@ class RegionTask:
 def scored_at_once(detector: Detector) -> int:
     """Return how many regions one process scores at a time."""
     return _ON_CPU if detector.runs_on.startswith("cpu") else _ON_GPU
-
-
-def give_back_memory() -> None:
-    """Return freed memory to the system, where the C library would keep it.
-
-    glibc keeps up to 64 MB a thread once arrays of that size were freed: over 256 regions a scan grew by 230 MB. And
-    once a large array was freed it puts the next ones among the small ones, where they leave gaps: a slide of 60,000²
-    took 595 MB, and takes 521 since arrays of 1 MB and more stay apart.
-    """
-    with contextlib.suppress(AttributeError, OSError):  # another C library
-        libc = ctypes.CDLL(None)
-        libc.mallopt(_M_MMAP_THRESHOLD, _APART_BYTES)
-        libc.malloc_trim(0)
 
 
 def commit(path: Path, write: Callable[[Path], None]) -> None:

@@ -24,11 +24,12 @@ from slidescan.config import ScanConfig
 from slidescan.detections import Detections, Detector
 from slidescan.errors import ConfigError, ResultInTheWayError, SlideReadError
 from slidescan.geometry import Box, Frame
+from slidescan.heap import give_back_freed, keep_freed
 from slidescan.lease import claimed
 from slidescan.overview import draw_overview
 from slidescan.prepare import Prepared, prepare
 from slidescan.provenance import describe_slide, peak_rss_mb, run_key, versions
-from slidescan.region import RegionPart, give_back_memory
+from slidescan.region import RegionPart
 from slidescan.result import MANIFEST, ScanResult, load_result, read_manifest
 from slidescan.score_regions import Progress, score_regions
 from slidescan.slides import Slide, open_slide
@@ -131,9 +132,9 @@ def scan(
             _sweep(directory)
             return load_result(directory)
         started = time.perf_counter()
-        give_back_memory()
+        keep_freed()
         prepared = _prepare(opened, variant, config, directory / "thumbnail")
-        give_back_memory()
+        give_back_freed()
         if on_prepared:
             on_prepared(prepared)
         # The key in the name keeps the regions of another scan, stopped or still ending, out of this one; the stamp

@@ -115,6 +115,7 @@ def test_benchmark_smoke() -> None:
         "models",
         "models",
         "detector",
+        "heap",
         "grid",
         "tune",
     ]

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from slidescan.detect.card import MODEL_FILES, Card, Colours, digest, read_card, read_json
 from slidescan.detections import Detections
 from slidescan.errors import ModelError, ResolutionError
+from slidescan.heap import keep_freed
 from slidescan.stages import stage
 
 if TYPE_CHECKING:
@@ -211,6 +212,7 @@ class Model:
         key = self.sha256, device, precision
         with _loading:
             if key not in _networks:
+                keep_freed()
                 with stage("load"):
                     forward, merge_iou = self._load(device, precision), self._card.merge_iou
                 _networks[key] = Network(forward, name=self.name, device=device, merge_iou=merge_iou)

@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from slidescan.errors import ModelError
+from slidescan.heap import keep_freed
 from slidescan.train.loss import Target, detection_loss
 from slidescan.train.settings import TrainSettings, VariantSettings
 
@@ -72,6 +73,7 @@ def train(
     ModelError
         If the loss stops being finite, or the checkpoint is of another network.
     """
+    keep_freed()
     average = copy.deepcopy(network).eval()
     plain = [p for p in network.parameters() if p.requires_grad and p.ndim < 2]
     decayed = [p for p in network.parameters() if p.requires_grad and p.ndim >= 2]
