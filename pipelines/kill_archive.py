@@ -292,6 +292,13 @@ def undisturbed(folder: Path, slides: int) -> Reference:
     return Reference(folder / "slides", regions, tree(out), first_s - begun_s, events[-1]["at"] - first_s)
 
 
+def had_finished(out: Path) -> bool:
+    """Return whether the log says that the run came to its end by itself."""
+    log = out / "log.jsonl"
+    lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
+    return bool(lines) and json.loads(lines[-1]).get("because") == "finished"
+
+
 def disturbed(reference: Reference, out: Path, seed: int) -> Round:
     """Start a run, kill what the seed says when it says, continue, and compare."""
     one = Round(KINDS[seed % len(KINDS)])
@@ -313,7 +320,9 @@ def disturbed(reference: Reference, out: Path, seed: int) -> Round:
         kill(run.pid, signal.SIGTERM)
         code = ended(run, 3 * _SIGTERM_S)
         one.said = "hangs" if code is None else f"ended with {code}"
-        if code not in (0, 3):  # 0 where it came too late
+        # Where it came too late: 0, or its own number where Python had put away its handlers already.
+        too_late = (0, -signal.SIGTERM) if had_finished(out) else ()
+        if code not in (3, *too_late):
             one.problems.append(one.said)
     else:
         # One that is killed before it has any goes on to have some.
