@@ -93,7 +93,7 @@ def main() -> None:
             mpp=_MPP,
             input_px=before.input_px,
             tile_px=[256, 384],
-            steps=arguments.steps,
+            steps=2 if arguments.smoke else arguments.steps,
             lr=1e-4,
             start=arguments.model,
         )
@@ -107,7 +107,7 @@ def main() -> None:
             attributes=list(before.attributes),
             variants=[variant],
         )
-        train_detector(settings.smoke() if arguments.smoke else settings, root / "model", print)
+        train_detector(settings, root / "model", print)
         after = load_detector(root / "model").at(_MPP)
         assert isinstance(after, Model)
         chosen, slides = (

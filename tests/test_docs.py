@@ -34,7 +34,7 @@ def blocks(language: str) -> list[str]:
 @pytest.fixture
 def beside_a_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Give a working directory that holds a slide, a picture and an RT-DETR, named as in the README."""
-    write_phantom(tmp_path / "case.tiff", Phantom((800, 800), 0.25, n_figures=6, n_look_alikes=3, tissue=0.8))
+    write_phantom(tmp_path / "case.tiff", Phantom((800, 800), 0.25, seed=5, n_figures=12, tissue=0.8))
     shutil.move(tmp_path / "case.tiff", tmp_path / "case.svs")
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (480, 700, 3), np.uint8)).save(tmp_path / "image.jpg")
     torch.manual_seed(0)

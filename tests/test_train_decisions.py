@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -36,6 +38,8 @@ from slidescan.train.windows import Example, Windows
 from tests.archives import write_slide
 from tests.discs import MPP, ORACLE, config, discs
 from tests.reviewed import APART, copied, scan_apart
+
+ROOT = Path(__file__).parents[1]
 
 SETTINGS = TrainSettings(classes=["disc"])
 SEVERAL = config(flagged__link_um=1000.0, flagged__margin_um=5.0)  # regions of many discs
@@ -634,3 +638,12 @@ def test_paths_in_settings_are_taken_from_the_file(tmp_path: Path) -> None:
         path.write_text(f"decisions: runs\ndecision_slides: {slides}\nvariants: [{{steps: 1}}]\n")
         loaded = load_settings(path)
         assert (loaded.decisions, loaded.decision_slides) == (tmp_path / "runs", expected)
+
+
+@pytest.mark.cores
+def test_what_decisions_teach_can_be_measured() -> None:
+    """The pipeline runs at its smallest size, from phantoms to the table."""
+    command = [sys.executable, ROOT / "pipelines" / "learn_decisions.py", "--smoke"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=900)
+    assert done.returncode == 0, done.stderr
+    assert re.findall(r"^(before|after) \|", done.stdout, re.MULTILINE) == ["before", "after"]
