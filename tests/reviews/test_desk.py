@@ -18,23 +18,7 @@ from slidescan.reviews import Review, layers
 from slidescan.reviews.desk import Desk
 from slidescan.reviews.tiles import Tiling
 from slidescan.slides import Slide, memory_slide
-from tests.discs import MPP, discs
-from tests.reviewed import copied, scan_apart
-
-
-@pytest.fixture(scope="module")
-def slide() -> Slide:
-    return discs(n=12, size_wh=(900, 700))[0]
-
-
-@pytest.fixture(scope="module")
-def scanned(slide: Slide, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return scan_apart(slide, tmp_path_factory.mktemp("runs"))
-
-
-@pytest.fixture
-def case(scanned: Path, tmp_path: Path) -> Path:
-    return copied(scanned, tmp_path)
+from tests.discs import MPP
 
 
 def looked_at(case: Path, slide: Slide, **options: Any) -> Review:

@@ -26,25 +26,10 @@ from slidescan.slides import Slide
 from tests import jupyterlab
 from tests.archives import write_slide
 from tests.chromium import CHROMIUM, WHY, Tab
-from tests.discs import ORACLE, discs
-from tests.reviewed import APART, copied, scan_apart
+from tests.discs import ORACLE
+from tests.reviewed import APART
 
 N = 12
-
-
-@pytest.fixture(scope="module")
-def slide() -> Slide:
-    return discs(n=N, size_wh=(900, 700))[0]
-
-
-@pytest.fixture(scope="module")
-def scanned(slide: Slide, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return scan_apart(slide, tmp_path_factory.mktemp("runs"))
-
-
-@pytest.fixture
-def case(scanned: Path, tmp_path: Path) -> Path:
-    return copied(scanned, tmp_path)
 
 
 @pytest.fixture

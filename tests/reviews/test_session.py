@@ -23,24 +23,14 @@ from slidescan.reviews import Review
 from slidescan.slides import Slide, memory_slide
 from tests.archives import write_slide
 from tests.discs import MPP, ORACLE, config, discs
-from tests.reviewed import APART, copied, scan_apart
+from tests.reviewed import APART
 
-ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture(scope="module")
-def slide() -> Slide:
-    return discs(n=12, size_wh=(900, 700))[0]
-
-
-@pytest.fixture(scope="module")
-def scanned(slide: Slide, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return scan_apart(slide, tmp_path_factory.mktemp("runs"))
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def result(scanned: Path, tmp_path: Path) -> ss.ScanResult:
-    return ss.load_result(copied(scanned, tmp_path), verify=False)
+def result(case: Path) -> ss.ScanResult:
+    return ss.load_result(case, verify=False)
 
 
 def lines(result: ss.ScanResult) -> list[dict[str, object]]:

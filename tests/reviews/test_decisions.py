@@ -25,7 +25,7 @@ from slidescan.reviews import Decision, ReviewItem, cohen_kappa, decisions
 from slidescan.reviews.attach import reattach
 from slidescan.reviews.decisions import DecisionLog, Standing, Undo, _line
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SAID = ("accept", "reject", "unsure")
 
 
@@ -195,7 +195,7 @@ def test_a_decision_is_on_the_disk_when_append_returns(tmp_path: Path, monkeypat
 WRITERS = """
 import os, sys
 from pathlib import Path
-from tests.test_review_decisions import DecisionLog, decided
+from tests.reviews.test_decisions import DecisionLog, decided
 begin, go = os.pipe()
 children = []
 for name in "pq":

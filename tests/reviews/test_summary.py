@@ -18,24 +18,7 @@ from slidescan.reviews.asked import NotThereError
 from slidescan.reviews.chosen import nearest
 from slidescan.reviews.desk import Desk
 from slidescan.reviews.summary import notice, summary_of
-from slidescan.slides import Slide
-from tests.discs import discs
-from tests.reviewed import copied, scan_apart
-
-
-@pytest.fixture(scope="module")
-def slide() -> Slide:
-    return discs(n=12, size_wh=(900, 700))[0]
-
-
-@pytest.fixture(scope="module")
-def scanned(slide: Slide, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return scan_apart(slide, tmp_path_factory.mktemp("runs"))
-
-
-@pytest.fixture
-def case(scanned: Path, tmp_path: Path) -> Path:
-    return copied(scanned, tmp_path)
+from tests.reviewed import copied
 
 
 def by(reviewer: str, case: Path, **options: Any) -> Review:

@@ -33,27 +33,12 @@ from slidescan.reviews.desk import Desk
 from slidescan.reviews.server import ReviewServer
 from slidescan.slides import Slide
 from tests.archives import write_slide
-from tests.discs import ORACLE, discs
-from tests.reviewed import APART, copied, running, scan_apart
+from tests.discs import ORACLE
+from tests.reviewed import APART, running
 
 # A connection that a browser holds open ends with the server's loop, of which asyncio complains.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 TOKEN = "X-Slidescan-Token"
-
-
-@pytest.fixture(scope="module")
-def slide() -> Slide:
-    return discs(n=12, size_wh=(900, 700))[0]
-
-
-@pytest.fixture(scope="module")
-def scanned(slide: Slide, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return scan_apart(slide, tmp_path_factory.mktemp("runs"))
-
-
-@pytest.fixture
-def case(scanned: Path, tmp_path: Path) -> Path:
-    return copied(scanned, tmp_path)
 
 
 def looked_at(case: Path, slide: Slide | Path | None, **options: Any) -> Review:
@@ -481,7 +466,7 @@ class TestCommand:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
         ) as process:
             assert process.stdout is not None
             assert process.stderr is not None

@@ -22,7 +22,7 @@ from slidescan.reviews.page import MODULES, asset, module
 from slidescan.slides import Slide
 from tests.chromium import CHROMIUM, WHY, Tab
 from tests.discs import ORACLE, discs
-from tests.reviewed import APART, copied, running, scan_apart
+from tests.reviewed import APART, running
 
 # A connection that a browser holds open ends with the server's loop, of which asyncio complains.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -67,16 +67,6 @@ class TestFiles:
 @pytest.fixture(scope="module")
 def slide() -> Slide:
     return discs(n=N, size_wh=(1600, 1200))[0]
-
-
-@pytest.fixture(scope="module")
-def scanned(slide: Slide, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return scan_apart(slide, tmp_path_factory.mktemp("runs"))
-
-
-@pytest.fixture
-def case(scanned: Path, tmp_path: Path) -> Path:
-    return copied(scanned, tmp_path)
 
 
 @pytest.fixture(scope="module")
