@@ -149,7 +149,6 @@ def load_decided(runs: Path, slides: Slides | None, settings: TrainSettings) -> 
     cases = decided_cases(open_runs(runs), slides)
     annotated, counts = [], Counter[str]()
     for case in cases:
-        assert case.path is not None
         told = _told(case, load_result(case.path, verify=False), settings, counts)
         if told is not None:
             annotated.append(told)
