@@ -327,6 +327,8 @@ class TestRecords:
         assert (now.slides, now.done, now.running) == (9, 3, True)
         assert (now.slides_per_h, now.megapixels_per_s, now.busy) == (72.0, 0.6, 0.5)
         assert now.seconds_left == 300
+        failed = [replace(record, state="failed", reason="not_found") for record in records]
+        assert standing(failed, log).slides_per_h is None
         whole = {"at": 2_000, "event": "run_started", "slides": 9, "share": ""}
         log.write_text("".join(json.dumps(event) + "\n" for event in [*events, whole, {"event": "run_ended"}]))
         assert not standing(records, log).running

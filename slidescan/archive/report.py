@@ -243,7 +243,7 @@ def _head(out: Path, rows: list[Record]) -> Iterator[str]:
     yield from _reasons("Failures by reason", status.failed)
     if status.quarantined:
         yield f"<p>Left alone after too many crashes: {status.quarantined:,}.</p>"
-    if status.failed:
+    if any(REASONS.get(reason, ("stays",))[0] == "stays" for reason in status.failed):
         yield "<p>No: only with another file, other settings or <code>--retry-failed</code>.</p>"
     yield "</div><div>"
     yield from _reasons("Done, with a caveat", status.caveats)

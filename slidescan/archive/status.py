@@ -98,7 +98,7 @@ def standing(records: Iterable[Record], log: Path) -> ArchiveStatus:
     rates: dict[str, float] = {}
     begun_s = min((run["at"] for run in runs), default=0.0)
     now = [record for record in records if runs and record.finished_s >= begun_s]
-    if now:
+    if any(record.state == "done" for record in now):  # a run in which all failed at once has no rate
         seconds = max(1e-3, max(record.finished_s for record in now) - begun_s)
         rates["slides_per_h"] = 3600 * len(now) / seconds
         rates["megapixels_per_s"] = sum(record.told.get("megapixels") or 0.0 for record in now) / seconds
