@@ -7,11 +7,14 @@ row is a median. The score threshold, resizing and post-processing are no part o
 
 from __future__ import annotations
 
+import multiprocessing
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing.synchronize import Barrier, Lock
 from typing import Any
 
 import torch
@@ -106,47 +109,65 @@ MODELS = (
 def bench_models(smoke: bool) -> str:
     """Print images and training steps a second of each model: as it is, accelerated, and both compiled."""
     cuda = torch.cuda.is_available()
-    device = "cuda" if cuda else "cpu"
     print(f"models: {where()}, float32" + (" with bfloat16 autocast" if cuda else ""))
     print("| model | variant | images/s | training steps/s |\n|---|---|---|---|", flush=True)
-    for model in MODELS[:1] if smoke else MODELS:
-        for row in _rows(model, device, smoke):
-            print(row, flush=True)
-    for model in MODELS if cuda and not smoke else ():  # last, for compiling takes the longest
-        for row in _compiled_rows(model):
-            print(row, flush=True)
+    if cuda and not smoke:
+        # Compiling takes minutes and many cores: a process a model compiles, and they take turns on the GPU.
+        context = multiprocessing.get_context("spawn")
+        turns = context.Barrier(len(MODELS)), context.Lock()
+        with ProcessPoolExecutor(len(MODELS), context, initializer=_take_turns, initargs=turns) as pool:
+            for rows in pool.map(_gpu_rows, MODELS):
+                print("\n".join(rows), flush=True)
+    else:
+        for model in MODELS[:1] if smoke else MODELS:
+            px = 128 if smoke else _PX
+            print("\n".join(_rows(model, 1, px, _variants(model, smoke, "cpu"), rounds=1 if smoke else 5)), flush=True)
     return "models: in brackets the ratio to transformers as it is, compiled where both are"
 
 
-def _rows(model: Model, device: str, smoke: bool) -> Iterator[str]:
-    batch, px = (model.batch, _PX) if device == "cuda" else (1, 128 if smoke else _PX)
-    pixels, labels = _batch(batch, px, device)
-    variants = _variants(model, smoke, device)
+_turns: tuple[Barrier, Lock]  # of a process of its own: all have compiled, and whose turn it is
+
+
+def _take_turns(barrier: Barrier, lock: Lock) -> None:
+    global _turns
+    _turns = barrier, lock
+
+
+def _gpu_rows(model: Model) -> list[str]:
+    compiled, measure = _turns
+    try:
+        variants = _variants(model, smoke=False, device="cuda")
+        pixels, _ = _batch(model.batch, _PX, "cuda")
+        graphs = {f"{name}, compiled": torch.compile(network) for name, network in variants.items()}
+        for graph in graphs.values():
+            _infer(graph, pixels)
+    except BaseException:
+        compiled.abort()  # or the others would wait for it
+        raise
+    compiled.wait()
+    with measure:
+        rows = _rows(model, model.batch, _PX, variants, rounds=5)
+        # In training transformers' matching of boxes breaks the graph wherever it is met.
+        forward = _medians({name: partial(_infer, graph, pixels) for name, graph in graphs.items()}, rounds=9)
+    first = forward["transformers, compiled"]
+    told = {name: f"{model.batch / seconds:.2f} ({first / seconds:.2f}x)" for name, seconds in forward.items()}
+    return rows + [f"| {model.name}, B{model.batch}, {_PX} px | {name} | {images} | |" for name, images in told.items()]
+
+
+def _rows(model: Model, batch: int, px: int, variants: dict[str, nn.Module], rounds: int) -> list[str]:
+    pixels, labels = _batch(batch, px, next(variants["transformers"].parameters()).device)
     training: Calls = {name: partial(_step, network, pixels, labels) for name, network in variants.items()}
     inference: Calls = {name: partial(_infer, network, pixels) for name, network in variants.items()}
-    steps = _medians(training, rounds=1 if smoke else 5)
-    forward = _medians(inference, rounds=1 if smoke else 9)
+    steps, forward = _medians(training, rounds), _medians(inference, 2 * rounds - 1)
+    rows = []
     for name, seconds in forward.items():
         step = f"{1 / steps[name]:.2f} ({steps['transformers'] / steps[name]:.2f}x)"
         images = f"{batch / seconds:.2f} ({forward['transformers'] / seconds:.2f}x)"
-        yield f"| {model.name}, B{batch}, {px} px | {name} | {images} | {step} |"
+        rows.append(f"| {model.name}, B{batch}, {px} px | {name} | {images} | {step} |")
+    return rows
 
 
-def _compiled_rows(model: Model) -> Iterator[str]:
-    """Yield inference, compiled; in training transformers' matching of boxes breaks the graph wherever it is met."""
-    torch.compiler.reset()
-    pixels, _ = _batch(model.batch, _PX, "cuda")
-    calls: Calls = {
-        f"{name}, compiled": partial(_infer, torch.compile(network), pixels)
-        for name, network in _variants(model, smoke=False, device="cuda").items()
-    }
-    forward = _medians(calls, rounds=9)
-    for name, seconds in forward.items():
-        images = f"{model.batch / seconds:.2f} ({forward['transformers, compiled'] / seconds:.2f}x)"
-        yield f"| {model.name}, B{model.batch}, {_PX} px | {name} | {images} | |"
-
-
-def _batch(batch: int, px: int, device: str) -> tuple[Tensor, list[dict[str, Tensor]]]:
+def _batch(batch: int, px: int, device: str | torch.device) -> tuple[Tensor, list[dict[str, Tensor]]]:
     """Return images and their boxes."""
     rng = torch.Generator().manual_seed(0)
     pixels = torch.rand(batch, 3, px, px, generator=rng).to(device)

@@ -8,14 +8,16 @@ from __future__ import annotations
 import itertools
 import json
 import multiprocessing
+import os
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
-from benchmark_ops import RT_DETR, Case, timed
+from benchmark_ops import DECODER, ENCODER, timed
 
 if TYPE_CHECKING:
     from slidescan.ops.fused import Launch
@@ -23,7 +25,9 @@ if TYPE_CHECKING:
 __all__ = ["tune"]
 
 _KINDS = [(dtype, depth) for dtype in (torch.bfloat16, torch.float32) for depth in (16, 32, 64)]
-_COMPILERS = 6  # processes: compiling is most of the time
+_WARPS = (1, 2, 4, 8)
+
+Kind = tuple[torch.dtype, int, str]  # of the value, channels a head, forward or backward
 
 
 def tune(smoke: bool) -> str:
@@ -32,56 +36,66 @@ def tune(smoke: bool) -> str:
         return "tune: needs a GPU; the table stays as it is"
     from slidescan.ops import fused
 
-    kinds = _KINDS[1:2] if smoke else _KINDS
-    with ProcessPoolExecutor(min(_COMPILERS, len(kinds)), multiprocessing.get_context("spawn")) as pool:
-        list(pool.map(_compile, kinds))  # into Triton's cache on disk
-    for dtype, depth in kinds:
-        for direction, call in _calls(dtype, depth).items():
-            key = fused.launch_key(direction, depth, dtype.itemsize)
-            times = {}
-            for candidate in _candidates(direction):
+    kinds: list[Kind] = [(*kind, way) for kind in (_KINDS[1:2] if smoke else _KINDS) for way in ("forward", "backward")]
+    parts = list(itertools.product(kinds, _WARPS))
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(os.cpu_count() or 1, len(parts)), context) as pool:  # compiling is most of the time
+        list(pool.map(_compile, *zip(*parts, strict=True)))  # into Triton's cache on disk
+    for kind in kinds:
+        dtype, depth, way = kind
+        key = fused.launch_key(way, depth, dtype.itemsize)
+        times: dict[Launch, list[float]] = {}
+        for call in _calls(kind):
+            for candidate in _candidates(way):
                 fused.launch_table()[key] = candidate
                 call()
-                times[candidate] = statistics.median(timed(call, "cuda") for _ in range(11))
-            best = min(times, key=lambda candidate: times[candidate])
-            fused.launch_table()[key] = best
-            print(f"tune: {key}: {best}, {times[best] * 1e6:.0f} µs; slowest {max(times.values()) * 1e6:.0f} µs")
+                times.setdefault(candidate, []).append(statistics.median(timed(call, "cuda") for _ in range(9)))
+        least = [min(each) for each in zip(*times.values(), strict=True)]
+        # The launch that loses least over both cases.
+        best = min(times, key=lambda each: sum(time / low for time, low in zip(times[each], least, strict=True)))
+        fused.launch_table()[key] = best
+        told = ", ".join(
+            f"{mine * 1e6:.0f} µs ({low * 1e6:.0f} to {max(all_) * 1e6:.0f})"
+            for mine, low, all_ in zip(times[best], least, zip(*times.values(), strict=True), strict=True)
+        )
+        print(f"tune: {key}: {best}, {told}", flush=True)
     table = fused.launch_table()
     if not smoke:
-        told = {"measured on": torch.cuda.get_device_name(), "made by": "python pipelines/benchmark.py tune"}
-        text = json.dumps({**told, "warps, blocks, unroll": table}, indent=1)
+        told_by = {"measured on": torch.cuda.get_device_name(), "made by": "python pipelines/benchmark.py tune"}
+        text = json.dumps({**told_by, "warps, blocks, unroll": table}, indent=1)
         fused.TABLE.write_text(text + "\n", encoding="utf-8")
-    return f"tune: {len(table)} launches chosen"
+    return f"tune: {len(table)} launches chosen, each for a decoder and an encoder (best to worst launch in brackets)"
 
 
-def _candidates(direction: str) -> list[Launch]:
+def _candidates(way: str, warps: Iterable[int] = _WARPS) -> list[Launch]:
     from slidescan.ops.fused import Launch
 
     # More than one block a warp would send the sums of the backward kernel through shared memory.
-    blocks = (1, 2) if direction == "forward" else (1,)
-    return [Launch(*each) for each in itertools.product((1, 2, 4, 8), blocks, (1, 2, 4))]
+    blocks = (1, 2) if way == "forward" else (1,)
+    return [Launch(*each) for each in itertools.product(warps, blocks, (1, 2, 4))]
 
 
-def _calls(dtype: torch.dtype, depth: int) -> dict[str, Callable[[], object]]:
-    """Return a forward and a backward of an RT-DETR decoder with heads of `depth` channels."""
+def _calls(kind: Kind) -> Iterator[Callable[[], object]]:
+    """Yield the calls of an RT-DETR decoder and of a Deformable DETR encoder, one way."""
     from slidescan.ops import fused
 
-    case = Case("RT-DETR decoder, B32", 32, RT_DETR, 300, dtype)
-    value, locations, weights = case.inputs(0, "cuda")
-    value = value[..., :1].expand(*value.shape[:3], depth).contiguous()
-    inputs = value, case.shapes, locations, weights, case.points
-    grad = torch.ones_like(fused.fused(*inputs))
-    return {
-        "forward": partial(fused.fused, *inputs),
-        "backward": partial(fused.fused_backward, grad, *inputs, (True, True)),
-    }
+    dtype, depth, way = kind
+    for case in (DECODER, ENCODER):
+        value, locations, weights = replace(case, dtype=dtype).inputs(0, "cuda")
+        value = value[..., :1].expand(*value.shape[:3], depth).contiguous()
+        inputs = value, case.shapes, locations, weights, case.points
+        if way == "forward":
+            yield partial(fused.fused, *inputs)
+        else:
+            grad = value.new_ones(value.shape[0], locations.shape[1], value.shape[2] * depth)
+            yield partial(fused.fused_backward, grad, *inputs, (True, True))
 
 
-def _compile(kind: tuple[torch.dtype, int]) -> None:
+def _compile(kind: Kind, warps: int) -> None:
     from slidescan.ops import fused
 
-    dtype, depth = kind
-    for direction, call in _calls(dtype, depth).items():
-        for candidate in _candidates(direction):
-            fused.launch_table()[fused.launch_key(direction, depth, dtype.itemsize)] = candidate
+    dtype, depth, way = kind
+    for call in _calls(kind):
+        for candidate in _candidates(way, (warps,)):
+            fused.launch_table()[fused.launch_key(way, depth, dtype.itemsize)] = candidate
             call()

@@ -44,15 +44,18 @@ def steps(smoke: bool) -> list[Step]:
     python, here = sys.executable, Path(__file__).resolve()
     benchmark = [python, str(here.with_name("benchmark.py")), *(["--smoke"] if smoke else [])]
     sanitizer = [shutil.which("compute-sanitizer") or "compute-sanitizer", "--error-exitcode", "1", "--tool"]
-    tests = [str(ROOT / "tests" / "ops"), *(["-k", "definition"] if smoke else [])]
+    tests = [
+        str(ROOT / "tests" / "ops"),
+        *(["-k", "definition"] if smoke else ["-n", "logical", "--maxprocesses", "12"]),
+    ]
     case = [python, str(here), "case"]
     return [
-        Step("tune", [*benchmark, "tune"], 60),
-        Step("tests", [python, "-m", "pytest", "-q", *tests], 180),
-        Step("memcheck", [*sanitizer, "memcheck", *case], 35),
-        Step("racecheck", [*sanitizer, "racecheck", *case], 35),
-        Step("ops", [*benchmark, "ops"], 80),
-        Step("models", [*benchmark, "models"], 170),
+        Step("tune", [*benchmark, "tune"], 80),
+        Step("tests", [python, "-m", "pytest", "-q", *tests], 140),
+        Step("memcheck", [*sanitizer, "memcheck", *case], 45),
+        Step("racecheck", [*sanitizer, "racecheck", *case], 45),
+        Step("ops", [*benchmark, "ops"], 90),
+        Step("models", [*benchmark, "models"], 190),
     ]
 
 
