@@ -14,9 +14,11 @@ from typing import Any
 
 from slidescan.config import ScanConfig
 from slidescan.detections import Detector
+from slidescan.errors import ConfigError
+from slidescan.geometry import Frame
 from slidescan.slides import Slide
 
-__all__ = ["describe_slide", "peak_gpu_mb", "peak_rss_mb", "run_key", "versions"]
+__all__ = ["check_scanned", "describe_slide", "peak_gpu_mb", "peak_rss_mb", "run_key", "versions"]
 
 
 def run_key(slide: Slide, detector: Detector, config: ScanConfig) -> str:
@@ -31,6 +33,26 @@ def run_key(slide: Slide, detector: Detector, config: ScanConfig) -> str:
     ]
     text = json.dumps([*identity, config.model_dump(mode="json")], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def check_scanned(slide: Slide, fingerprint: str, frame: Frame | None = None, what: str = "slide") -> None:
+    """Refuse a slide that is not the one of a result, and, where `frame` is given, one at another scale.
+
+    Raises
+    ------
+    ConfigError
+        Beginning with `what`, the name of what was given.
+    """
+    if slide.fingerprint != fingerprint:
+        raise ConfigError(
+            f"{what}: expected the slide that was scanned, got {slide.path.name}, whose content is another; give the "
+            "file that was scanned"
+        )
+    if frame is not None and slide.frame != frame:
+        raise ConfigError(
+            f"{what}: expected {frame.mpp:g} µm/px, as it was scanned, got {slide.frame.mpp:g}; open it with "
+            f"mpp={frame.mpp!r}"
+        )
 
 
 def describe_slide(slide: Slide) -> dict[str, Any]:

@@ -26,6 +26,7 @@ import pyarrow.parquet as pq
 
 from slidescan.anomaly import AnomalyMap
 from slidescan.config import ScanConfig
+from slidescan.contact_sheet import FlaggedRegions
 from slidescan.detections import Detections
 from slidescan.errors import ConfigError, ResultError, SlidescanError
 from slidescan.export import detection_features, detection_ids, region_features, write_geojson
@@ -34,6 +35,7 @@ from slidescan.flagged import FlaggedRegion, Hotspot, flag_regions, mitotic_hots
 from slidescan.geometry import Frame
 from slidescan.legend import counted
 from slidescan.manifest import MANIFEST, SCHEMA, check_files, listed, read_manifest, write_manifest
+from slidescan.provenance import check_scanned
 from slidescan.region import commit, disk_error
 from slidescan.slides import Slide
 
@@ -124,9 +126,10 @@ class ScanResult:
         area_mm2 = self.config.flagged.hotspot_mm2
         return mitotic_hotspot(self.detections, self.frame, threshold=self.threshold, area_mm2=area_mm2)
 
-    def flagged(self, n: int = 20) -> tuple[FlaggedRegion, ...]:
-        """Return the `n` regions with most evidence."""
-        return self.regions[:n]
+    def flagged(self, n: int = 20) -> FlaggedRegions:
+        """Return the `n` regions with most evidence, a tuple; ``.plot(slide)`` is their contact sheet."""
+        fingerprint = self.provenance["slide"]["fingerprint"]
+        return FlaggedRegions(self.regions[:n], fingerprint=fingerprint, frame=self.frame)
 
     def origin_l0(self, origin: Literal["qupath", "level0"]) -> tuple[float, float]:
         """Return the level-0 px at which a viewer puts (0, 0); QuPath crops to the slide's scanned bounds."""
@@ -224,11 +227,8 @@ class ScanResult:
         """
         from slidescan.figure import THUMBNAIL_PX, draw_map
 
-        if slide is not None and slide.fingerprint != self.provenance["slide"]["fingerprint"]:
-            raise ConfigError(
-                f"slide: expected the slide that was scanned, got {slide.name}, whose content is another; give the "
-                "file that was scanned"
-            )
+        if slide is not None:
+            check_scanned(slide, self.provenance["slide"]["fingerprint"])
         if regions < 0:
             raise ConfigError(f"regions: expected a number of regions, got {regions}")
         return draw_map(

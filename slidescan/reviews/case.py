@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from slidescan.errors import ConfigError
 from slidescan.geometry import Box
+from slidescan.provenance import check_scanned
 from slidescan.result import ScanResult
 from slidescan.reviews.attach import reattach
 from slidescan.reviews.decisions import DECISIONS, Decision, DecisionLog, Undo, Verdict, What
@@ -177,16 +178,7 @@ class Case:
                 "path, so pass slides=, or --slides on the command line"
             )
         slide = at if isinstance(at, Slide) else pooled(at, mpp=self.frame.mpp, color=self._color)
-        if slide.fingerprint != self._fingerprint:
-            raise ConfigError(
-                f"slides: expected the slide that {self.slide_id!r} is the result of, got {slide.path.name}, whose "
-                "content is another; give the file that was scanned"
-            )
-        if slide.frame != self.frame:
-            raise ConfigError(
-                f"slides: expected {self.slide_id!r} at {self.frame.mpp:g} µm/px, as it was scanned, got "
-                f"{slide.frame.mpp:g}; open it with mpp={self.frame.mpp!r}"
-            )
+        check_scanned(slide, self._fingerprint, self.frame, f"slides: {self.slide_id!r}")
         return slide
 
 

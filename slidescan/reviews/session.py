@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
@@ -11,11 +10,13 @@ from typing import TYPE_CHECKING, Any, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from slidescan.contact_sheet import contact_sheet, field_of_view
 from slidescan.errors import ConfigError, MissingExtraError
 from slidescan.reviews.agreement import Kappa, cohen_kappa
 from slidescan.reviews.case import Case
 from slidescan.reviews.chosen import Choice, Sort
 from slidescan.reviews.decisions import Decision, Verdict
+from slidescan.reviews.figure import views
 from slidescan.reviews.items import ReviewItem
 
 if TYPE_CHECKING:
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Review", "check_name"]
 
-_MOST_PX = 4096  # edge of a crop: 50 MB of RGB, more than any screen shows
 _MOST_TEXT = 10_000  # characters of a note: some pages, and a line that is still written in one piece
 
 
@@ -266,16 +266,8 @@ class Review:
         SlideError
             If it cannot be opened or read.
         """
-        if not (math.isfinite(fov_um) and fov_um > 0):
-            raise ConfigError(f"fov_um: expected a positive number of µm, got {fov_um!r}")
-        if not 1 <= px <= _MOST_PX:
-            raise ConfigError(f"px: expected 1 to {_MOST_PX} px, got {px!r}")
         item = self.item(item_id)
-        slide = self._cases[item.slide_id].slide()
-        plane = slide.frame.at(fov_um / px)
-        box_m = item.box_l0.scale(slide.frame.factor_to(plane))
-        x, y = (round((low + high - px) / 2) for low, high in ((box_m.x0, box_m.x1), (box_m.y0, box_m.y1)))
-        return slide.read(x, y, px, px, plane).rgb
+        return field_of_view(self._cases[item.slide_id].slide(), item.box_l0, fov_um, px)
 
     def box_um(self, item_id: str, fov_um: float = 64.0) -> tuple[float, float, float, float]:
         """Return the item's box in its field of view: x0, y0, x1, y1 in µm from the upper left corner."""
@@ -286,10 +278,11 @@ class Review:
         return fov_um / 2 - half_w, fov_um / 2 - half_h, fov_um / 2 + half_w, fov_um / 2 + half_h
 
     def plot(self, n: int = 24, *, columns: int = 6, fov_um: float = 64.0, px: int = 192) -> Plot:
-        """Return a matplotlib figure of the first `n` items; see `contact_sheet`."""
-        from slidescan.reviews.figure import contact_sheet
+        """Return a contact sheet of the first `n` items with what was decided, a matplotlib figure.
 
-        return contact_sheet(self, self.items()[:n], columns=columns, fov_um=fov_um, px=px)
+        The rest is as in `FlaggedRegions.plot`; a blinded review shows a running number in place of rank and score.
+        """
+        return contact_sheet(views(self, self.items()[:n], fov_um, px), columns=columns, fov_um=fov_um)
 
     def item(self, item_id: str) -> ReviewItem:
         """Return the item of an id."""

@@ -1,0 +1,178 @@
+"""Fields of view side by side for papers and talks: in order, all at one scale, each with a line above it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from slidescan.errors import ConfigError
+from slidescan.flagged import FlaggedRegion
+from slidescan.geometry import Box, Frame
+from slidescan.legend import MARK
+from slidescan.provenance import check_scanned
+from slidescan.slides import Slide
+
+if TYPE_CHECKING:
+    from slidescan.figure import Plot
+
+__all__ = ["FlaggedRegions", "View", "contact_sheet", "field_of_view"]
+
+_GREY = "#6E6E76"
+_TILE_IN, _HEADING_IN = 1.7, 0.3  # inches of a field of view, and of the line above it
+_MOST_PX = 4096  # edge of a field: 50 MB of RGB, more than any screen shows
+
+
+class FlaggedRegions(tuple[FlaggedRegion, ...]):  # noqa: SLOT001  # a tuple's own slots must be empty
+    """Flagged regions by falling evidence: a tuple, which can be seen.
+
+    Examples
+    --------
+    >>> result.flagged(24).plot(slide).savefig("sheet.png")  # doctest: +SKIP
+    """
+
+    _fingerprint: str
+    _frame: Frame
+
+    def __new__(cls, regions: Iterable[FlaggedRegion], *, fingerprint: str, frame: Frame) -> FlaggedRegions:
+        """Hold regions of the slide that `fingerprint` tells, whose level 0 is `frame`."""
+        self = super().__new__(cls, regions)
+        self._fingerprint, self._frame = fingerprint, frame
+        return self
+
+    def __getnewargs_ex__(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return (tuple(self),), {"fingerprint": self._fingerprint, "frame": self._frame}
+
+    def plot(self, slide: Slide, *, columns: int = 6, fov_um: float = 64.0, px: int = 192) -> Plot:
+        """Return a contact sheet: a field of view around each region, its outline, rank, highest score and class.
+
+        Parameters
+        ----------
+        slide : Slide
+            The one that was scanned.
+        columns : int
+        fov_um : float
+            Edge of a field, µm.
+        px : int
+            Edge of a field, px.
+
+        Raises
+        ------
+        ConfigError
+            If the slide is not the one that was scanned, is open at another scale, or a setting cannot be meant.
+        SlideError
+            If the slide cannot be read.
+        """
+        check_scanned(slide, self._fingerprint, self._frame)
+        views = [
+            View(
+                field_of_view(slide, region.box_l0, fov_um, px),
+                _around(region.polygon_l0, region.box_l0, slide.frame.mpp, fov_um),
+                f"{region.rank} · {region.peak:.2f} · {region.label}",
+            )
+            for region in self
+        ]
+        return contact_sheet(views, columns=columns, fov_um=fov_um)
+
+
+class View(NamedTuple):
+    """A field of view."""
+
+    rgb: NDArray[np.uint8]
+    """(px, px, 3)"""
+    outline_um: NDArray[np.float64]
+    """What it is about: (N, 2), not closed, µm from the upper left corner."""
+    said: str
+    """The line above it."""
+    color: str = _GREY
+    """Of that line, and of the frame."""
+
+    @classmethod
+    def of_box(cls, rgb: NDArray[np.uint8], xyxy_um: Sequence[float], said: str, color: str = _GREY) -> View:
+        """Return a view about a box, µm from the upper left corner."""
+        x0, y0, x1, y1 = xyxy_um
+        return cls(rgb, np.array([(x0, y0), (x1, y0), (x1, y1), (x0, y1)]), said, color)
+
+
+def field_of_view(slide: Slide, box_l0: Box, fov_um: float, px: int) -> NDArray[np.uint8]:
+    """Return a square of the slide around the middle of a box, uint8 (px, px, 3) RGB; white outside the slide.
+
+    Parameters
+    ----------
+    slide : Slide
+    box_l0 : Box
+        Level-0 px.
+    fov_um : float
+        Edge, µm.
+    px : int
+        Edge, px. Where that is finer than the slide its pixels are enlarged.
+
+    Raises
+    ------
+    ConfigError
+        If `fov_um` or `px` cannot be meant.
+    SlideError
+        If the slide cannot be read.
+    """
+    if not (math.isfinite(fov_um) and fov_um > 0):
+        raise ConfigError(f"fov_um: expected a positive number of µm, got {fov_um!r}")
+    if not 1 <= px <= _MOST_PX:
+        raise ConfigError(f"px: expected 1 to {_MOST_PX} px, got {px!r}")
+    plane = slide.frame.at(fov_um / px)
+    box_m = box_l0.scale(slide.frame.factor_to(plane))
+    x, y = (round((low + high - px) / 2) for low, high in ((box_m.x0, box_m.x1), (box_m.y0, box_m.y1)))
+    return slide.read(x, y, px, px, plane).rgb
+
+
+def contact_sheet(views: Sequence[View], *, columns: int = 6, fov_um: float = 64.0) -> Plot:
+    """Draw fields of view with outline and scale bar; ``.savefig("sheet.png")`` needs no display.
+
+    Parameters
+    ----------
+    views : sequence of View
+    columns : int
+    fov_um : float
+        Edge of each, µm.
+
+    Raises
+    ------
+    ConfigError
+        If there are no columns.
+    """
+    from matplotlib.patches import Polygon
+
+    from slidescan.figure import Plot, scale_bar
+
+    if columns < 1:
+        raise ConfigError(f"columns: expected 1 or more, got {columns}")
+    columns = min(columns, max(1, len(views)))
+    rows = max(1, math.ceil(len(views) / columns))
+    width_in, height_in = columns * (_TILE_IN + 0.1), rows * (_TILE_IN + _HEADING_IN)
+    figure = Plot(figsize=(width_in, height_in))
+    share = _HEADING_IN / (_TILE_IN + _HEADING_IN)
+    grid = figure.add_gridspec(rows, columns, left=0, right=1, bottom=0.1 / height_in, top=1 - _HEADING_IN / height_in)
+    grid.update(wspace=0.06, hspace=share / (1 - share))
+    mark = [part / 255 for part in MARK]
+    for place, view in enumerate(views):
+        axes = figure.add_subplot(grid[divmod(place, columns)])
+        # Axes in µm, whatever the pixels.
+        axes.imshow(view.rgb, extent=(0, fov_um, fov_um, 0))
+        axes.add_patch(Polygon(view.outline_um, fill=False, edgecolor=mark, linewidth=1))
+        axes.set(xlim=(0, fov_um), ylim=(fov_um, 0), xticks=[], yticks=[])
+        for spine in axes.spines.values():
+            spine.set(color=view.color, linewidth=2.5)
+        axes.set_title(view.said, fontsize=8, color=view.color, pad=4)
+        scale_bar(axes, fov_um, fov_um, um_per_unit=1)
+    if not views:
+        figure.text(0.5, 0.5, "nothing to show", ha="center", va="center")
+    return figure
+
+
+def _around(polygon_l0: NDArray[np.float64], box_l0: Box, mpp: float, fov_um: float) -> NDArray[np.float64]:
+    """Return an outline in the field of view around its box, µm."""
+    middle = (box_l0.x0 + box_l0.x1) / 2, (box_l0.y0 + box_l0.y1) / 2
+    moved: NDArray[np.float64] = (polygon_l0 - middle) * mpp + fov_um / 2
+    return moved
