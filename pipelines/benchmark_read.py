@@ -32,12 +32,13 @@ from PIL import Image
 import slidescan as ss
 from slidescan.phantom import write_phantom
 from slidescan.plan import Region, plan
+from slidescan.region import batches, cut
 from slidescan.slides.codecs import Codec
 
 __all__ = ["assemble", "bench_read"]
 
 _SHARED = Path(os.environ.get("SLIDESCAN_TEST_DATA", Path(__file__).resolve().parents[2] / "shared"))
-_TILE_PX, _HALO_PX, _REGION_PX, _BATCH = 1024, 112, 4096, 8  # as the bundled detector is fed
+_TILE_PX, _HALO_PX, _REGION_PX, _BATCH = 1024, 112, 4096, 8  # as the bundled detector is fed on a CPU
 _OPENSLIDE_PX = 480  # what peers ask OpenSlide for: four tiles of 240 px
 _MPP = 0.5  # µm/px that every slide is opened with
 _COARSE_MPP = 0.8  # µm/px of a plane without a level of its own
@@ -184,9 +185,8 @@ def _stream(path: Path, threads: int, take: Take, mpp: float = _MPP, region_px: 
 
 def _batches(region: Region, rgb: Rgb) -> None:
     x0, y0, _, _ = region.read.round_out()
-    for first in range(0, len(region.tiles), _BATCH):
-        boxes = [tile.read.translate(-x0, -y0).round_out() for tile in region.tiles[first : first + _BATCH]]
-        np.stack([rgb[top:bottom, left:right] for left, top, right, bottom in boxes])
+    for tiles in batches(region.tiles, _BATCH, by_row=True):
+        cut(rgb, tiles, x0, y0)
 
 
 def _ours(path: Path, threads: int, mpp: float = _MPP) -> None:

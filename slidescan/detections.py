@@ -178,7 +178,10 @@ class Detector(Protocol):
         ...
 
     def detect(self, tiles: NDArray[np.uint8], min_score: float) -> list[Detections]:
-        """Score tiles (B, H, W, 3) RGB; return one table a tile, in tile px, scores >= `min_score`."""
+        """Score tiles (B, H, W, 3) RGB; return one table a tile, in tile px, scores >= `min_score`.
+
+        Tiles cannot be written to: they may be views of a region, and overlap.
+        """
         ...
 
 

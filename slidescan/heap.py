@@ -1,22 +1,32 @@
-"""The C library's heap, told what it is used for: a network that asks for the same blocks with every batch.
+"""Memory that is used again: networks and regions of pixels ask for the same blocks all the time.
 
-glibc gives large blocks back to the system when they are freed, and the system clears each page anew when it is asked
-again. With blocks kept the bundled detector is 1.5 times as fast on two cores (`python pipelines/benchmark.py heap`),
-with the memory it takes under glibc's defaults. What the heap keeps is given back between regions, and arrays of 32 MB
-and more, such as a region's pixels, have pages of their own. Another C library is left as it is.
+The system clears each page it hands out, and threads that ask for pages wait for one another. glibc gives large blocks
+back when they are freed, so a network would have its pages cleared with every batch: with blocks kept the bundled
+detector is 1.5 times as fast on two cores (`python pipelines/benchmark.py heap`), with the memory it takes under
+glibc's defaults. What the heap keeps is given back between regions. Blocks of 32 MB and more, such as a region's
+pixels, glibc always maps apart: `pixels` uses those again itself. Another C library is left as it is.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import weakref
+from collections import deque
 
-__all__ = ["give_back_freed", "keep_freed"]
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["give_back_freed", "give_back_pixels", "keep_freed", "pixels"]
 
 # mallopt(3): its numbers, and bytes. The first is the most that glibc takes.
 _MMAP_THRESHOLD, _APART_BYTES = -3, 32 << 20
 _TRIM_THRESHOLD, _KEPT_BYTES = -1, 1 << 30
 _TOP_PAD, _GROWS_BY_BYTES = -2, 64 << 20
+
+_LEAST_BYTES = 4 << 20  # of a block that is used again: about what smaller ones cost is what finding them costs
+_MOST_BYTES = 256 << 20  # kept free: four regions of 4,320 px, one for each thread that reads
+_free: deque[NDArray[np.uint8]] = deque()
 
 
 def keep_freed() -> None:
@@ -32,3 +42,44 @@ def give_back_freed() -> None:
     """Return freed memory to the system: over 256 regions a scan grew by 230 MB without."""
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def pixels(height: int, width: int) -> NDArray[np.uint8]:
+    """Return an array (height, width, 3) of any values, in the memory of an earlier one where nothing refers to that.
+
+    Examples
+    --------
+    >>> pixels(2, 3).shape
+    (2, 3, 3)
+    """
+    size = height * width * 3
+    if size < _LEAST_BYTES:
+        return np.empty((height, width, 3), np.uint8)
+    block = _left(size)
+    lease = (ctypes.c_uint8 * size).from_buffer(block.data)  # what every view of the array refers to
+    weakref.finalize(lease, _keep, block).atexit = False
+    return np.frombuffer(memoryview(lease), np.uint8).reshape(height, width, 3)
+
+
+def give_back_pixels() -> None:
+    """Return to the system the blocks that nothing refers to."""
+    _free.clear()
+
+
+def _left(size: int) -> NDArray[np.uint8]:
+    """Return a block of at least `size` bytes."""
+    with contextlib.suppress(IndexError):  # another thread took the last one
+        for _ in range(len(_free)):
+            block = _free.popleft()
+            if size <= block.size <= 2 * size:
+                return block
+            _free.append(block)
+    return np.empty(size, np.uint8)
+
+
+def _keep(block: NDArray[np.uint8]) -> None:
+    """Keep a block; takes no lock, for it can be called anywhere in any thread."""
+    _free.append(block)
+    with contextlib.suppress(IndexError):
+        while sum(each.size for each in tuple(_free)) > _MOST_BYTES:
+            _free.popleft()

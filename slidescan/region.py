@@ -11,12 +11,14 @@ import contextlib
 import errno
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby, pairwise
 from pathlib import Path
 from zipfile import BadZipFile
 
 import numpy as np
+from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
 from slidescan.detections import Detections, Detector
@@ -30,7 +32,7 @@ from slidescan.stitch import owned
 from slidescan.suspects import being_read
 from slidescan.timeouts import within
 
-__all__ = ["RegionPart", "RegionTask", "commit", "disk_error", "scored_at_once"]
+__all__ = ["RegionPart", "RegionTask", "batches", "commit", "cut", "disk_error", "scored_at_once"]
 
 # Share of a detector's queries in use from which a tile counts as full: RF-DETR users report cells lost from 0.8 on.
 _SATURATED_SHARE = 0.8
@@ -188,10 +190,9 @@ class RegionTask:
 
     def _detect(self, tiles: list[Tile], rgb: NDArray[np.uint8], x0: int, y0: int) -> Iterator[tuple[Tile, Detections]]:
         """Score tiles of one size in batches; `rgb` starts at plane px (`x0`, `y0`)."""
-        for start in range(0, len(tiles), self.batch_tiles):
-            batch = tiles[start : start + self.batch_tiles]
+        for batch in batches(tiles, self.batch_tiles, by_row=scored_at_once(self.detector) == _ON_CPU):
             with stage("batch"):
-                windows = np.stack([_window(rgb, tile.read.translate(-x0, -y0)) for tile in batch])
+                windows = cut(rgb, batch, x0, y0)
             yield from zip(batch, self.detector.detect(windows, self.min_score), strict=True)
 
     def _own(self, tile: Tile, found: Detections) -> Detections:
@@ -242,10 +243,42 @@ def disk_error(path: Path, exc: OSError) -> ResultError:
     return ResultError(f"{path}: cannot be written ({exc.strerror or exc}); choose another output directory with -o")
 
 
-def _window(rgb: NDArray[np.uint8], read: Box) -> NDArray[np.uint8]:
-    """Cut one tile's window out of the region's pixels."""
-    x0, y0, x1, y1 = read.round_out()
-    return rgb[y0:y1, x0:x1]
+def batches(tiles: Sequence[Tile], size: int, *, by_row: bool) -> Iterator[Sequence[Tile]]:
+    """Yield tiles in order, at most `size` at a time, and with `by_row` only those of one row.
+
+    A CPU scores tiles one by one, so it has the batches that cost nothing to cut; a GPU wants them full.
+    """
+    rows = [list(row) for _, row in groupby(tiles, key=lambda tile: tile.row)] if by_row else [tiles]
+    for row in rows:
+        for first in range(0, len(row), size):
+            yield row[first : first + size]
+
+
+def cut(rgb: NDArray[np.uint8], tiles: Sequence[Tile], x0: int, y0: int) -> NDArray[np.uint8]:
+    """Return the windows of tiles of one size as an array (B, H, W, 3) that cannot be written to.
+
+    Nothing is copied where each window begins as far from the one before it, as in a row of the grid: then they overlap
+    in memory as they do on the slide.
+
+    Parameters
+    ----------
+    rgb : ndarray of uint8, shape (H, W, 3)
+        A region's px, contiguous; it begins at plane px (`x0`, `y0`).
+    tiles : sequence of Tile
+        All of them inside the region.
+    x0, y0 : int
+    """
+    boxes = [tile.read.translate(-x0, -y0).round_out() for tile in tiles]
+    left, top, right, bottom = boxes[0]
+    row, px, _ = rgb.strides
+    begins = [y * row + x * px for x, y, _, _ in boxes]
+    steps = {after - before for before, after in pairwise(begins)} or {0}
+    if len(steps) == 1:
+        shape, strides = (len(boxes), bottom - top, right - left, 3), (steps.pop(), *rgb.strides)
+        return as_strided(rgb[top:, left:], shape, strides, writeable=False)
+    windows = np.stack([rgb[y:below, x:beside] for x, y, beside, below in boxes])
+    windows.flags.writeable = False
+    return windows
 
 
 def _rows(boxes: list[Box]) -> NDArray[np.float64]:

@@ -24,7 +24,7 @@ from slidescan.config import ScanConfig
 from slidescan.detections import Detections, Detector
 from slidescan.errors import ConfigError, ResultInTheWayError, SlideReadError
 from slidescan.geometry import Box, Frame
-from slidescan.heap import give_back_freed, keep_freed
+from slidescan.heap import give_back_freed, give_back_pixels, keep_freed
 from slidescan.lease import claimed
 from slidescan.overview import draw_overview
 from slidescan.prepare import Prepared, prepare
@@ -142,6 +142,7 @@ def scan(
         begun = hashlib.sha256(f"{key} {unchanged}".encode()).hexdigest()
         parts_dir = (directory / f"{_PARTS}-{begun[:16]}").absolute()
         parts, profile = score_regions(opened, prepared, config, parts_dir, client, workers, on_progress, timeout_s)
+        give_back_pixels()
         if stamp(opened.path) != unchanged:
             shutil.rmtree(parts_dir, ignore_errors=True)
             raise SlideReadError(f"{opened.path.name}: the file changed while it was scanned; scan it again")

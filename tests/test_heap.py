@@ -6,8 +6,18 @@ import json
 import platform
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
+import hypothesis.strategies as st
+import numpy as np
 import pytest
+import torch
+from hypothesis import given, settings
+from numpy.typing import NDArray
+
+from slidescan import heap
+from slidescan.heap import give_back_pixels, pixels
 
 PROGRAM = """
 import json, os, resource
@@ -44,3 +54,81 @@ def test_freed_blocks_are_kept_until_they_are_given_back() -> None:
     cleared_bytes, returned_bytes = json.loads(done.stdout)
     assert cleared_bytes < 20e6
     assert returned_bytes > 180e6
+
+
+def address(array: NDArray[np.uint8]) -> int:
+    """Return where it begins; `array.ctypes` would keep it alive until the next collection."""
+    return int(array.__array_interface__["data"][0])
+
+
+class TestPixels:
+    """Blocks of pixels are used again, and never while anything refers to them."""
+
+    @pytest.fixture(autouse=True)
+    def _nothing_left(self) -> Iterator[None]:
+        give_back_pixels()
+        yield
+        give_back_pixels()
+
+    def test_a_block_is_used_again(self) -> None:
+        first = pixels(1200, 1300)
+        at = address(first)
+        del first
+        again = pixels(1200, 1200)  # a smaller one fits
+        assert address(again) == at
+        assert (again.shape, again.dtype, again.flags.c_contiguous, again.flags.writeable) == (
+            (1200, 1200, 3),
+            np.uint8,
+            True,
+            True,
+        )
+
+    def test_a_view_keeps_it(self) -> None:
+        """Of a view, a view of that, and what another library made of it."""
+        block = pixels(1200, 1300)
+        block[...] = 7
+        kept = [block[5:9, 5:9][1:], torch.from_numpy(block)[0, 0], memoryview(block)[:1]]
+        at = address(block)
+        del block
+        while kept:
+            other = pixels(1200, 1300)
+            assert address(other) != at
+            other[...] = 9
+            assert (np.asarray(kept.pop()) == 7).all()
+            del other
+            give_back_pixels()
+        assert address(pixels(1200, 1300)) == at
+
+    @settings(max_examples=20)
+    @given(st.lists(st.tuples(st.integers(1000, 2000), st.integers(1, 6)), min_size=1, max_size=20))
+    def test_blocks_that_live_never_share(self, asked: list[tuple[int, int]]) -> None:
+        """Whatever is let go in between; each still holds what was written to it."""
+        held: list[tuple[int, NDArray[np.uint8]]] = []
+        for number, (edge, keep) in enumerate(asked):
+            block = pixels(edge, 1400)
+            block[::100] = number
+            held.append((number, block))
+            del block
+            held = held[-keep:]
+            assert all((each[::100] == n).all() for n, each in held)
+
+    def test_what_is_kept_is_bounded(self) -> None:
+        blocks = [pixels(4096, 4096) for _ in range(8)]  # 403 MB, never touched
+        del blocks
+        assert 200e6 < sum(block.size for block in heap._free) <= 256 << 20
+        pixels(2000, 2000)  # far smaller: a block of its own
+        assert min(block.size for block in heap._free) == 2000 * 2000 * 3
+
+    def test_threads(self) -> None:
+        """Many at once, taking and letting go."""
+
+        def work(number: int) -> bool:
+            fine = True
+            for _ in range(50):
+                block = pixels(1200, 1200)
+                block[0] = block[-1] = number
+                fine &= bool((block[0] == number).all() and (block[-1] == number).all())
+            return fine
+
+        with ThreadPoolExecutor(8) as threads:
+            assert all(threads.map(work, range(8)))

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from slidescan.errors import ConfigError
 from slidescan.geometry import Box, Frame
 from slidescan.plan import Grid, plan
+from slidescan.region import batches, cut
 
 layout = st.fixed_dictionaries(
     {
@@ -96,3 +97,44 @@ def test_halo_that_leaves_no_core_is_refused() -> None:
     """A halo of half the tile or more is a setting error that says so."""
     with pytest.raises(ConfigError, match="must exceed twice the halo"):
         plan(Frame((999, 999), 0.5), None, tile_px=64, halo_px=32, region_px=256)
+
+
+class TestBatches:
+    """What goes to a detector at once, and how it is cut."""
+
+    @given(
+        size_wh=st.tuples(st.integers(1, 900), st.integers(1, 900)),
+        size=st.integers(1, 9),
+        by_row=st.booleans(),
+        gaps=st.integers(0, 2**16),
+    )
+    def test_every_tile_in_order_and_its_own_pixels(
+        self, size_wh: tuple[int, int], size: int, by_row: bool, gaps: int
+    ) -> None:
+        """Whatever tiles hold tissue: all of them come, once, and a window is what the region has there."""
+        whole = plan(Frame(size_wh, 0.25), None, tile_px=128, halo_px=20, region_px=10_000)
+        tiles = [tile for i, tile in enumerate(whole.regions[0].tiles) if not gaps >> i & 1]
+        x0, y0, x1, y1 = whole.regions[0].read.round_out()
+        rgb = np.random.default_rng(0).integers(0, 256, (y1 - y0, x1 - x0, 3), np.uint8)
+        came = []
+        for batch in batches(tiles, size, by_row=by_row):
+            assert 1 <= len(batch) <= size
+            assert not by_row or len({tile.row for tile in batch}) == 1
+            windows = cut(rgb, batch, x0, y0)
+            for tile, window in zip(batch, windows, strict=True):
+                left, top, right, bottom = tile.read.translate(-x0, -y0).round_out()
+                np.testing.assert_array_equal(window, rgb[top:bottom, left:right])
+            came += batch
+        assert came == tiles
+
+    def test_a_row_is_not_copied_and_cannot_be_written_to(self) -> None:
+        """Tiles overlap: what was written to one would be in its neighbour."""
+        region = plan(Frame((400, 300), 0.25), None, tile_px=128, halo_px=20, region_px=10_000).regions[0]
+        x0, y0, x1, y1 = region.read.round_out()
+        rgb = np.zeros((y1 - y0, x1 - x0, 3), np.uint8)
+        row, mixed = region.tiles[:3], (*region.tiles[:3], region.tiles[-1])
+        assert np.shares_memory(cut(rgb, row, x0, y0), rgb)
+        for tiles in (row, mixed):
+            windows = cut(rgb, tiles, x0, y0)
+            with pytest.raises(ValueError, match="read-only"):
+                windows[0, 0, 0] = 1

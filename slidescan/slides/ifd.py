@@ -74,17 +74,13 @@ class File:
     def read(self, offset: int, count: int) -> bytes:
         """Return `count` bytes from `offset`, fewer at the end of the file; network mounts may answer in pieces."""
         count = max(0, min(count, self.size - offset))
-        parts: list[bytes] = []
-        while count > 0:
-            try:
-                part = os.pread(self._fd, count, offset)
-            except OSError as exc:
-                raise SlideReadError(f"{self.name}: reading failed ({exc.strerror})") from exc
-            if not part:
-                break
-            parts.append(part)
-            offset, count = offset + len(part), count - len(part)
-        return parts[0] if len(parts) == 1 else b"".join(parts)
+        try:
+            data = os.pread(self._fd, count, offset)
+            while len(data) < count and (more := os.pread(self._fd, count - len(data), offset + len(data))):
+                data += more
+        except OSError as exc:
+            raise SlideReadError(f"{self.name}: reading failed ({exc.strerror})") from exc
+        return data
 
     def want(self, spans: Iterable[tuple[int, int]]) -> None:
         """Do nothing: a disk is near."""

@@ -2,12 +2,14 @@
 
 Neighbouring regions overlap, and a storage tile on their border belongs to both: decoded for each, a fifth of all tiles
 of 240 px is decoded twice. Only tiles near a block's edge come here; the many in its middle are wanted once.
-Invariants: a tile is decoded once while it is here, however many threads want it, and no lock is held meanwhile; the
-bytes kept are bounded, the longest unused go first; a tile is never written to.
+Invariants: a tile is decoded once while it is here, however many threads want it, and no lock but its own is held
+meanwhile; the bytes kept are bounded: a tile goes when as many reads have had it as were to want it, and where there is
+no room the longest unused go first; a tile is never written to.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from collections import OrderedDict
@@ -20,8 +22,8 @@ __all__ = ["TilePool", "pool"]
 
 Rgb = NDArray[np.uint8]
 
-# Of one process. A region of 4096² px leaves 18 MB of tiles of 240 px, and those below it are wanted at most two
-# regions later (`slidescan.plan`).
+# Of one process. A border of two regions of 4096² px is 6 MB of tiles of 240 px; those below are wanted at most two
+# regions later, those at the right after a strip of the slide (`slidescan.plan`): of one 24,000 px high, 35 MB.
 _BUDGET_BYTES = 64 << 20
 
 
@@ -48,19 +50,27 @@ class TilePool:
         self.kept_bytes = 0
         self.decoded = 0
 
-    def get(self, key: Hashable, decode: Callable[[], Rgb]) -> Rgb:
-        """Return the tile of `key`, decoded here if nobody has it; what `decode` raises is raised, and not kept."""
+    def get(self, key: Hashable, decode: Callable[[], Rgb], reads: float = math.inf) -> Rgb:
+        """Return the tile of `key`, decoded here if nobody has it; what `decode` raises is raised, and not kept.
+
+        After the last of the `reads` that will want it, this one included, it is kept no longer.
+        """
         with self._lock:
             entry = self._tiles.get(key)
             first = entry is None
             if entry is None:
-                entry = self._tiles[key] = _Entry()
+                entry = self._tiles[key] = _Entry(reads)
             else:
                 self._tiles.move_to_end(key)
+                entry.reads -= 1
+                if entry.reads <= 0 and entry.kept_bytes:
+                    del self._tiles[key]
+                    self.kept_bytes -= entry.kept_bytes
         if first:
             return self._fill(key, entry, decode)
-        entry.done.wait()
-        return decode() if entry.tile is None else entry.tile
+        with entry.decoding:
+            tile = entry.tile
+        return decode() if tile is None else tile
 
     def peek(self, key: Hashable) -> Rgb | None:
         """Return the tile of `key` if it is here."""
@@ -83,25 +93,32 @@ class TilePool:
                 self._tiles.pop(key, None)
             raise
         finally:
-            entry.done.set()
+            entry.decoding.release()
         with self._lock:
             self.decoded += 1
+            if entry.reads <= 0:  # all who wanted it have come meanwhile
+                del self._tiles[key]
+                return tile
+            entry.kept_bytes = tile.nbytes
             self.kept_bytes += tile.nbytes
             while self.kept_bytes > self._budget:
                 oldest, left = self._tiles.popitem(last=False)
-                if left.tile is None:  # on its way, and somebody waits for it
+                if left.kept_bytes:
+                    self.kept_bytes -= left.kept_bytes
+                else:  # on its way, and somebody waits for it
                     self._tiles[oldest] = left
-                else:
-                    self.kept_bytes -= left.tile.nbytes
         return tile
 
 
 class _Entry:
-    __slots__ = ("done", "tile")
+    __slots__ = ("decoding", "kept_bytes", "reads", "tile")
 
-    def __init__(self) -> None:
-        self.done = threading.Event()
+    def __init__(self, reads: float) -> None:
+        self.reads = reads - 1  # that will come yet
         self.tile: Rgb | None = None
+        self.kept_bytes = 0  # none until it is decoded
+        self.decoding = threading.Lock()
+        self.decoding.acquire()
 
 
 pool = TilePool()

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from slidescan.geometry import Box
+from slidescan.heap import pixels
 from slidescan.slides.source import Level
 
 __all__ = ["Block", "Reader", "resample"]
@@ -82,7 +83,7 @@ def _averaged(
     if factor == 1:
         return read(level, x0, y0, x1, y1)
     width, height = size_wh
-    out = np.empty((y1 - y0, x1 - x0, 3), np.uint8)
+    out = pixels(y1 - y0, x1 - x0)
     failed: list[Box] = []
     step = max(1, math.isqrt(_BLOCK_PX) // factor)
     for top in range(y0, y1, step):

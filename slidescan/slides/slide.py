@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from slidescan.errors import ConfigError, ResolutionError, SlideReadError
 from slidescan.geometry import Box, Frame
+from slidescan.heap import pixels
 from slidescan.slides.colour import ToSrgb
 from slidescan.slides.fingerprint import fingerprint
 from slidescan.slides.memory import MemorySource
@@ -295,13 +296,15 @@ class Slide:
         inside: Callable[[NDArray[np.uint8], int, int, int, int], list[Box]],
     ) -> Pixels:
         """Put the part inside the slide on white, in the slide's colour, holes clipped and painted."""
-        out = np.empty((height, width, 3), np.uint8)
+        out = pixels(height, width)
         x0, y0, x1, y1 = Box(x, y, x + width, y + height).clip(Box(0, 0, *size_wh)).round_out()
-        if (x1 - x0, y1 - y0) != (width, height):
-            out[...] = WHITE
         if x0 >= x1 or y0 >= y1:
+            out[...] = WHITE
             return Pixels(out)
-        part = out[y0 - y : y1 - y, x0 - x : x1 - x]
+        rows = out[y0 - y : y1 - y]
+        part = rows[:, x0 - x : x1 - x]
+        for outside in (out[: y0 - y], out[y1 - y :], rows[:, : x0 - x], rows[:, x1 - x :]):
+            outside[...] = WHITE
         failed = inside(part, x0, y0, x1, y1)
         if self._to_srgb is not None:
             part[...] = self._to_srgb(part)
@@ -322,5 +325,5 @@ class Slide:
         return failed
 
     def _stored(self, level: int, x0: int, y0: int, x1: int, y1: int) -> Block:
-        out = np.empty((y1 - y0, x1 - x0, 3), np.uint8)
+        out = pixels(y1 - y0, x1 - x0)
         return out, self._opened().read_level(level, x0, y0, out)

@@ -10,7 +10,9 @@ other tile that cannot be decoded is a hole and costs nothing else.
 from __future__ import annotations
 
 import itertools
+import math
 import re
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -29,7 +31,7 @@ from slidescan.slides.pool import pool
 from slidescan.slides.remote import Where
 from slidescan.slides.resolution import NOTHING, Resolution, judge
 from slidescan.slides.source import MAX_UNTILED_PX, WHITE, Declined, Facts, check_levels, pyramid
-from slidescan.stages import stage
+from slidescan.stages import spent, stage
 
 __all__ = ["TiffSource"]
 
@@ -105,18 +107,19 @@ class TiffSource:
         with stage("read"):
             places = (row * grid.columns + column for (row, *_), (column, *_) in product(rows, columns))
             self._file.want((int(grid.offsets[i]), int(grid.counts[i])) for i in places)
-        for row, y0, y1, top, bottom, once_y in rows:
-            for column, x0, x1, left, right, once_x in columns:
+        for row, y0, y1, top, bottom, reads_y in rows:
+            for column, x0, x1, left, right, reads_x in columns:
                 part = into[top - y : bottom - y, 3 * (left - x) : 3 * (right - x)]
                 index, need_wh = row * grid.columns + column, (x1 - x0, y1 - y0)
                 if grid.counts[index] == 0:
                     part[...] = WHITE
                     continue
                 try:
-                    if once_x and once_y:
+                    if reads_x * reads_y == 1:
                         tile = self._tile(grid, index, need_wh)
                     else:
-                        tile = pool.get((self._key, level, index), partial(self._tile, grid, index, need_wh))
+                        decode = partial(self._tile, grid, index, need_wh)
+                        tile = pool.get((self._key, level, index), decode, reads_x * reads_y)
                 except DECODER_ERRORS:
                     part[...] = WHITE
                     holes.append(Box(x0, y0, x1, y1))
@@ -128,12 +131,16 @@ class TiffSource:
         count = int(grid.counts[index])
         if not 0 < count <= grid.codec.max_bytes:
             raise ValueError("impossible length")
-        with stage("read"):
-            data = self._file.read(int(grid.offsets[index]), count)
+        began = time.perf_counter()
+        data = self._file.read(int(grid.offsets[index]), count)
+        read = time.perf_counter()
+        spent("read", read - began)
         if len(data) < count:
             raise ValueError("cut off by the end of the file")
-        with stage("decode"):
+        try:
             return grid.codec.decode(data, need_wh)
+        finally:
+            spent("decode", time.perf_counter() - read)
 
     def _grid(self, directory: Directory, aperio: bool) -> _Grid:
         directory.check()
@@ -160,16 +167,17 @@ class TiffSource:
         raise Declined(f"{self._file.name}: none of {len(chosen)} sampled tiles decodes ({reason})")
 
 
-def _spans(start: int, stop: int, tile_px: int, size_px: int) -> Iterator[tuple[int, int, int, int, int, bool]]:
+def _spans(start: int, stop: int, tile_px: int, size_px: int) -> Iterator[tuple[int, int, int, int, int, float]]:
     """Yield the tiles along one side of a block.
 
     Number; where it begins and ends in the image (the rest is padding that an encoder may have left out); what of that
-    is in the block; and whether it is so far from the block's edges that no other block will want it.
+    is in the block; and how many blocks will want it: one, or two where it is near an edge that is not the image's.
     """
+    neighbours = 2 if 2 * tile_px <= stop - start else math.inf  # who can tell how many share a strip of the slide
     for number in range(start // tile_px, -(-stop // tile_px)):
         low, high = number * tile_px, min((number + 1) * tile_px, size_px)
-        once = low >= start + _SHARED_PX and high <= stop - _SHARED_PX
-        yield number, low, high, max(low, start), min(high, stop), once
+        shared = 0 < start > low - _SHARED_PX or size_px > stop < high + _SHARED_PX
+        yield number, low, high, max(low, start), min(high, stop), neighbours if shared else 1
 
 
 def _copies(first: Directory, below: list[Directory], aperio: bool) -> Iterator[Directory]:

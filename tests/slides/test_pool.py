@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from slidescan.plan import plan
-from slidescan.slides import open_slide
+from slidescan.slides import open_slide, tiff
 from slidescan.slides.codecs import Codec
 from slidescan.slides.pool import TilePool
 
@@ -73,11 +73,55 @@ def test_a_tile_that_fails_is_raised_and_tried_again() -> None:
     assert (pool.get("a", lambda: tile(3)) == 3).all()
 
 
-@pytest.mark.parametrize("threads", [1, 3])
+def test_a_tile_goes_after_its_last_read() -> None:
+    """Of three reads that will want it the third takes it away; a fourth would decode it again."""
+    pool, calls = TilePool(), []
+
+    def decode() -> NDArray[np.uint8]:
+        calls.append(0)
+        return tile(7)
+
+    kept = []
+    for _ in range(4):
+        assert (pool.get("a", decode, 3) == 7).all()
+        kept.append(pool.kept_bytes)
+    assert kept == [48, 48, 0, 48]
+    assert len(calls) == 2
+    assert (pool.get("b", decode, 1) == 7).all()
+    assert pool.kept_bytes == 48
+
+
+def test_reads_that_come_while_it_is_decoded_count() -> None:
+    """Eight threads are all that will want it: it is decoded once, and then gone."""
+    pool, started, calls = TilePool(), threading.Barrier(8), []
+
+    def decode() -> NDArray[np.uint8]:
+        calls.append(0)
+        return tile(7)
+
+    def want(_: int) -> NDArray[np.uint8]:
+        started.wait()
+        return pool.get("a", decode, 8)
+
+    with ThreadPoolExecutor(8) as threads:
+        assert all((each == 7).all() for each in threads.map(want, range(8)))
+    assert (len(calls), pool.kept_bytes) == (1, 0)
+
+
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(1, 5))), st.integers(0, 200))
+def test_however_many_reads_are_told(asked: list[tuple[int, int]], budget: int) -> None:
+    """Each call returns its own tile, even if more or fewer come than were told."""
+    pool = TilePool(budget)
+    for key, reads in asked:
+        np.testing.assert_array_equal(pool.get(key, lambda key=key: tile(key), reads), tile(key))  # type: ignore[misc]
+        assert 0 <= pool.kept_bytes <= budget
+
+
+@pytest.mark.parametrize("threads", [1, 2])
 def test_a_scan_decodes_every_tile_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int) -> None:
     """Regions overlap, and yet no tile is decoded twice; the pixels are those of the whole image."""
-    image = np.random.default_rng(0).integers(0, 256, (1500, 1700, 3), np.uint8)
-    tifffile.imwrite(tmp_path / "a.tiff", image, tile=(64, 64), compression="zlib", photometric="rgb")
+    image = np.random.default_rng(0).integers(0, 256, (3000, 3200, 3), np.uint8)
+    tifffile.imwrite(tmp_path / "a.tiff", image, tile=(64, 64), photometric="rgb")
     slide = open_slide(tmp_path / "a.tiff", mpp=0.25)
     slide.opened()
     decoded = []
@@ -88,17 +132,19 @@ def test_a_scan_decodes_every_tile_once(tmp_path: Path, monkeypatch: pytest.Monk
         return decode(self, data, *more)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Codec, "decode", counted)
+    # Half of what is needed if tiles that nobody will want again stay until they are the oldest.
+    monkeypatch.setattr(tiff, "pool", TilePool(500 * 64 * 64 * 3))
     plane = slide.frame
-    regions = plan(plane, None, tile_px=256, halo_px=32, region_px=400).regions
+    regions = plan(plane, None, tile_px=512, halo_px=112, region_px=900).regions
 
     def read(k: int) -> None:
         x0, y0, x1, y1 = regions[k].read.round_out()
         rgb = slide.read(x0, y0, x1 - x0, y1 - y0, plane).rgb
-        left, top, right, bottom = max(0, x0), max(0, y0), min(x1, 1700), min(y1, 1500)
+        left, top, right, bottom = max(0, x0), max(0, y0), min(x1, 3200), min(y1, 3000)
         inside = rgb[top - y0 : bottom - y0, left - x0 : right - x0]
         np.testing.assert_array_equal(inside, image[top:bottom, left:right])
 
     with ThreadPoolExecutor(threads) as pool:
         list(pool.map(read, range(len(regions))))
-    assert len(regions) >= 20
-    assert len(decoded) == -(-1500 // 64) * -(-1700 // 64)
+    assert len(regions) == 16
+    assert len(decoded) == -(-3000 // 64) * -(-3200 // 64)
