@@ -25,7 +25,7 @@ _TRIM_THRESHOLD, _KEPT_BYTES = -1, 1 << 30
 _TOP_PAD, _GROWS_BY_BYTES = -2, 64 << 20
 
 _LEAST_BYTES = 4 << 20  # of a block that is used again: about what smaller ones cost is what finding them costs
-_MOST_BYTES = 256 << 20  # kept free: four regions of 4,320 px, one for each thread that reads
+_MOST_BYTES = 1 << 30  # kept free: twenty regions of 4,224 px, one for each thread that reads
 _free: deque[NDArray[np.uint8]] = deque()
 
 
