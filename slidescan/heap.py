@@ -25,12 +25,16 @@ _TRIM_THRESHOLD, _KEPT_BYTES = -1, 1 << 30
 _TOP_PAD, _GROWS_BY_BYTES = -2, 64 << 20
 
 _LEAST_BYTES = 4 << 20  # of a block that is used again: about what smaller ones cost is what finding them costs
+_LARGEST_BYTES = 128 << 20  # twice a region: nobody reads larger ones by the hundred
 _MOST_BYTES = 1 << 30  # kept free: twenty regions of 4,224 px, one for each thread that reads
 _free: deque[NDArray[np.uint8]] = deque()
+_keeping = False
 
 
 def keep_freed() -> None:
     """Keep what is freed for what is asked for next; said again it changes nothing."""
+    global _keeping
+    _keeping = True
     with contextlib.suppress(AttributeError, OSError):
         libc = ctypes.CDLL(None)
         libc.mallopt(_MMAP_THRESHOLD, _APART_BYTES)
@@ -47,13 +51,15 @@ def give_back_freed() -> None:
 def pixels(height: int, width: int) -> NDArray[np.uint8]:
     """Return an array (height, width, 3) of any values, in the memory of an earlier one where nothing refers to that.
 
+    Memory is kept from `keep_freed` on, until `give_back_pixels`.
+
     Examples
     --------
     >>> pixels(2, 3).shape
     (2, 3, 3)
     """
     size = height * width * 3
-    if size < _LEAST_BYTES:
+    if not (_keeping and _LEAST_BYTES <= size <= _LARGEST_BYTES):
         return np.empty((height, width, 3), np.uint8)
     block = _left(size)
     lease = (ctypes.c_uint8 * size).from_buffer(block.data)  # what every view of the array refers to
@@ -62,7 +68,9 @@ def pixels(height: int, width: int) -> NDArray[np.uint8]:
 
 
 def give_back_pixels() -> None:
-    """Return to the system the blocks that nothing refers to."""
+    """Return to the system the blocks that nothing refers to, and keep no more of them."""
+    global _keeping
+    _keeping = False
     _free.clear()
 
 
@@ -79,6 +87,8 @@ def _left(size: int) -> NDArray[np.uint8]:
 
 def _keep(block: NDArray[np.uint8]) -> None:
     """Keep a block; takes no lock, for it can be called anywhere in any thread."""
+    if not _keeping:
+        return
     _free.append(block)
     with contextlib.suppress(IndexError):
         while sum(each.size for each in tuple(_free)) > _MOST_BYTES:

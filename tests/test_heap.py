@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from numpy.typing import NDArray
 
 from slidescan import heap
-from slidescan.heap import give_back_pixels, pixels
+from slidescan.heap import give_back_pixels, keep_freed, pixels
 
 PROGRAM = """
 import json, os, resource
@@ -65,8 +65,9 @@ class TestPixels:
     """Blocks of pixels are used again, and never while anything refers to them."""
 
     @pytest.fixture(autouse=True)
-    def _nothing_left(self) -> Iterator[None]:
+    def _kept_from_here(self) -> Iterator[None]:
         give_back_pixels()
+        keep_freed()
         yield
         give_back_pixels()
 
@@ -96,7 +97,7 @@ class TestPixels:
             other[...] = 9
             assert (np.asarray(kept.pop()) == 7).all()
             del other
-            give_back_pixels()
+            heap._free.clear()
         assert address(pixels(1200, 1300)) == at
 
     @settings(max_examples=20)
@@ -113,11 +114,21 @@ class TestPixels:
             assert all((each[::100] == n).all() for n, each in held)
 
     def test_what_is_kept_is_bounded(self) -> None:
-        blocks = [pixels(8192, 8192) for _ in range(8)]  # 1.6 GB, never touched
+        blocks = [pixels(5000, 5000) for _ in range(20)]  # 1.5 GB, never touched
         del blocks
         assert 0.8e9 < sum(block.size for block in heap._free) <= 1 << 30
         pixels(2000, 2000)  # far smaller: a block of its own
         assert min(block.size for block in heap._free) == 2000 * 2000 * 3
+
+    def test_nothing_is_kept_where_nobody_asked(self) -> None:
+        """Before `keep_freed`, after `give_back_pixels`, and of a block that no scan would read."""
+        pixels(7000, 7000)
+        assert not heap._free
+        late = pixels(1200, 1300)
+        give_back_pixels()
+        del late
+        pixels(1200, 1300)
+        assert not heap._free
 
     def test_threads(self) -> None:
         """Many at once, taking and letting go."""

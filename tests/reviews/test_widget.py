@@ -260,7 +260,7 @@ FAKE = """(async () => {
   const told = new Map();
   window.model = {
     sent: [], on: (name, act) => told.set(name, act), off: (name) => told.delete(name),
-    send: (content) => window.model.sent.push(content),
+    send: (content) => window.model.sent.push(content), widget_manager: { kernel: window.kernel },
   };
   window.tell = (name, ...values) => told.get(name)(...values);
   window.listeners = told;
@@ -273,9 +273,13 @@ FAKE = """(async () => {
 def fake(tmp_path: Path) -> Iterator[Tab]:
     """Give the widget's front end, whose kernel is the test: `model.sent` is what it asks, `tell` what it is told."""
     with Tab(tmp_path) as tab:
-        tab.run(FAKE.replace("CODE", json.dumps(str(ReviewWidget._esm))))
-        tab.wait("model.sent.length === 1")
+        show(tab)
         yield tab
+
+
+def show(tab: Tab) -> None:
+    tab.run(FAKE.replace("CODE", json.dumps(str(ReviewWidget._esm))))
+    tab.wait("model.sent.length === 1")
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason=WHY)
@@ -296,6 +300,18 @@ class TestFrontEnd:
         fake.run(f"tell('{sign}')")
         fake.wait(f"{self.ROOT}.includes('run the cell again')")
         assert fake.run("document.querySelector('.ss-kernel').textContent.includes('run the cell again')")
+
+    def test_a_server_that_is_away_is_told_from_a_busy_kernel(self, tmp_path: Path) -> None:
+        """What waits is neither lost nor failed: the notebook sends it when it is connected again."""
+        notice = "document.querySelector('.ss-kernel').textContent"
+        with Tab(tmp_path) as tab:
+            tab.run("window.kernel = { connectionStatus: 'connecting' }; null")
+            show(tab)
+            tab.wait(f"{notice}.includes('sent when it is back')")
+            tab.run("kernel.connectionStatus = 'connected'; null")
+            tab.wait(f"{notice}.includes('Waiting for the kernel')")
+            tab.run("tell('msg:custom', { ...model.sent[0], error: 'here again' }, [])")
+            tab.wait(f"{self.ROOT} === 'here again' && {notice} === ''")
 
     def test_keys_are_kept_from_the_notebook(self, fake: Tab) -> None:
         """Notebooks listen on the way down, and pass over what is marked, or on the way up; saving is left to them."""

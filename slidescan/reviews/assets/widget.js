@@ -4,8 +4,10 @@ import { mount } from "./page.js";
 
 const SLOW_MS = 3000; // then the wait is explained; a picture takes a tenth of it
 const PATIENCE_MS = 600_000; // where nothing tells whether the kernel lives; a cell before this one may take as long
-const GONE = "The kernel was stopped or restarted: run the cell again.";
+const GONE = "The kernel was stopped or restarted: run the cell again, after reloading the page where that shows nothing.";
 const WAITING = "Waiting for the kernel, which is busy or was stopped. If it was stopped, run the cell again.";
+// The notebook sends what was decided when it is connected again, if the kernel still runs then.
+const AWAY = "No connection to the notebook's server: what you do is sent when it is back.";
 const ENDED = ["dead", "restarting", "autorestarting", "terminating"]; // as Jupyter calls a kernel's states
 
 class MessageCarrier {
@@ -76,7 +78,8 @@ class MessageCarrier {
   #look() {
     if (!this.waiting.size) return;
     const waited = performance.now() - this.waiting.values().next().value.since;
-    if (waited > SLOW_MS) this.say(WAITING);
+    const away = (this.kernel?.connectionStatus ?? "connected") !== "connected";
+    if (waited > SLOW_MS) this.say(away ? AWAY : WAITING);
     // A kernel known to live may be as busy as it likes.
     if (waited > PATIENCE_MS && !this.kernel) {
       this.#fail("The kernel did not answer for ten minutes: run the cell again and see what is saved.");
