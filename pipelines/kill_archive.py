@@ -44,7 +44,7 @@ from slidescan.testing import TISSUE_GROUND, OracleDetector, disc_image, random_
 KINDS = ("SIGKILL a worker", "SIGTERM main", "SIGKILL main", "SIGKILL workers", "SIGKILL everything")
 _SIZE_WH, _MPP, _WORKERS = (1000, 800), 0.5, 2
 _SETTINGS = {"tiling.region_px": 320, "detect.batch_tiles": 64, "tissue.thumbnail_px": 512, "map.um_per_px": 8.0}
-_SCORING_S = 0.1  # for a region, so that moments within its work are drawn too
+_SCORING_S = 0.1  # for a row of a region, so that moments within its work are drawn too
 _EARLY = 0.15  # share of rounds whose moment is before the first region
 _SIGTERM_S = 10  # until which a run must have ended
 _LEFT_S = 30  # until which the workers of a run that was killed must have ended
@@ -65,7 +65,7 @@ class Witness(OracleDetector):
     scored: Path = field(default=Path(), repr=False)  # the digest is made of what is shown: it does not depend on this
 
     def detect(self, tiles: NDArray[np.uint8], min_score: float) -> list[ss.Detections]:
-        """Score the tiles of a region, all in one batch."""
+        """Score the tiles of a region, a row at a time."""
         with self.scored.open("a", encoding="utf-8") as file:
             file.write(f"{time.time_ns()} {digest(tiles[0])}\n")
         time.sleep(_SCORING_S)
@@ -218,10 +218,10 @@ def committed(out: Path, regions: dict[str, Place]) -> dict[Place, int]:
 
 
 def scorings(out: Path, regions: dict[str, Place]) -> list[tuple[int, Place]]:
-    """Return when each region was scored, nanoseconds since 1970."""
+    """Return when each region was scored, nanoseconds since 1970; its first row tells."""
     scored = scored_in(out)
     rows = [line.split() for line in scored.read_text(encoding="utf-8").splitlines()] if scored.exists() else []
-    return [(int(when), regions[what]) for when, what in rows]
+    return [(int(when), regions[what]) for when, what in rows if what in regions]
 
 
 def tree(out: Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +24,9 @@ if TYPE_CHECKING:
     from slidescan.archive import ArchiveProgress
     from slidescan.jobqueue import Queue
 
-__all__ = ["archive", "assigned", "status", "with_reason"]
+__all__ = ["archive", "assigned", "heeded_signals", "status", "with_reason"]
+
+_AGAIN_S = 0.05  # after which a signal that was lost comes again: finalizers end sooner
 
 
 def archive(
@@ -66,8 +69,7 @@ def archive(
         raise ConfigError(f"--retry-failed must be one of {', '.join(REASONS)}, or nothing, got {retry_failed!r}")
     settings, queue = load_settings(config, assigned(set_ or []))
     part, entries = _shard(shard), read_listing(listing)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a queue's polite end is the user's Ctrl-C
-    with _cluster(scheduler, queue) as client:
+    with heeded_signals(), _cluster(scheduler, queue) as client:
         n = queue.workers if queue is not None and client is not None else workers
         common: dict[str, Any] = {"config": settings, "client": client, "workers": n, "shard": part}
         if dry_run:
@@ -88,6 +90,32 @@ def archive(
     status(out)
     if any(record.state == "failed" for record in records):
         raise typer.Exit(1)
+
+
+@contextmanager
+def heeded_signals() -> Iterator[None]:
+    """Make a queue's polite end the user's Ctrl-C while the block runs, and lose neither.
+
+    Python drops what is raised inside a finalizer or a callback of a weak reference, KeyboardInterrupt, too, and the
+    run would go on. It is raised again a moment later, until it comes where it can be raised.
+    """
+    told = sys.unraisablehook
+
+    def again(dropped: sys.UnraisableHookArgs) -> None:
+        if issubclass(dropped.exc_type, KeyboardInterrupt):
+            signal.setitimer(signal.ITIMER_REAL, _AGAIN_S)
+        else:
+            told(dropped)
+
+    before = {each: signal.signal(each, signal.default_int_handler) for each in (signal.SIGTERM, signal.SIGALRM)}
+    sys.unraisablehook = again
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        sys.unraisablehook = told
+        for each, handler in before.items():
+            signal.signal(each, handler)
 
 
 def status(
