@@ -24,7 +24,7 @@ _MMAP_THRESHOLD, _APART_BYTES = -3, 32 << 20
 _TRIM_THRESHOLD, _KEPT_BYTES = -1, 1 << 30
 _TOP_PAD, _GROWS_BY_BYTES = -2, 64 << 20
 
-_LEAST_BYTES = 4 << 20  # of a block that is used again: about what smaller ones cost is what finding them costs
+_LEAST_BYTES = 4 << 20  # of a block that is used again: smaller ones are glibc's business
 _LARGEST_BYTES = 128 << 20  # twice a region: nobody reads larger ones by the hundred
 _MOST_BYTES = 1 << 30  # kept free: twenty regions of 4,224 px, one for each thread that reads
 _free: deque[NDArray[np.uint8]] = deque()
