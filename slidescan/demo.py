@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from slidescan.commit import disk_error
 from slidescan.config import ScanConfig
 from slidescan.detections import Detector
 from slidescan.errors import ResultError
@@ -13,7 +14,6 @@ from slidescan.geometry import Frame
 from slidescan.phantom import Phantom, write_phantom
 from slidescan.plan import Grid
 from slidescan.prepare import halo_px
-from slidescan.region import disk_error
 from slidescan.result import ScanResult
 from slidescan.train.metrics import RADIUS_UM, match
 

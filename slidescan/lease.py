@@ -11,15 +11,14 @@ import contextlib
 import fcntl
 import hashlib
 import os
-import platform
 import threading
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from slidescan.commit import disk_error, machine
 from slidescan.errors import ResultBusyError, ResultLeasedError
-from slidescan.region import disk_error
 
 __all__ = ["LASTS_S", "claimed"]
 
@@ -48,7 +47,7 @@ def claimed(out: Path) -> Iterator[None]:
         raise disk_error(out, exc) from exc
     try:
         locked = _lock(handle, out)
-        lease, ours = out / _LEASE, f"{_machine()} {uuid.uuid4().hex}"
+        lease, ours = out / _LEASE, f"{machine()} {uuid.uuid4().hex}"
         try:
             _take(lease, ours, locked)
         except OSError as exc:
@@ -90,7 +89,7 @@ def _take(lease: Path, ours: str, locked: bool) -> None:
             aside.write_text(ours, encoding="utf-8")
             now = aside.stat().st_mtime  # by the clock of the file system, which tells of renewals, too
             holder, renewed = lease.read_text(encoding="utf-8"), lease.stat().st_mtime
-            died_here = locked and holder.startswith(_machine())
+            died_here = locked and holder.startswith(machine())
             if not died_here and now - renewed < LASTS_S:
                 raise ResultLeasedError(
                     f"{lease.parent}: a scan on another machine is writing there, or did until less than {LASTS_S} s "
@@ -136,10 +135,3 @@ def _renew(lease: Path, ended: threading.Event) -> None:
     while not ended.wait(_RENEWED_S):
         with contextlib.suppress(OSError):  # a server that is away for a moment; the next one may do
             os.utime(lease)
-
-
-def _machine() -> str:
-    """Name this machine since it started, without telling its name."""
-    with contextlib.suppress(OSError):
-        return hashlib.sha256(Path("/proc/sys/kernel/random/boot_id").read_bytes()).hexdigest()[:16]
-    return hashlib.sha256(platform.node().encode()).hexdigest()[:16]

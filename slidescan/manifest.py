@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from slidescan.commit import commit
 from slidescan.errors import ResultError, ResultInTheWayError
-from slidescan.region import commit
 
 __all__ = ["MANIFEST", "SCHEMA", "check_files", "listed", "read_manifest", "write_manifest"]
 

@@ -7,11 +7,8 @@ a killed run loses at most the regions in flight.
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 from pathlib import Path
@@ -21,8 +18,8 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
+from slidescan.commit import commit
 from slidescan.detections import Detections, Detector
-from slidescan.errors import ResultError
 from slidescan.geometry import Box, Frame
 from slidescan.heap import give_back_freed, keep_freed
 from slidescan.plan import Region, Tile
@@ -32,7 +29,7 @@ from slidescan.stitch import owned
 from slidescan.suspects import being_read
 from slidescan.timeouts import within
 
-__all__ = ["RegionPart", "RegionTask", "batches", "commit", "cut", "disk_error", "scored_at_once"]
+__all__ = ["RegionPart", "RegionTask", "batches", "cut", "scored_at_once"]
 
 # Share of a detector's queries in use from which a tile counts as full: RF-DETR users report cells lost from 0.8 on.
 _SATURATED_SHARE = 0.8
@@ -213,34 +210,6 @@ class RegionTask:
 def scored_at_once(detector: Detector) -> int:
     """Return how many regions one process scores at a time."""
     return _ON_CPU if detector.runs_on.startswith("cpu") else _ON_GPU
-
-
-def commit(path: Path, write: Callable[[Path], None]) -> None:
-    """Call `write(partial)` and move what it wrote to `path` in one step; leave nothing behind on failure.
-
-    Raises
-    ------
-    ResultError
-        If the disk is full or cannot be written.
-    """
-    partial = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.partial")
-    try:
-        write(partial)
-        with partial.open("rb") as written:
-            os.fsync(written.fileno())  # or a power cut leaves a name without its bytes
-        partial.replace(path)
-    except OSError as exc:
-        raise disk_error(path, exc) from exc
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-
-
-def disk_error(path: Path, exc: OSError) -> ResultError:
-    """Say in one line why `path` cannot be written and what to do."""
-    if exc.errno in (errno.ENOSPC, errno.EDQUOT):
-        return ResultError(f"{path.parent}: the disk is full; free some space and run the same command to continue")
-    return ResultError(f"{path}: cannot be written ({exc.strerror or exc}); choose another output directory with -o")
 
 
 def batches(tiles: Sequence[Tile], size: int, *, by_row: bool) -> Iterator[Sequence[Tile]]:

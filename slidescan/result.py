@@ -25,6 +25,7 @@ import pyarrow.csv as csv
 import pyarrow.parquet as pq
 
 from slidescan.anomaly import AnomalyMap
+from slidescan.commit import commit, disk_error
 from slidescan.config import ScanConfig
 from slidescan.contact_sheet import FlaggedRegions
 from slidescan.detections import Detections
@@ -36,7 +37,6 @@ from slidescan.geometry import Frame
 from slidescan.legend import counted
 from slidescan.manifest import MANIFEST, SCHEMA, check_files, listed, read_manifest, write_manifest
 from slidescan.provenance import check_scanned
-from slidescan.region import commit, disk_error
 from slidescan.slides import Slide
 
 if TYPE_CHECKING:

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from slidescan.cluster import cluster, cores, in_flight, readers_beside_gpu
+from slidescan.commit import disk_error
 from slidescan.config import ScanConfig
 from slidescan.detections import Detector
 from slidescan.errors import ResultError, WorkerError, WorkerTimeoutError
 from slidescan.prepare import Prepared
-from slidescan.region import RegionPart, RegionTask, disk_error, scored_at_once
+from slidescan.region import RegionPart, RegionTask, scored_at_once
 from slidescan.slides import Slide
 from slidescan.stages import Profile
 from slidescan.suspects import is_suspect, kills_its_reader

@@ -17,6 +17,7 @@ import slidescan as ss
 from slidescan import lease
 from slidescan.archive import Entry
 from slidescan.archive import slide as archive_slide
+from slidescan.commit import machine as this_machine
 from slidescan.errors import ResultBusyError, ResultError, ResultLeasedError
 from slidescan.lease import claimed
 from tests.archives import write_slide
@@ -46,13 +47,13 @@ def test_it_is_held_and_given_back(tmp_path: Path) -> None:
         with pytest.raises(ResultBusyError, match="another scan is writing there"), claimed(tmp_path / "out"):
             pass
         (held,) = (tmp_path / "out").iterdir()
-        assert held.read_text().split()[0] == lease._machine()
+        assert held.read_text().split()[0] == this_machine()
     assert not list((tmp_path / "out").iterdir())
 
 
 @pytest.mark.parametrize(("machine", "age_s"), [("ours", 0), ("ours", 3600), ("another", 61)])
 def test_nobody_waits_for_the_dead(tmp_path: Path, machine: str, age_s: float) -> None:
-    left(tmp_path / "out", lease._machine() if machine == "ours" else machine, age_s)
+    left(tmp_path / "out", this_machine() if machine == "ours" else machine, age_s)
     with claimed(tmp_path / "out"):
         assert "1234" not in (tmp_path / "out/lease").read_text()
     assert not list((tmp_path / "out").iterdir())

@@ -26,10 +26,11 @@ from slidescan.archive.report import write_report
 from slidescan.archive.slide import SlideTask, estimate_slide, killed, scan_slide
 from slidescan.archive.worklist import Worklist
 from slidescan.cluster import in_flight, processes
+from slidescan.commit import disk_error, sweep
 from slidescan.config import ScanConfig
 from slidescan.detections import Detector
 from slidescan.errors import ConfigError, ResultError
-from slidescan.region import disk_error, scored_at_once
+from slidescan.region import scored_at_once
 from slidescan.slides.fingerprint import stamp
 from slidescan.slides.remote import locate
 from slidescan.timeouts import LONGEST_S
@@ -228,6 +229,8 @@ class _Run:
                 (out / folder).mkdir(parents=True, exist_ok=True)
         except OSError as exc:
             raise disk_error(out / "slides", exc) from exc
+        sweep(out)
+        sweep(out / "records")
         self.records = read_records(out / "records")
 
     def processes(self, client: Client | None, workers: int | None) -> AbstractContextManager[tuple[Client, int]]:

@@ -16,8 +16,8 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from slidescan.commit import commit
 from slidescan.errors import ResultError
-from slidescan.region import commit
 
 __all__ = ["MOST_ATTEMPTS", "REASONS", "SCORE_BINS", "Record", "read_records", "records_of", "table_of", "write_tables"]
 

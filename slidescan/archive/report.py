@@ -30,9 +30,9 @@ from PIL import Image
 
 from slidescan.archive.record import REASONS, SCORE_BINS, Record
 from slidescan.archive.status import standing
+from slidescan.commit import commit
 from slidescan.errors import ResultError
 from slidescan.overview import heat_panel
-from slidescan.region import commit
 from slidescan.result import read_manifest
 
 __all__ = ["write_report"]

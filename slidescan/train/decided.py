@@ -25,8 +25,8 @@ import numpy as np
 import shapely
 from numpy.typing import NDArray
 
+from slidescan.commit import commit
 from slidescan.errors import ConfigError
-from slidescan.region import commit
 from slidescan.result import ScanResult, load_result
 from slidescan.reviews.attach import at_one_place
 from slidescan.reviews.case import Case

@@ -1,0 +1,97 @@
+"""Files that are whole or not there: written aside and moved into place in one step.
+
+Hides the name aside, and who may remove one that a killed process left: it tells machine and process, so that any later
+run on that machine sees that nobody writes there any more. A writer whose file was taken all the same writes it again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import platform
+import threading
+import time
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+from slidescan.errors import ResultError
+
+__all__ = ["commit", "disk_error", "machine", "sweep"]
+
+# Seconds after which nobody writes a file any more, wherever: the largest takes a minute. Clocks differ by less.
+_ABANDONED_S = 24 * 3600
+_TRIES = 3
+
+
+def commit(path: Path, write: Callable[[Path], None]) -> None:
+    """Call `write(partial)` and move what it wrote to `path` in one step; leave nothing behind on failure.
+
+    Raises
+    ------
+    ResultError
+        If the disk is full or cannot be written.
+    """
+    partial = path.with_name(f".{path.name}.{_place()}-{os.getpid()}-{threading.get_ident()}.partial")
+    try:
+        for left in reversed(range(_TRIES)):
+            try:
+                write(partial)
+                with partial.open("rb") as written:
+                    os.fsync(written.fileno())  # or a power cut leaves a name without its bytes
+                partial.replace(path)
+                return
+            except FileNotFoundError:  # swept, or the folder is gone
+                if not left:
+                    raise
+    except OSError as exc:
+        raise disk_error(path, exc) from exc
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what `commit` left half written in a folder when its process was killed; what is being written stays."""
+    for partial in folder.glob(".*.partial"):
+        with contextlib.suppress(OSError, ValueError):
+            *_, writer, _ = partial.name.split(".")
+            place, pid, _ = writer.split("-")
+            died = place == _place() and not _lives(int(pid))
+            if died or time.time() - partial.stat().st_mtime > _ABANDONED_S:
+                partial.unlink()
+
+
+def disk_error(path: Path, exc: OSError) -> ResultError:
+    """Say in one line why `path` cannot be written and what to do."""
+    if exc.errno in (errno.ENOSPC, errno.EDQUOT):
+        return ResultError(f"{path.parent}: the disk is full; free some space and run the same command to continue")
+    return ResultError(f"{path}: cannot be written ({exc.strerror or exc}); choose another output directory with -o")
+
+
+@cache
+def machine() -> str:
+    """Name this machine since it started, without telling its name."""
+    with contextlib.suppress(OSError):
+        return hashlib.sha256(Path("/proc/sys/kernel/random/boot_id").read_bytes()).hexdigest()[:16]
+    return hashlib.sha256(platform.node().encode()).hexdigest()[:16]
+
+
+@cache
+def _place() -> str:
+    """Name where a number of a process means something: containers of one machine count theirs each."""
+    with contextlib.suppress(OSError):
+        return f"{machine()}{Path('/proc/self/ns/pid').stat().st_ino:x}"
+    return machine()
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
