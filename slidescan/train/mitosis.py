@@ -43,6 +43,10 @@ _PHANTOM_SEEDS, _PHANTOM_TEST_SEED = range(9000, 9012), 8000
 _DENSE_PER_MM2, _SPARSE_PER_MM2 = 25.0, 10.0  # figures: a dense hotspot, and a proliferating tumour
 _COVERED_PER_FIELD = 4
 _ASSEMBLED_PER_MM2 = 100.0  # dense, for the number of comparisons
+# Of training images: in either direction alike, and logarithm of how much more in each. Patients nothing was trained on
+# (every third), 1,300 steps, with this and a stain jitter of 0.35 against 0 and 0.25: F1 on mosaics 0.90 to 0.93, AP on
+# fields 0.71 to 0.73.
+_ZOOM, _STRETCH = (0.8, 1.25), 0.2
 _MARGIN_UM = 4.0  # of an image in which nothing counts: of a figure there, half may be cut off
 
 
@@ -113,15 +117,18 @@ class CropSource:
         """Draw one training image: a field, a mosaic, glass, a phantom or tissue from elsewhere."""
         if self._training is None:  # made when first needed: measuring does without
             self._training = _Mix(self._maker("train"), self._data, self._settings)
-        mpp = self._variant.mpp
-        zoom = float(np.exp(rng.uniform(np.log(0.8), np.log(1.25))))
-        scene, figures = self._training.scene(rng, round(size / zoom))
-        scale = size / len(scene)
-        image, figures = _resize(scene, size), figures * (scale, scale, 1)
+        scale_xy = np.exp(rng.uniform(np.log(_ZOOM[0]), np.log(_ZOOM[1])) + rng.uniform(-_STRETCH, _STRETCH, 2))
+        width, height = (max(1, round(n)) for n in size / scale_xy)
+        scene, figures = self._training.scene(rng, max(width, height))
+        x, y = (int(rng.integers(0, max(0, len(scene) - n) + 1)) for n in (width, height))
+        scene = scene[y : y + height, x : x + width]
+        scale_xy = size / np.array(scene.shape[1::-1])
+        figures = (figures - (x, y, 0)) * (*scale_xy, 1)
         # px: of a figure nearer to the edge there is less than a hint.
         figures = figures[((figures >= 4) & (figures < size - 4))[:, :2].all(1)]
-        half = OBJECT_UM / mpp * scale / 2
+        half = OBJECT_UM / self._variant.mpp * float(np.sqrt(scale_xy.prod())) / 2
         xyxy = np.concatenate((figures[:, :2] - half, figures[:, :2] + half), 1).clip(0, size)
+        image = np.asarray(Picture.fromarray(scene).resize((size, size), Picture.Resampling.BILINEAR))
         return Example(image, xyxy, np.zeros(len(figures), np.int64), figures[:, 2:], np.empty((0, 4)))
 
     def shown(self, split: Split) -> Iterator[ShownImage]:
@@ -199,12 +206,6 @@ class _Mix:
         figures = int(rng.poisson(expected)) if rng.random() < 0.85 else 0
         sample = self._maker.field(rng, size, figures, int(rng.poisson(expected)))
         return self._maker.edge_of_tissue(rng, sample) if rng.random() < 0.2 else sample
-
-
-def _resize(image: Rgb, size: int) -> Rgb:
-    if len(image) == size:
-        return image
-    return np.asarray(Picture.fromarray(image).resize((size, size), Picture.Resampling.BILINEAR))
 
 
 def _phantom(seed: int, mpp: float, size: int) -> Sample:
