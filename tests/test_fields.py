@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import hypothesis.strategies as st
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from numpy.typing import NDArray
+from PIL import Image
 
 from slidescan.errors import ConfigError
 from slidescan.train.augment import augment, jitter_stain
@@ -27,6 +30,45 @@ def test_covering_hides_the_figure_and_nothing_else() -> None:
         y, x = np.mgrid[:128, :128] + 0.5
         far = np.hypot(x - crop.figures[0, 0], y - crop.figures[0, 1]) > 32
         np.testing.assert_array_equal(covered[far], crop.image[far])
+
+
+@pytest.mark.parametrize("apart_px", [28, 36, 40])
+def test_covering_hides_both_plates_of_a_late_figure(apart_px: int) -> None:
+    """They lie beside the annotated centre, at the rim of the disc that hides a compact figure."""
+    y, x = np.mgrid[:128, :128] + 0.5
+    for crop in marked_crops(4):
+        image = crop.image.copy()
+        image[np.hypot(x - 64, y - 64) <= 6] = (210, 150, 190)
+        for side in (-apart_px / 2, apart_px / 2):  # on the diagonal: beside it there is most room
+            image[np.hypot(x - 64 - side * 0.7, y - 64 - side * 0.7) <= 6] = (0, 255, 0)
+        covered = cover(np.random.default_rng(2), replace(crop, image=image))
+        assert covered is not None
+        assert len(dots(covered)) == 0
+
+
+def test_a_figure_mirrored_at_the_edge_of_its_slide_is_a_figure(tmp_path: Path) -> None:
+    """A crop's black part, beyond the slide, is filled with a mirror image of its tissue, and so of its figure."""
+    (crop,) = marked_crops(1)
+    image = crop.image.copy()
+    image[:, :40] = 0
+    folder = tmp_path / "midog21"
+    (folder / "images").mkdir(parents=True)
+    Image.fromarray(image).save(folder / "images" / "MIDOG21_1.png")
+    row = {
+        "id": 1,
+        "file_name": "MIDOG21_1.png",
+        "benchmark_split": "test",
+        "slide": "s",
+        "x0": 0,
+        "y0": 0,
+        "majority": 1,
+    }
+    figure = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [39, 39, 50, 50]}
+    table = json.dumps({"images": [row], "annotations": [figure]})
+    (folder / "annotations.coco.json").write_text(table, encoding="utf-8")
+    (loaded,) = load_crops(tmp_path, "test")
+    np.testing.assert_allclose(np.sort(loaded.figures[:, 0]), [16, 64])
+    np.testing.assert_allclose(np.sort(dots(loaded.image)[:, 0]), [16, 64], atol=1)
 
 
 @given(seed=st.integers(0, 500), size=st.sampled_from([160, 256, 300]), n=st.integers(0, 5))

@@ -122,8 +122,8 @@ def cover(rng: np.random.Generator, crop: Crop) -> Rgb | None:
     from there, and half a plate left over is a figure that nobody annotated.
     """
     shown = np.concatenate((crop.figures, crop.cut))[:, :2]
-    rests = _rests(crop)
-    density = _density(crop)
+    density: F32 = -np.log((crop.image.astype(np.float32) + 1) / 256).sum(2)  # optical, of all colours
+    rests = _rests(crop, density)
     canvas = crop.image.astype(np.float32)
     figure_px, rest_px = FIGURE_RADIUS_UM / crop.mpp, _REST_RADIUS_UM / crop.mpp
     # µm: hides a figure of 5 µm, or a plate, and leaves 2 µm to blend.
@@ -173,9 +173,9 @@ def blend(canvas: F32, patch: Rgb | F32, alpha: F32, centre: NDArray[np.float64]
     under += alpha[top:bottom, left:right, None] * (patch[top:bottom, left:right] - under)
 
 
-def _rests(crop: Crop) -> NDArray[np.float64]:
+def _rests(crop: Crop, density: F32) -> NDArray[np.float64]:
     """Return the middles (n, 2) of what lies beside a figure's centre and is about as dark as it."""
-    density = ndimage.gaussian_filter(_density(crop), 0.75 / crop.mpp)
+    density = ndimage.gaussian_filter(density, 0.75 / crop.mpp)
     y, x = np.nonzero(density == ndimage.maximum_filter(density, round(4.0 / crop.mpp) + 1))
     away_um = np.linalg.norm(np.stack((x, y), 1)[:, None] + 0.5 - crop.figures[:, :2], axis=-1) * crop.mpp
     dark = density[y, x]
@@ -183,12 +183,6 @@ def _rests(crop: Crop) -> NDArray[np.float64]:
     rest = (away_um > _REST_UM[0]) & (away_um < _REST_UM[1]) & (dark[:, None] >= _REST_SHARE * darkest)
     middles: NDArray[np.float64] = np.stack((x, y), 1)[rest.any(1)] + 0.5
     return middles
-
-
-def _density(crop: Crop) -> F32:
-    """Return how dark each px is, optical density summed over the colours."""
-    density: F32 = -np.log((crop.image.astype(np.float32) + 1) / 256).sum(2)
-    return density
 
 
 def _mirrored(figures: Figures, pads: Sequence[tuple[int, int]]) -> Figures:
