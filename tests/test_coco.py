@@ -1,0 +1,169 @@
+"""COCO directories: what is annotated arrives where it is, and what cannot be meant is said."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image as Picture
+
+from slidescan.errors import ConfigError, SlidescanError
+from slidescan.train import coco as coco_format
+from slidescan.train.annotated import Annotated
+from slidescan.train.coco import load_coco
+
+GREY = 200
+
+
+def coco(
+    folder: Path, change: Callable[[dict[str, Any]], Any] = lambda table: None, name: str = "annotations.json"
+) -> Path:
+    """Write a picture of 100 × 80 px with two objects, its table changed by `change`."""
+    folder.mkdir(exist_ok=True)
+    Picture.new("RGB", (100, 80), (GREY, GREY, GREY)).save(folder / "a.png")
+    table: dict[str, Any] = {
+        "images": [{"id": 7, "file_name": "a.png", "width": 100, "height": 80}],
+        "categories": [{"id": 0, "name": "unused"}, {"id": 1, "name": "cell"}, {"id": 2, "name": "mitosis"}],
+        "annotations": [
+            {"id": 1, "image_id": 7, "category_id": 1, "bbox": [10, 20, 30, 8]},
+            {"id": 2, "image_id": 7, "category_id": 2, "bbox": [60.5, 20, 8, 8], "attributes": {"atypical": True}},
+        ],
+    }
+    change(table)
+    (folder / name).write_text(json.dumps(table))
+    return folder
+
+
+def load(folder: Path, **more: Any) -> list[Annotated]:
+    """Load with the classes and attribute of these tests."""
+    return load_coco(folder, ["cell", "mitosis"], **{"mpp": 0.25, "attributes": ["atypical"]} | more)
+
+
+@pytest.mark.parametrize(
+    "name", ["annotations.json", "annotations.coco.json", "_annotations.coco.json", "instances_train.json"]
+)
+def test_coco_is_found_and_read(tmp_path: Path, name: str) -> None:
+    """Each usual name, the file itself, and pictures in images/ give the same objects."""
+    coco(tmp_path, name=name)
+    (tmp_path / "images").mkdir()
+    for path in (tmp_path, tmp_path / name):
+        if path != tmp_path:
+            (tmp_path / "a.png").rename(tmp_path / "images" / "a.png")
+        (found,) = load(path)
+        assert found.xyxy_l0.tolist() == [[10, 20, 40, 28], [60.5, 20, 68.5, 28]]
+        assert found.label.tolist() == [0, 1]
+        np.testing.assert_array_equal(found.attributes, [[np.nan], [1]])
+        assert (found.patient, found.scanner, found.slide.mpp, found.slide.size_wh) == ("a", "", 0.25, (100, 80))
+        assert (found.slide.read(0, 0, 4, 4, found.slide.frame).rgb == GREY).all()
+
+
+@pytest.mark.parametrize("key", ["patient", "case", "slide"])
+def test_coco_images_say_more(tmp_path: Path, key: str) -> None:
+    """Patient, scanner and µm/px come from the image; attributes from the annotation itself, too."""
+
+    def change(table: dict[str, Any]) -> None:
+        table["images"][0] |= {key: "x", "scanner": "XR", "mpp": 0.5}
+        table["annotations"][0]["atypical"] = 0
+
+    (found,) = load(coco(tmp_path, change))
+    assert (found.patient, found.scanner, found.slide.mpp) == ("x", "XR", 0.5)
+    assert found.attributes.tolist() == [[0], [1]]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda t: t["annotations"][0].update(iscrowd=1),
+        lambda t: t["annotations"][0].update(difficult=1),
+        lambda t: t["annotations"][0].update(attributes={"difficult": True}),
+        lambda t: t["categories"][1].update(name="Ignored"),
+        lambda t: t["categories"][1].update(name="region*"),
+    ],
+)
+def test_coco_ignores_what_it_says(tmp_path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Crowds, the difficult, and classes named so become ignored regions."""
+    (found,) = load(coco(tmp_path, change))
+    assert found.ignored_xyxy_l0.tolist() == [[10, 20, 40, 28]]
+    assert found.label.tolist() == [1]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t["categories"][1].update(name="lymphocyte"), "annotation 1: .*cell, mitosis.*'lymphocyte'"),
+        (lambda t: t["annotations"][1].update(bbox=[10, 10, 0, 5]), "annotation 2: .*area"),
+        (lambda t: t["annotations"][1].update(bbox=[10, 10, float("nan"), 5]), "annotation 2: .*finite"),
+        (lambda t: t["annotations"][1].update(bbox=[10, 10, 5]), "annotation 2: .*bbox"),
+        (lambda t: t["annotations"][1].update(bbox=None), "annotation 2: .*bbox"),
+        (lambda t: t["annotations"][1].update(bbox=[10, 10, 10**400, 5]), "annotation 2: .*bbox"),
+        (lambda t: t["annotations"][1].update(bbox=[98, 10, 50, 5]), "annotation 2: .*100 × 80"),
+        (lambda t: t["annotations"][1].update(image_id=8), "annotation 2: .*image_id"),
+        (lambda t: t["annotations"][1].update(image_id=[]), "annotation 2: .*image_id"),
+        (lambda t: t["annotations"][1].update(category_id=9), "annotation 2: .*category"),
+        (lambda t: t["annotations"][1].update(attributes={"atypical": "maybe"}), "annotation 2: atypical"),
+        (lambda t: t["images"][0].update(file_name="b.png"), "image 7: .*'b.png'"),
+        (lambda t: t["images"][0].pop("file_name"), "image 7: .*file_name"),
+        (lambda t: t["images"][0].update(width=50), "image 7: .*width"),
+        (lambda t: t["images"][0].update(mpp=250), "image 7: .*mpp"),
+        (lambda t: t["images"].append(t["images"][0]), "image 7 .*twice"),
+        (lambda t: t.pop("annotations"), "'annotations'"),
+        (lambda t: t.update(images={}), "'images'"),
+    ],
+)
+def test_coco_errors_say_where(tmp_path: Path, change: Callable[[dict[str, Any]], Any], message: str) -> None:
+    """What is wrong is named, with the file and the annotation, on one line."""
+    with pytest.raises(ConfigError, match=message) as caught:
+        load(coco(tmp_path, change))
+    assert str(caught.value).startswith("annotations.json: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_coco_files_that_are_none(tmp_path: Path) -> None:
+    """No table, two of them, broken JSON and damaged pictures are one-line errors."""
+    with pytest.raises(ConfigError, match="found none"):
+        load(tmp_path)
+    with pytest.raises(ConfigError, match="readable"):
+        load(tmp_path / "annotations.json")
+    coco(tmp_path)
+    (tmp_path / "instances_val.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"found annotations\.json, instances_val\.json"):
+        load(tmp_path)
+    for text in (b"", b"{", b"\xff", b"[] []", b"[" * 100_000):
+        (tmp_path / "annotations.json").write_bytes(text)
+        with pytest.raises(ConfigError, match=r"annotations\.json: expected") as caught:
+            load(tmp_path / "annotations.json")
+        assert "\n" not in str(caught.value)
+    coco(tmp_path)
+    for data in (b"", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"no picture"):
+        (tmp_path / "a.png").write_bytes(data)
+        with pytest.raises(SlidescanError, match=r"a\.png"):
+            load(tmp_path / "annotations.json")
+
+
+@pytest.mark.parametrize("large_px", [1 << 25, 1])
+def test_pictures_are_decoded_late_and_travel_small(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, large_px: int
+) -> None:
+    """Loading decodes nothing, only so many decoded pictures are kept, and a slide pickles as its path."""
+
+    def change(table: dict[str, Any]) -> None:
+        table["images"] += [{"id": i, "file_name": f"{i}.png"} for i in range(3)]
+
+    coco(tmp_path, change)
+    for i in range(3):
+        Picture.new("RGB", (100, 80), (i, 0, 0)).save(tmp_path / f"{i}.png")
+    monkeypatch.setattr(coco_format, "_pictures", held := type(coco_format._pictures)())
+    monkeypatch.setattr(coco_format, "_LARGE_PX", large_px)
+    monkeypatch.setattr(coco_format, "_CACHE_BYTES", 2 * 100 * 80 * 3)
+    found = load(tmp_path)
+    assert not held
+    for i, loaded in enumerate(found[1:]):
+        slide = pickle.loads(pickle.dumps(loaded.slide))
+        assert slide.read(0, 0, 1, 1, slide.frame).rgb.tolist() == [[[i, 0, 0]]]
+    assert len(held) == 2
+    assert len(pickle.dumps(found[0].slide)) < 1000

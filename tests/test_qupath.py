@@ -1,0 +1,240 @@
+"""Slides with GeoJSON of QuPath: what is annotated arrives where it is, and what cannot be meant is said."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image as Picture
+
+from slidescan.errors import ConfigError, SlidescanError
+from slidescan.export.features import Feature, detection_features, detection_ids, region_features
+from slidescan.export.geojson import write_geojson
+from slidescan.flagged import FlaggedRegion
+from slidescan.geometry import Box
+from slidescan.phantom import Phantom, write_phantom
+from slidescan.slides import memory_slide
+from slidescan.train import qupath
+from slidescan.train.annotated import Annotated
+from slidescan.train.qupath import load_slides
+from slidescan.train.windows import Windows
+
+GREY = 200
+
+
+def feature(kind: str, coordinates: Any, **properties: Any) -> dict[str, Any]:
+    """One object as QuPath writes it."""
+    properties = {"objectType": "annotation", "classification": {"name": "cell", "color": [1, 2, 3]}} | properties
+    return {"type": "Feature", "geometry": {"type": kind, "coordinates": coordinates}, "properties": properties}
+
+
+SQUARE = [[10, 20], [30, 20], [30, 50], [10, 50], [10, 20]]
+POINT = feature("Point", [40, 60])
+
+
+def slides(folder: Path, document: Any, name: str = "a.geojson") -> Path:
+    """Write a picture of 200 × 100 px and what is annotated on it."""
+    Picture.new("RGB", (200, 100), (GREY, GREY, GREY)).save(folder / "a.png")
+    data = document if isinstance(document, bytes) else json.dumps(document).encode()
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    return folder
+
+
+def load_qupath(folder: Path, classes: tuple[str, ...] = ("mitosis", "cell"), **more: Any) -> list[Annotated]:
+    """Load with the options of these tests."""
+    return load_slides(folder, classes, **{"object_um": 5.0, "mpp": 0.5, "attributes": ["atypical"]} | more)
+
+
+def test_what_is_exported_comes_back(tmp_path: Path) -> None:
+    """A phantom's truth goes out as GeoJSON and returns to a px, without the flagged regions beside it."""
+    phantom = write_phantom(tmp_path / "x.svs", Phantom((1536, 1280), tissue=0.6, n_figures=9), workers=1)
+    truth = phantom.truth
+    ids = detection_ids("a:b", truth.xyxy, truth.label)
+    region = FlaggedRegion(1, "mitotic figure", np.array([[0.0, 0], [900, 0], [900, 900]]), 3, 0.9, 0.8, 2.0, 0.1)
+    features = [
+        *region_features([region], run_namespace="a:b"),
+        *detection_features(truth, classes=["mitotic figure"], ids=ids, measurements={"atypical": np.ones(len(truth))}),
+    ]
+    write_geojson(tmp_path / "x.geojson.gz", features)
+    (found,) = load_slides(tmp_path, ["mitotic figure"], object_um=12.5, attributes=["atypical"])
+    np.testing.assert_allclose(found.xyxy_l0, truth.xyxy, atol=1)
+    assert len(found.xyxy_l0) >= 5
+    assert (found.attributes == 1).all()
+    assert (found.label == 0).all()
+    assert found.slide.mpp == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize("name", ["a.geojson", "a.geojson.gz", "annotations/a.geojson", "a.png.geojson"])
+@pytest.mark.parametrize("wrap", [lambda f: {"type": "FeatureCollection", "features": [f]}, lambda f: [f], lambda f: f])
+def test_qupath_files_of_all_forms(tmp_path: Path, name: str, wrap: Callable[[Any], Any]) -> None:
+    """A collection, a list and a single object, packed or not, in each place."""
+    (found,) = load_qupath(slides(tmp_path, wrap(POINT), name))
+    assert found.xyxy_l0.tolist() == [[35, 55, 45, 65]]
+    assert found.label.tolist() == [1]
+
+
+@pytest.mark.parametrize(
+    ("item", "boxes"),
+    [
+        (feature("MultiPoint", [[40, 60], [50, 70.5]]), [[35, 55, 45, 65], [45, 65.5, 55, 75.5]]),
+        (feature("Polygon", [SQUARE]), [[10, 20, 30, 50]]),
+        (feature("MultiPolygon", [[SQUARE], [[[5, 21], [7, 21], [7, 25], [5, 21]]]]), [[5, 20, 30, 50]]),
+        (feature("Point", [40, 60], classification="cell"), [[35, 55, 45, 65]]),
+        (feature("Point", [40, 60], classification={"names": ["cell", "typical"]}), [[35, 55, 45, 65]]),
+        (feature("Point", [40, 60], classification={"name": "cell: typical"}), [[35, 55, 45, 65]]),
+        (feature("Point", [40, 60], childObjects=[feature("Polygon", [SQUARE])]), [[35, 55, 45, 65], [10, 20, 30, 50]]),
+        ([], []),
+    ],
+)
+def test_qupath_shapes_and_classes(tmp_path: Path, item: Any, boxes: list[list[float]]) -> None:
+    """Points become boxes of the object's size, outlines their bounding box; derived classes are their first part."""
+    (found,) = load_qupath(slides(tmp_path, item))
+    assert found.xyxy_l0.tolist() == boxes
+    assert (found.label == 1).all()
+
+
+@pytest.mark.parametrize("name", ["Ignore*", "ignore", "Region*", "cell: Ignore*"])
+def test_qupath_ignores_what_it_says(tmp_path: Path, name: str) -> None:
+    """QuPath's own ignored classes, by name or star."""
+    (found,) = load_qupath(slides(tmp_path, [POINT, feature("Polygon", [SQUARE], classification={"name": name})]))
+    assert found.ignored_xyxy_l0.tolist() == [[10, 20, 30, 50]]
+    assert len(found.label) == 1
+
+
+@pytest.mark.parametrize(
+    ("measurements", "expected"),
+    [
+        ({"atypical": 1}, 1),
+        ([{"name": "atypical", "value": 0}], 0),
+        ({"Area": 3.0}, np.nan),
+        ({"atypical": None}, np.nan),
+    ],
+)
+def test_qupath_attributes_are_measurements(tmp_path: Path, measurements: Any, expected: float) -> None:
+    """In both forms that QuPath has written."""
+    (found,) = load_qupath(slides(tmp_path, feature("Point", [40, 60], measurements=measurements)))
+    np.testing.assert_array_equal(found.attributes, [[expected]])
+
+
+def test_without_a_class(tmp_path: Path) -> None:
+    """Of one class all objects are; of several each must say its own."""
+    bare = [feature("Point", [40, 60], classification=None), feature("Point", [40, 60], classification={}), POINT]
+    slides(tmp_path, bare)
+    assert load_qupath(tmp_path, ("cell",))[0].label.tolist() == [0, 0, 0]
+    with pytest.raises(ConfigError, match=r"a\.geojson: .*found 2 without; set it in QuPath"):
+        load_qupath(tmp_path)
+
+
+@pytest.mark.parametrize("foreign", [None, {"origin": "level0", "offset_l0": [0, 0]}, {"offset_l0": [3, 4]}])
+def test_coordinates_count_from_the_bounds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, foreign: dict[str, Any] | None
+) -> None:
+    """QuPath crops to the scanned bounds; a file of slidescan's says where it counts from."""
+    slide = memory_slide(np.zeros((100, 200, 3), np.uint8), 0.5, bounds_l0=Box(50, 10, 150, 90))
+    monkeypatch.setattr(qupath, "open_slide", lambda path, mpp: slide)
+    document = {"type": "FeatureCollection", "features": [POINT]} | ({"slidescan": foreign} if foreign else {})
+    (found,) = load_qupath(slides(tmp_path, document))
+    dx, dy = foreign["offset_l0"] if foreign else (50, 10)
+    assert found.xyxy_l0.tolist() == [[35 + dx, 55 + dy, 45 + dx, 65 + dy]]
+
+
+@pytest.mark.parametrize(
+    ("document", "message"),
+    [
+        (feature("LineString", [[1, 2], [3, 4]]), "feature 0: .*LineString; draw"),
+        ([POINT, feature("Point", [201, 50])], "feature 1: .*200 × 100"),
+        ([POINT, feature("Point", [20, float("nan")])], "feature 1: .*finite"),
+        (feature("Polygon", [[[1, 1], [1, 5], [1, 1]]]), "feature 0: .*area"),
+        (feature("Polygon", []), "feature 0: .*coordinates"),
+        (feature("Point", [1]), "feature 0: .*coordinates"),
+        (feature("Point", {"x": 1}), "feature 0: .*coordinates"),
+        ({"type": "Feature", "properties": {}, "geometry": None}, "found 1 without"),
+        (feature("Point", [1, 1], classification={"name": "fat"}), "feature 0: .*mitosis, cell.*'fat'"),
+        (feature("Point", [40, 60], measurements={"atypical": 7}), "feature 0: atypical: .*got 7"),
+        ({"type": "FeatureCollection"}, "expected a FeatureCollection"),
+        ([[POINT, "text"]], "expected a FeatureCollection"),
+        ({"slidescan": {"offset_l0": 3}, "type": "FeatureCollection", "features": []}, "offset_l0"),
+        (b"{", "line 1"),
+        (b"\x1f\x8b", "line 1"),
+    ],
+)
+def test_qupath_errors_say_where(tmp_path: Path, document: Any, message: str) -> None:
+    """What is wrong is named, with the file and the object, on one line."""
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_qupath(slides(tmp_path, document))
+    assert str(caught.value).startswith("a.geojson: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_slides_and_geojson_go_together(tmp_path: Path) -> None:
+    """Either without the other is named; what is no slide does not matter."""
+    with pytest.raises(ConfigError, match="found none"):
+        load_qupath(tmp_path)
+    with pytest.raises(ConfigError, match="directory"):
+        load_qupath(tmp_path / "nowhere")
+    slides(tmp_path, POINT)
+    (tmp_path / "README.txt").write_text("Ours.")
+    (tmp_path / "a.txt").write_text("Ours.")
+    (tmp_path / "a").mkdir()
+    assert len(load_qupath(tmp_path)) == 1
+    with pytest.raises(ConfigError, match="object_um"):
+        load_qupath(tmp_path, object_um=0)
+    (tmp_path / "b.geojson").write_text("[]")
+    with pytest.raises(ConfigError, match=r"b\.geojson: expected a slide b"):
+        load_qupath(tmp_path)
+    (tmp_path / "b.svs").write_text("broken")
+    with pytest.raises(SlidescanError, match=r"b\.svs"):
+        load_qupath(tmp_path)
+    (tmp_path / "b.geojson").unlink()
+    (tmp_path / "c.geojson.gz").write_bytes(gzip.compress(b"[]"))
+    (tmp_path / "c.geojson").write_text("[]")
+    with pytest.raises(ConfigError, match="found two"):
+        load_qupath(tmp_path)
+    (tmp_path / "c.geojson").unlink()
+    Picture.new("RGB", (9, 9)).save(tmp_path / "c.png")
+    Picture.new("RGB", (9, 9)).save(tmp_path / "d.png")
+    with pytest.raises(ConfigError, match=r"d\.png: expected d\.geojson"):
+        load_qupath(tmp_path)
+    (tmp_path / "d.png").rename(tmp_path / "c.jpeg")
+    with pytest.raises(ConfigError, match="two slides"):
+        load_qupath(tmp_path)
+
+
+def test_patients(tmp_path: Path) -> None:
+    """From the table where there is one, else from the name, as TCGA's begin with them."""
+    for name in ("TCGA-AB-1234-01A-01-TS1", "b"):
+        Picture.new("RGB", (9, 9)).save(tmp_path / f"{name}.png")
+        (tmp_path / f"{name}.geojson").write_text("[]")
+    assert [found.patient for found in load_qupath(tmp_path)] == ["TCGA-AB-1234", "b"]
+    table = tmp_path / "patients.csv"
+    table.write_text("\ufeffslide,patient,scanner\nTCGA-AB-1234-01A-01-TS1,x,XR\nb.png,y,\n", encoding="utf-8")
+    assert [(found.patient, found.scanner) for found in load_qupath(tmp_path)] == [("x", "XR"), ("y", "")]
+    for text, message in [
+        ("slide,patient\nb,y\n", "row for the slide TCGA"),
+        ("slide,who\nb,y\n", "columns slide and patient"),
+        ("slide,patient\nb,y\nb,z\n", "slide b, found two"),
+    ]:
+        table.write_text(text)
+        with pytest.raises(ConfigError, match=message):
+            load_qupath(tmp_path)
+    table.write_bytes(b"slide,patient\n\xff,\n")
+    with pytest.raises(ConfigError, match="UTF-8"):
+        load_qupath(tmp_path)
+
+
+@pytest.mark.data
+def test_a_real_slide(shared: Path, tmp_path: Path) -> None:
+    """A slide in Aperio's format with one box: the window shows its pixels."""
+    source = shared / "slides" / "CMU-1-Small-Region.svs"
+    (tmp_path / "a.svs").symlink_to(source)
+    write_geojson(tmp_path / "a.geojson", [Feature("annotation", (600, 700, 640, 740), "cell")])
+    (found,) = load_slides(tmp_path, ["cell"], object_um=10)
+    assert found.xyxy_l0.tolist() == [[600, 700, 640, 740]]
+    example = Windows([found], 0.5).window(np.random.default_rng(0), 96)
+    assert example.image.shape == (96, 96, 3)
