@@ -19,6 +19,7 @@ class Ends:
         signal.raise_signal(signal.{name})
         time.sleep(0)  # here Python acts on it, and drops what is raised
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has those it starts behind it ignore it
 try:
     with heeded_signals():
         Ends()
