@@ -1,4 +1,4 @@
-"""Decoded tiles that the next read will want, for all slides of this process.
+"""Decoded tiles that the next read will want, for all slides of this process; and which tiles these are.
 
 Neighbouring regions overlap, and a storage tile on their border belongs to both: decoded for each, a fifth of all tiles
 of 240 px is decoded twice. Only tiles near a block's edge come here; the many in its middle are wanted once.
@@ -9,22 +9,67 @@ no room the longest unused go first; a tile is never written to.
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["TilePool", "pool"]
+__all__ = ["Span", "TilePool", "owners", "pool", "spans"]
 
 Rgb = NDArray[np.uint8]
+Key = TypeVar("Key", bound=Hashable)
 
 # Of one process. A border of two regions of 4096² px is 6 MB of tiles of 240 px; those below are wanted at most two
 # regions later, those at the right after a strip of the slide (`slidescan.plan`): of one 24,000 px high, 35 MB.
 _BUDGET_BYTES = 64 << 20
+# px: tiles that reach so near a block's edge are kept for the next block. Neighbouring regions overlap by two halos, of
+# 112 px each with the bundled detector. Read from a finer level they overlap by more, and some tiles are decoded twice.
+_SHARED_PX = 256
+
+owners = itertools.count()  # one a source of this process: no tile is taken for that of another file of the same name
+
+
+class Span(NamedTuple):
+    """Tiles of one number along one side of a block.
+
+    Parameters
+    ----------
+    number : int
+    low, high : int
+        Where it begins and ends in the image, px; the rest of it is padding that an encoder may have left out.
+    start, stop : int
+        What of that is in the block, px.
+    reads : float
+        How many blocks will want it: one, or more where it is near an edge of the block that is not the image's.
+    """
+
+    number: int
+    low: int
+    high: int
+    start: int
+    stop: int
+    reads: float
+
+
+def spans(start: int, stop: int, tile_px: int, size_px: int) -> Iterator[Span]:
+    """Yield the tiles along one side of a block from `start` to `stop` of an image of `size_px`.
+
+    Examples
+    --------
+    >>> [(span.number, span.start, span.stop, span.reads) for span in spans(0, 1000, 400, 2000)]
+    [(0, 0, 400, 1), (1, 400, 800, 2), (2, 800, 1000, 2)]
+    """
+    neighbours = 2 if 2 * tile_px <= stop - start else math.inf  # who can tell how many share a strip of the slide
+    for number in range(start // tile_px, -(-stop // tile_px)):
+        low, high = number * tile_px, min((number + 1) * tile_px, size_px)
+        shared = 0 < start > low - _SHARED_PX or size_px > stop < high + _SHARED_PX
+        yield Span(number, low, high, max(low, start), min(high, stop), neighbours if shared else 1)
 
 
 class TilePool:
@@ -55,22 +100,30 @@ class TilePool:
 
         After the last of the `reads` that will want it, this one included, it is kept no longer.
         """
+        return self.get_all({key: reads}, lambda _: [decode()])[0]
+
+    def get_all(self, reads: Mapping[Key, float], decode: Callable[[Sequence[Key]], Sequence[Rgb]]) -> list[Rgb]:
+        """Return the tiles of many keys, as `get` would; those that nobody has are decoded together."""
+        mine: dict[Key, _Entry] = {}
+        theirs: dict[Key, _Entry] = {}
         with self._lock:
-            entry = self._tiles.get(key)
-            first = entry is None
-            if entry is None:
-                entry = self._tiles[key] = _Entry(reads)
-            else:
+            for key, count in reads.items():
+                entry = self._tiles.get(key)
+                if entry is None:
+                    mine[key] = self._tiles[key] = _Entry(count)
+                    continue
+                theirs[key] = entry
                 self._tiles.move_to_end(key)
                 entry.reads -= 1
                 if entry.reads <= 0 and entry.kept_bytes:
                     del self._tiles[key]
                     self.kept_bytes -= entry.kept_bytes
-        if first:
-            return self._fill(key, entry, decode)
-        with entry.decoding:
-            tile = entry.tile
-        return decode() if tile is None else tile
+        tiles = self._fill(mine, decode) if mine else {}
+        for key, entry in theirs.items():  # with its own done: two threads may each wait for what the other decodes
+            with entry.decoding:
+                tile = entry.tile
+            tiles[key] = decode([key])[0] if tile is None else tile
+        return [tiles[key] for key in reads]
 
     def peek(self, key: Hashable) -> Rgb | None:
         """Return the tile of `key` if it is here."""
@@ -85,29 +138,37 @@ class TilePool:
         """Take a tile that was got elsewhere."""
         self.get(key, lambda: tile)
 
-    def _fill(self, key: Hashable, entry: _Entry, decode: Callable[[], Rgb]) -> Rgb:
+    def _fill(self, entries: Mapping[Key, _Entry], decode: Callable[[Sequence[Key]], Sequence[Rgb]]) -> dict[Key, Rgb]:
         try:
-            tile = entry.tile = decode()
+            tiles = dict(zip(entries, decode(list(entries)), strict=True))
+            for key, entry in entries.items():
+                entry.tile = tiles[key]
         except BaseException:
             with self._lock:
-                self._tiles.pop(key, None)
+                for key in entries:
+                    self._tiles.pop(key, None)
             raise
         finally:
-            entry.decoding.release()
+            for entry in entries.values():
+                entry.decoding.release()
         with self._lock:
-            self.decoded += 1
-            if entry.reads <= 0:  # all who wanted it have come meanwhile
-                del self._tiles[key]
-                return tile
-            entry.kept_bytes = tile.nbytes
-            self.kept_bytes += tile.nbytes
-            while self.kept_bytes > self._budget:
-                oldest, left = self._tiles.popitem(last=False)
-                if left.kept_bytes:
-                    self.kept_bytes -= left.kept_bytes
-                else:  # on its way, and somebody waits for it
-                    self._tiles[oldest] = left
-        return tile
+            self.decoded += len(entries)
+            for key, entry in entries.items():
+                if entry.reads <= 0:  # all who wanted it have come meanwhile
+                    del self._tiles[key]
+                else:
+                    entry.kept_bytes = tiles[key].nbytes
+                    self.kept_bytes += entry.kept_bytes
+            self._shrink()
+        return tiles
+
+    def _shrink(self) -> None:
+        while self.kept_bytes > self._budget:
+            oldest, left = self._tiles.popitem(last=False)
+            if left.kept_bytes:
+                self.kept_bytes -= left.kept_bytes
+            else:  # on its way, and somebody waits for it
+                self._tiles[oldest] = left
 
 
 class _Entry:

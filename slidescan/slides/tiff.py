@@ -9,8 +9,6 @@ other tile that cannot be decoded is a hole and costs nothing else.
 
 from __future__ import annotations
 
-import itertools
-import math
 import re
 import time
 from collections.abc import Iterator
@@ -27,7 +25,7 @@ from slidescan.errors import SlideFormatError, SlideUnsupportedError
 from slidescan.geometry import Box
 from slidescan.slides.codecs import DECODER_ERRORS, Codec
 from slidescan.slides.ifd import Directory, open_file, read_directories
-from slidescan.slides.pool import pool
+from slidescan.slides.pool import owners, pool, spans
 from slidescan.slides.remote import Where
 from slidescan.slides.resolution import NOTHING, Resolution, judge
 from slidescan.slides.source import MAX_UNTILED_PX, WHITE, Declined, Facts, check_levels, pyramid
@@ -36,10 +34,6 @@ from slidescan.stages import spent, stage
 __all__ = ["TiffSource"]
 
 _ROUNDING_PX = 1.5  # a level's side may differ by this from the exact ratio: floor, ceil and round are all in use
-# px: tiles that reach so near a block's edge are kept for the next block. Neighbouring regions overlap by two halos, of
-# 112 px each with the bundled detector. Read from a finer level they overlap by more, and some tiles are decoded twice.
-_SHARED_PX = 256
-_keys = itertools.count()  # of the sources of this process: a tile is never taken for that of a file of the same name
 _PROBES = 4  # tiles decoded at opening, to decline a codec variant before a scan relies on it
 # OME PhysicalSize units in µm (OME-XML 2016-06); the default is µm.
 _UM = {"m": 1e6, "cm": 1e4, "mm": 1e3, "µm": 1.0, "um": 1.0, "nm": 1e-3, "in": 25400.0}
@@ -68,7 +62,7 @@ class TiffSource:
     """
 
     def __init__(self, path: Where) -> None:
-        self._file, self._key = open_file(path), next(_keys)
+        self._file, self._key = open_file(path), next(owners)
         directories = read_directories(self._file)
         directories[0].check()
         text = directories[0].blob(270)
@@ -102,8 +96,8 @@ class TiffSource:
         assert out.strides[1:] == (3, 1)
         into = as_strided(out, (out.shape[0], 3 * out.shape[1]), (out.strides[0], 1))
         (tile_w, tile_h), (width, height) = grid.codec.tile_wh, grid.size_wh
-        columns = list(_spans(x, x + out.shape[1], tile_w, width))
-        rows = list(_spans(y, y + out.shape[0], tile_h, height))
+        columns = list(spans(x, x + out.shape[1], tile_w, width))
+        rows = list(spans(y, y + out.shape[0], tile_h, height))
         with stage("read"):
             places = (row * grid.columns + column for (row, *_), (column, *_) in product(rows, columns))
             self._file.want((int(grid.offsets[i]), int(grid.counts[i])) for i in places)
@@ -165,19 +159,6 @@ class TiffSource:
             else:
                 return
         raise Declined(f"{self._file.name}: none of {len(chosen)} sampled tiles decodes ({reason})")
-
-
-def _spans(start: int, stop: int, tile_px: int, size_px: int) -> Iterator[tuple[int, int, int, int, int, float]]:
-    """Yield the tiles along one side of a block.
-
-    Number; where it begins and ends in the image (the rest is padding that an encoder may have left out); what of that
-    is in the block; and how many blocks will want it: one, or two where it is near an edge that is not the image's.
-    """
-    neighbours = 2 if 2 * tile_px <= stop - start else math.inf  # who can tell how many share a strip of the slide
-    for number in range(start // tile_px, -(-stop // tile_px)):
-        low, high = number * tile_px, min((number + 1) * tile_px, size_px)
-        shared = 0 < start > low - _SHARED_PX or size_px > stop < high + _SHARED_PX
-        yield number, low, high, max(low, start), min(high, stop), neighbours if shared else 1
 
 
 def _copies(first: Directory, below: list[Directory], aperio: bool) -> Iterator[Directory]:

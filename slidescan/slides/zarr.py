@@ -11,8 +11,8 @@ from __future__ import annotations
 import lzma
 import math
 import zlib
-from collections.abc import Iterator
-from itertools import product
+from collections.abc import Iterator, Sequence
+from itertools import groupby, product
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ from slidescan.errors import SlideFormatError, SlideReadError
 from slidescan.geometry import Box
 from slidescan.slides.codecs import jpeg_size
 from slidescan.slides.ngff import META, Dataset, is_zarr, read_zarr_image
+from slidescan.slides.pool import Span, owners, pool, spans
 from slidescan.slides.remote import Remote, Where, read_small
 from slidescan.slides.source import MAX_BLOB_BYTES, WHITE, Facts, check_levels, pyramid
 from slidescan.stages import stage
@@ -55,7 +56,7 @@ class ZarrSource:
     """
 
     def __init__(self, path: Where) -> None:
-        self._name = path.name
+        self._name, self._owner = path.name, next(owners)
         self._image = read_zarr_image(path)
         wh, datasets = self._image.wh, self._image.datasets
         levels = pyramid([wh(d.shape) for d in datasets], [wh(d.chunks) for d in datasets])
@@ -134,18 +135,48 @@ class ZarrSource:
         return dataset.key(tuple(place.get(axis, 0) for axis in self._image.axes))
 
     def _block(self, level: int, block: Box, out: NDArray[np.uint8]) -> None:
+        """Read what no other block will want at once, and what lies near the edges by whole chunks, for all of them."""
         x0, y0, x1, y1 = block.round_out()
+        (tile_w, tile_h), (width, height) = self.facts.levels[level].tile_wh, self.facts.levels[level].size_wh
+        columns, rows = spans(x0, x1, tile_w, width), spans(y0, y1, tile_h, height)
+        parts = [[list(run) for _, run in groupby(side, lambda span: span.reads)] for side in (rows, columns)]
+        for down, along in product(*parts):
+            top, bottom, left, right = down[0].start, down[-1].stop, along[0].start, along[-1].stop
+            into = out[top - y0 : bottom - y0, left - x0 : right - x0]
+            if down[0].reads * along[0].reads == 1:
+                _lay(self._pixels(level, left, top, right, bottom), into)
+            else:
+                self._shared(level, down, along, into)
+
+    def _shared(self, level: int, rows: list[Span], columns: list[Span], out: NDArray[np.uint8]) -> None:
+        """Put the px of chunks into `out`, by way of the pool; what that lacks is read at once."""
+        places = ((self._owner, level, row.number, column.number) for row, column in product(rows, columns))
+        chunks = dict(zip(places, product(rows, columns), strict=True))
+
+        def decode(keys: Sequence[tuple[int, int, int, int]]) -> list[NDArray[np.uint8]]:
+            lacking = [chunks[key] for key in keys]
+            left, right = min(c.low for _, c in lacking), max(c.high for _, c in lacking)
+            top, bottom = min(r.low for r, _ in lacking), max(r.high for r, _ in lacking)
+            around = self._pixels(level, left, top, right, bottom)
+            tiles = [np.empty((r.high - r.low, c.high - c.low, 3), np.uint8) for r, c in lacking]
+            for tile, (r, c) in zip(tiles, lacking, strict=True):
+                _lay(around[r.low - top : r.high - top, c.low - left : c.high - left], tile)
+            return tiles
+
+        tiles = pool.get_all({key: r.reads * c.reads for key, (r, c) in chunks.items()}, decode)
+        x0, y0 = columns[0].start, rows[0].start
+        for tile, (r, c) in zip(tiles, chunks.values(), strict=True):
+            part = tile[r.start - r.low : r.stop - r.low, c.start - c.low : c.stop - c.low]
+            out[r.start - y0 : r.stop - y0, c.start - x0 : c.stop - x0] = part
+
+    def _pixels(self, level: int, x0: int, y0: int, x1: int, y1: int) -> NDArray[np.uint8]:
+        """Return px of a level, decoded at once, (H, W, 3)."""
         where = {"y": slice(y0, y1), "x": slice(x0, x1), "c": slice(None)}
         axes = self._image.axes
         with stage("decode"):
             pixels = np.asarray(self._arrays[level][tuple(where.get(axis, 0) for axis in axes)])
         kept = [axis for axis in axes if axis in where]
-        rgb = pixels.transpose([kept.index(axis) for axis in "yxc"])
-        if rgb.strides[2] == 1:
-            out[...] = rgb
-        else:
-            for channel in range(3):  # a fifth of the time that numpy takes for all at once
-                out[..., channel] = rgb[..., channel]
+        return pixels.transpose([kept.index(axis) for axis in "yxc"])
 
     def _open(self, dataset: Dataset) -> Any:  # zarr's own types do not pass strict mode
         import zarr
@@ -163,6 +194,14 @@ class ZarrSource:
             return zarr.open_array(_Checked(store, dataset), mode="r")
         except _CHUNK_ERRORS as exc:
             raise SlideFormatError(f"{self._name}: zarr cannot open its array ({type(exc).__name__})") from exc
+
+
+def _lay(rgb: NDArray[np.uint8], out: NDArray[np.uint8]) -> None:
+    if rgb.strides[2] == 1:
+        out[...] = rgb
+    else:
+        for channel in range(3):  # a fifth of the time that numpy takes for all at once
+            out[..., channel] = rgb[..., channel]
 
 
 class _Checked(WrapperStore):  # type: ignore[misc]  # zarr's own types do not pass strict mode

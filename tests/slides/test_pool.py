@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -51,6 +52,37 @@ def test_threads_that_want_one_tile_decode_it_once() -> None:
         found = list(threads.map(want, range(8)))
     assert len(calls) == 1
     assert all((each == 7).all() for each in found)
+
+
+def test_tiles_wanted_together_are_decoded_together() -> None:
+    """What the pool has is left out, and what another thread decodes meanwhile is waited for."""
+    pool, calls, begun, meet = TilePool(), [], threading.Event(), threading.Barrier(2)
+    pool.get("a", lambda: tile(1))
+
+    def decode(keys: Sequence[str]) -> list[NDArray[np.uint8]]:
+        calls.append(list(keys))
+        begun.set()
+        meet.wait()
+        return [tile(ord(key) - 96) for key in keys]
+
+    def want(keys: str) -> list[int]:
+        return [int(found[0, 0, 0]) for found in pool.get_all(dict.fromkeys(keys, 9), decode)]
+
+    with ThreadPoolExecutor(2) as threads:
+        first = threads.submit(want, "abc")
+        begun.wait()
+        assert threads.submit(want, "dcb").result() == [4, 3, 2]
+        assert first.result() == [1, 2, 3]
+    assert calls == [["b", "c"], ["d"]]
+
+
+def test_a_batch_that_fails_leaves_nothing() -> None:
+    """None of its tiles is kept, and each can be had alone."""
+    pool = TilePool()
+    with pytest.raises(ZeroDivisionError):
+        pool.get_all({"a": 2, "b": 2}, lambda keys: [tile(1 // 0) for _ in keys])
+    assert (pool.kept_bytes, pool.decoded) == (0, 0)
+    assert (pool.get("b", lambda: tile(3)) == 3).all()
 
 
 def test_a_tile_that_fails_is_raised_and_tried_again() -> None:

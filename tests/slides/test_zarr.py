@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,9 @@ from numpy.typing import NDArray
 
 from slidescan.errors import ResolutionError, SlideFormatError, SlideReadError
 from slidescan.geometry import Box
+from slidescan.plan import Region, plan
 from slidescan.slides import open_slide
+from slidescan.slides import zarr as zarr_source
 
 
 @pytest.fixture(params=["0.4", "0.5"])
@@ -55,6 +58,30 @@ def test_shards_are_read_by_inner_chunks(
     assert np.array_equal(slide.read_level(0, 0, 0, 701, 501).rgb, levels[0])
     (path / "0/c/0/1/1").unlink()
     assert slide.read_level(0, 0, 0, 701, 501).holes == (Box(256, 256, 512, 501),)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_scan_decodes_every_chunk_once(
+    tmp_path: Path, write_ngff: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, sharded: bool, threads: int
+) -> None:
+    """Regions overlap, and yet no chunk is decoded twice; the pixels are those of the whole image."""
+    image = np.random.default_rng(0).integers(0, 256, (1500, 1600, 3), np.uint8)
+    slide = open_slide(write_ngff(tmp_path / "a.zarr", [image], "0.5", sharded=sharded))
+    decoded = []
+    monkeypatch.setattr(zarr_source, "_check", lambda *arguments: decoded.append(arguments))
+    regions = plan(slide.frame, None, tile_px=256, halo_px=56, region_px=500).regions
+
+    def read(region: Region) -> None:
+        x0, y0, x1, y1 = region.read.round_out()
+        left, top, right, bottom = max(0, x0), max(0, y0), min(x1, 1600), min(y1, 1500)
+        inside = slide.read(x0, y0, x1 - x0, y1 - y0, slide.frame).rgb[top - y0 : bottom - y0, left - x0 : right - x0]
+        np.testing.assert_array_equal(inside, image[top:bottom, left:right])
+
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(read, regions))
+    assert len(regions) > 9
+    assert len(decoded) == 3 * -(-1500 // 128) * -(-1600 // 128)  # a chunk a channel
 
 
 @pytest.mark.parametrize("damage", [b"", b"\0\1\2 not compressed data", None], ids=["empty", "garbage", "missing"])
