@@ -16,15 +16,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 import slidescan as ss
-from slidescan import cli
 from slidescan.archive import Entry, archive_status, engine, read_listing
 from slidescan.archive.engine import ArchiveProgress, estimate_archive
 from slidescan.archive.record import REASONS, Record, read_records
@@ -78,89 +73,6 @@ def results(out: Path) -> dict[str, bytes]:
         if file.is_file() and file.name != "manifest.json":
             found[file.relative_to(out).as_posix()] = file.read_bytes()
     return found
-
-
-class TestListing:
-    def test_formats_agree(self, cohort: Path, tmp_path: Path) -> None:
-        entries = read_listing(cohort)
-        rows = list(csv.DictReader(cohort.read_text().splitlines()))
-        absolute = [{**row, "slide_path": str(cohort.parent / row["slide_path"])} for row in rows]
-        lines = ["\t".join(rows[0]), *("\t".join(row.values()) for row in absolute)]
-        (tmp_path / "a.tsv").write_text("\n".join(lines))
-        table = pa.Table.from_pylist([{**r, "mpp": float(r["mpp"]) if r["mpp"] else None, "more": 7} for r in absolute])
-        pq.write_table(table, tmp_path / "a.parquet")
-        assert read_listing(tmp_path / "a.tsv") == entries == read_listing(tmp_path / "a.parquet")
-        assert [e.slide_id for e in entries][2:] == ["other", "unscaled", "broken", "lost", "unscaled-too"]
-        assert entries[3].mpp == 0.5
-        assert [e.group for e in entries][:3] == ["north", "south", "south"]
-
-    def test_a_folder_and_a_pattern(self, cohort: Path) -> None:
-        (cohort.parent / ".trash").mkdir()
-        write_slide(cohort.parent / ".trash/gone.tiff", 1)
-        (cohort.parent / "a.ome.zarr/0").mkdir(parents=True)
-        (cohort.parent / "a.ome.zarr/0/inner.tiff").touch()
-        names = sorted(Path(e.path).name for e in read_listing(cohort.parent))
-        assert names == [
-            "a.ome.zarr",
-            "broken.svs",
-            "case.tiff",
-            "case.tiff",
-            "other.tiff",
-            "unscaled-too.tiff",
-            "unscaled.tiff",
-        ]
-        found = read_listing(f"{cohort.parent}/**/case.tiff")
-        assert found == [e for e in read_listing(cohort.parent) if e.path.endswith("case.tiff")]
-
-    @given(st.permutations(range(6)))
-    def test_ids_do_not_depend_on_the_order(self, order: list[int]) -> None:
-        from slidescan.archive.listing import _named
-
-        paths = ["/a/x.svs", "/b/x.svs", "/b/X.svs", "/c/y.ome.tiff", "/c/z.svs", "https://h/p/x.svs?t=1"]
-        ids = {entry.path: entry.slide_id for entry in _named([Entry("", paths[i]) for i in order])}
-        assert ids == {entry.path: entry.slide_id for entry in _named([Entry("", path) for path in paths])}
-        assert len({name.casefold() for name in ids.values()}) == 6
-        assert (ids["/c/y.ome.tiff"], ids["/c/z.svs"]) == ("y", "z")
-
-    @pytest.mark.parametrize(
-        ("text", "told"),
-        [
-            ("path\na.svs\n", "expected a column slide_path, found path"),
-            ("", "found no header"),
-            ("slide_path\n", "expected slides, found none"),
-            ("slide_path,mpp\na.svs,0\n", r"slide 1: mpp must be µm/px .* got '0'"),
-            ("slide_path,mpp\na.svs,\nb.svs,fine\n", "slide 2: mpp must be"),
-            ("slide_path,slide_id\na.svs,../up\n", "slide_id must be a plain name"),
-            ("slide_path,slide_id\na.svs,x\nb.svs,x\n", "slide_id 'x' is given to 2 slides"),
-            ("slide_path\na.svs\n./a.svs\n", "a.svs: expected each slide once"),
-            ("slide_path,group\n,north\n", "slide 1: expected a slide_path"),
-        ],
-    )
-    def test_what_cannot_be_meant(self, tmp_path: Path, text: str, told: str) -> None:
-        (tmp_path / "slides.csv").write_text(text)
-        with pytest.raises(ConfigError, match=told):
-            read_listing(tmp_path / "slides.csv")
-
-    def test_a_name_that_is_no_text(self, tmp_path: Path) -> None:
-        """As from a disk of another system: the id is text, so that records, log and report can tell it."""
-        for name in (b"caf\xe9.tiff", b"caf\xe8.tiff"):
-            Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name)).touch()
-        ids = [entry.slide_id for entry in read_listing(tmp_path)]
-        assert [name.encode().split(b"-")[0] for name in ids] == [b"caf?"] * 2
-        assert len(set(ids)) == 2
-
-    def test_nothing_there(self, tmp_path: Path) -> None:
-        (tmp_path / "list.xlsx").write_bytes(b"PK")
-        (tmp_path / "bad.parquet").write_bytes(b"PAR1")
-        for source in (
-            tmp_path / "no.csv",
-            tmp_path,
-            tmp_path / "*.svs",
-            tmp_path / "list.xlsx",
-            tmp_path / "bad.parquet",
-        ):
-            with pytest.raises(ConfigError):
-                read_listing(source)
 
 
 class TestRuns:
@@ -423,78 +335,3 @@ class TestAccidents:
         write_tables(tmp_path, [Record("=cmd()", "@x", "k", "failed", "open_error", "-1+1")])
         (row,) = csv.DictReader((tmp_path / "failures.csv").read_text().splitlines())
         assert (row["slide_id"], row["group"], row["message"]) == ("'=cmd()", "'@x", "'-1+1")
-
-
-class TestCommands:
-    def test_archive_and_status(self, tmp_path: Path) -> None:
-        """With the bundled detector; the exit code says that something failed, and the lines say what."""
-        write_slide(tmp_path / "in/a.tiff", 1)
-        (tmp_path / "in/b.svs").write_bytes(b"no slide")
-        command = [sys.executable, "-m", "slidescan.cli"]
-        run = [*command, "archive", str(tmp_path / "in"), "-o", str(tmp_path / "runs"), "--workers", "1"]
-        done = subprocess.run(run, capture_output=True, text=True, check=False)
-        assert done.returncode == 1
-        assert done.stderr.startswith("b: failed, open_error: b.svs")  # and nothing else: this is no terminal
-        assert len(done.stderr.splitlines()) == 1
-        assert "Traceback" not in done.stderr
-        assert "slides      2: 1 done, 1 failed, 0 to do" in done.stdout
-        told = json.loads(subprocess.check_output([*command, "status", str(tmp_path / "runs"), "--json"]))
-        assert (told["done"], told["failed"]) == (1, {"open_error": 1})
-
-    def test_sigterm_ends_it_soon_and_it_continues(self, tmp_path: Path) -> None:
-        for seed in range(3):
-            write_slide(tmp_path / f"in/{seed}.tiff", seed)
-        command = [sys.executable, "-m", "slidescan.cli", "archive", str(tmp_path / "in"), "-o", str(tmp_path / "runs")]
-        run = subprocess.Popen([*command, "--workers", "1"], stderr=subprocess.PIPE, text=True)
-        until = time.monotonic() + 60
-        while not list((tmp_path / "runs").glob("records/*.json")) and time.monotonic() < until:
-            assert run.poll() is None
-        run.terminate()
-        _, said = run.communicate(timeout=60)
-        assert run.returncode == 3
-        assert "run the same command to continue" in said
-        assert "Traceback" not in said
-        assert archive_status(tmp_path / "runs").done >= 1
-        assert not archive_status(tmp_path / "runs").running
-
-    @pytest.mark.parametrize(
-        ("options", "told"),
-        [
-            (["--shard", "x"], "--shard must be i/n"),
-            (["--retry-failed=x"], "--retry-failed must be one of not_found"),
-        ],
-    )
-    def test_usage(self, tmp_path: Path, options: list[str], told: str) -> None:
-        command = [sys.executable, "-m", "slidescan.cli", "archive", str(tmp_path), *options]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 2
-        assert told in done.stderr
-        assert np.size(done.stderr.strip().splitlines()) == 1
-
-    @pytest.mark.parametrize(
-        ("options", "asked"),
-        [
-            ([], False),
-            (["--retry-failed"], True),
-            (["--retry-failed", "--workers", "1"], True),
-            (["--retry-failed", "killed"], "killed"),
-            (["--retry-failed=killed"], "killed"),
-        ],
-    )
-    def test_what_to_retry(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], asked: bool | str
-    ) -> None:
-        """All that failed, or what failed for one reason; wherever the option stands."""
-        (tmp_path / "a.svs").touch()
-        seen = []
-
-        def scan_archive(*_: object, retry_failed: bool | str, **__: object) -> None:
-            seen.append(retry_failed)
-            raise ConfigError("enough")
-
-        monkeypatch.setattr("slidescan.archive.scan_archive", scan_archive)
-        for arguments in ([str(tmp_path), *options], [*options, str(tmp_path)]):
-            monkeypatch.setattr(sys, "argv", ["slidescan", "archive", *arguments])
-            with pytest.raises(SystemExit):
-                cli.main()
-        assert seen == [asked, asked]

@@ -1,14 +1,19 @@
-"""What is reviewed: a slide of twelve discs, each a flagged region of its own, scanned once a module."""
+"""What is reviewed: twelve discs, each a flagged region of its own, scanned once a module; its server, and its page."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from slidescan.reviews.desk import Desk
 from slidescan.slides import Slide
+from tests.callers import Caller, looked_at
+from tests.chromium import Tab
 from tests.discs import discs
-from tests.reviewed import copied, scan_apart
+from tests.paged import pages
+from tests.reviewed import copied, running, scan_apart
 
 
 @pytest.fixture(scope="module")
@@ -25,3 +30,26 @@ def scanned(slide: Slide, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def case(scanned: Path, tmp_path: Path) -> Path:
     """Give a result to decide on."""
     return copied(scanned, tmp_path)
+
+
+@pytest.fixture
+def desk(case: Path, slide: Slide) -> Desk:
+    return Desk(looked_at(case, slide))
+
+
+@pytest.fixture
+def call(desk: Desk) -> Iterator[Caller]:
+    with running(desk) as server:
+        yield Caller(server.url)
+
+
+@pytest.fixture(scope="module")
+def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tab]:
+    with Tab(tmp_path_factory.mktemp("profile")) as opened:
+        yield opened
+
+
+@pytest.fixture
+def opened(case: Path, slide: Slide, tab: Tab) -> Iterator[Callable[..., Desk]]:
+    with pages(case, slide, tab) as open_page:
+        yield open_page

@@ -1,4 +1,4 @@
-"""A review without a browser: the loop, what it shows of which pixels, other reviewers, other scans, exports."""
+"""A review without a browser: the loop, what it shows of which pixels, other reviewers, archives."""
 
 from __future__ import annotations
 
@@ -16,13 +16,12 @@ import pyarrow.parquet as pq
 import pytest
 
 import slidescan as ss
-from slidescan import cli
 from slidescan.archive.record import Record
 from slidescan.errors import ConfigError, ResultError
 from slidescan.reviews import Review
 from slidescan.slides import Slide, memory_slide
 from tests.archives import write_slide
-from tests.discs import MPP, ORACLE, config, discs
+from tests.discs import MPP, ORACLE
 from tests.reviewed import APART
 
 ROOT = Path(__file__).parents[2]
@@ -245,51 +244,6 @@ def test_contact_sheet(result: ss.ScanResult, slide: Slide, tmp_path: Path) -> N
     assert not looked.plot(0).axes
 
 
-def moved(result: ss.ScanResult, slide: Slide, **changed: object) -> ss.ScanResult:
-    """Scan the slide anew into the same directory with a detector that sees a little otherwise: all ids differ."""
-    detector = replace(ORACLE, jitter_px=3.0)
-    return ss.scan(slide, detector, out=result.path, config=config(**changed), overwrite=True)
-
-
-def test_decisions_find_their_place_after_another_scan(result: ss.ScanResult, slide: Slide) -> None:
-    """Another model has other ids: decisions are re-attached, undo reaches them, and nothing is written by itself."""
-    ann = ss.review(result, reviewer="ann")
-    at = [item.box_l0 for item in ann.items()]
-    for number, item in enumerate(ann.items()[:5]):
-        ann.decide(item.id, "accept", note=str(number))
-    ss.review(result, reviewer="ben").decide(item.id, "unsure")
-    before = lines(result)
-    looked = ss.review(moved(result, slide, flagged__link_um=10.0, flagged__margin_um=5.0), reviewer="ann")
-    assert not {item.id for item in looked.items()} & {item.id for item in ann.items()}
-    assert (looked.left, looked.reattached, looked.orphaned) == (7, 6, 0)
-    for item in looked.items(decision="accept"):
-        old = at[int(looked.decision(item.id).note)]
-        assert abs(old.x0 - item.box_l0.x0) + abs(old.y0 - item.box_l0.y0) < 8
-    assert looked.table()["reattached"].sum() == 5
-    assert lines(result) == before
-    fifth = next(item.id for item in looked.items() if (said := looked.decision(item.id)) and said.note == "4")
-    looked.decide(fifth, "reject")  # the last word on this place, under whatever id
-    assert ss.review(ss.load_result(result.path), reviewer="ann").decision(fifth).decision == "reject"
-    assert looked.decisions(fifth)["ben"].decision == "unsure"
-    assert (looked.undo(), looked.decision(fifth).note, looked.undo(), looked.left) == (fifth, "4", fifth, 8)
-
-
-def test_decisions_without_a_place_are_counted_and_kept(result: ss.ScanResult, slide: Slide) -> None:
-    """Regions that became one have one place; on another slide no decision has one."""
-    ann = ss.review(result, reviewer="ann")
-    for item in ann.items():
-        ann.decide(item.id, "accept")
-    again = moved(result, slide, flagged__link_um=1000.0)
-    looked = ss.review(again, reviewer="ann")
-    assert len(looked) == len(again.regions) < 12
-    assert (looked.reattached, looked.orphaned, looked.left) == (len(looked), 12 - len(looked), 0)
-    other, _ = discs(n=12, size_wh=(900, 700), seed=1)
-    looked = ss.review(moved(result, other), reviewer="ann")
-    assert (looked.reattached, looked.orphaned) == (0, 12)
-    assert looked.left == len(looked)
-    assert len(lines(result)) == 12
-
-
 @pytest.fixture(scope="module")
 def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two slides and a copy of the first, scanned as an archive lays them out."""
@@ -379,70 +333,6 @@ def test_a_killed_session_lost_nothing(result: ss.ScanResult) -> None:
     assert done.returncode == -signal.SIGKILL
     looked = ss.review(result, reviewer="ann")
     assert [item.rank for item in looked.items(decision="accept")] == [1, 2, 3]
-
-
-def exported(monkeypatch: pytest.MonkeyPatch, run: Path, *options: str) -> tuple[set[str], set[str]]:
-    """Export through the command line; return the ids of regions and detections."""
-    out = run / "out.geojson"
-    monkeypatch.setattr(sys, "argv", ["slidescan", "export", str(run), "-o", str(out), *options])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    assert not ended.value.code
-    features = json.loads(out.read_text())["features"]
-    kinds = ("annotation", "detection")
-    regions, found = ({f["id"] for f in features if f["properties"]["objectType"] == kind} for kind in kinds)
-    return regions, found
-
-
-def test_export_of_what_was_decided(
-    result: ss.ScanResult, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Regions decided so with their detections, under the same ids; the later of two reviewers counts."""
-    ann, ben = (ss.review(result, reviewer=name) for name in ("ann", "ben"))
-    run = result.path
-    assert run is not None
-    ids = [item.id for item in ann.items()]
-
-    def refused(*options: str) -> str:
-        monkeypatch.setattr(sys, "argv", ["slidescan", "export", str(run), "-o", str(run / "x.geojson"), *options])
-        with pytest.raises(SystemExit):
-            cli.main()
-        return capsys.readouterr().err
-
-    assert "no decisions.jsonl there; review the result first" in refused("--decisions", "accepted")
-    for id_ in ids[:3]:
-        ann.decide(id_, "accept")
-    ben.decide(ids[0], "reject")
-    centres = dict(zip(result.ids, result.detections.centers, strict=True))
-
-    def inside(*chosen: str) -> set[str]:
-        at = [item.box_l0 for item in ann.items() if item.id in chosen]
-        return {id_ for id_, (x, y) in centres.items() if any(b.x0 < x < b.x1 and b.y0 < y < b.y1 for b in at)}
-
-    accepted = exported(monkeypatch, run, "--decisions", "accepted")
-    assert accepted == (set(ids[1:3]), inside(*ids[1:3]))
-    assert len(accepted[1]) == 2
-    assert exported(monkeypatch, run, "--decisions", "rejected") == ({ids[0]}, inside(ids[0]))
-    assert exported(monkeypatch, run, "--decisions", "unsure") == (set(), set())
-    of_ann = exported(monkeypatch, run, "--decisions", "accepted", "--reviewer", "ann", "--top-k", "2")
-    assert of_ann[0] == set(ids[:2])
-    assert len(of_ann[1]) == 2
-    assert exported(monkeypatch, run) == (set(ids), set(result.ids))
-    # A detection decided on by itself.
-    alone = ss.review(result, of="detections", reviewer="ann")
-    (in_second,), (in_last,) = inside(ids[1]), inside(ids[-1])
-    alone.decide(in_second, "reject")
-    alone.decide(in_last, "accept")
-    assert exported(monkeypatch, run, "--decisions", "accepted")[1] == inside(ids[2]) | {in_last}
-    assert exported(monkeypatch, run, "--decisions", "rejected") == ({ids[0]}, inside(ids[0]) | {in_second})
-    monkeypatch.setattr(sys, "argv", f"slidescan export {run} -f csv -o {run}/x.csv --decisions rejected".split())
-    with pytest.raises(SystemExit):
-        cli.main()
-    assert len((run / "x.csv").read_text().splitlines()) == 3
-    capsys.readouterr()
-    assert "expected accepted, rejected or unsure, got 'maybe'" in refused("--decisions", "maybe")
-    assert "decided here (ann, ben), got 'cat'" in refused("--decisions", "accepted", "--reviewer", "cat")
-    assert "--reviewer goes with --decisions" in refused("--reviewer", "ann")
 
 
 def test_decide_says_that_it_could_not_be_saved(result: ss.ScanResult, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,92 @@
+"""The commands `archive` and `status`."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from slidescan import cli
+from slidescan.archive import archive_status
+from slidescan.errors import ConfigError
+from tests.archives import write_slide
+
+
+class TestCommands:
+    def test_archive_and_status(self, tmp_path: Path) -> None:
+        """With the bundled detector; the exit code says that something failed, and the lines say what."""
+        write_slide(tmp_path / "in/a.tiff", 1)
+        (tmp_path / "in/b.svs").write_bytes(b"no slide")
+        command = [sys.executable, "-m", "slidescan.cli"]
+        run = [*command, "archive", str(tmp_path / "in"), "-o", str(tmp_path / "runs"), "--workers", "1"]
+        done = subprocess.run(run, capture_output=True, text=True, check=False)
+        assert done.returncode == 1
+        assert done.stderr.startswith("b: failed, open_error: b.svs")  # and nothing else: this is no terminal
+        assert len(done.stderr.splitlines()) == 1
+        assert "Traceback" not in done.stderr
+        assert "slides      2: 1 done, 1 failed, 0 to do" in done.stdout
+        told = json.loads(subprocess.check_output([*command, "status", str(tmp_path / "runs"), "--json"]))
+        assert (told["done"], told["failed"]) == (1, {"open_error": 1})
+
+    def test_sigterm_ends_it_soon_and_it_continues(self, tmp_path: Path) -> None:
+        for seed in range(3):
+            write_slide(tmp_path / f"in/{seed}.tiff", seed)
+        command = [sys.executable, "-m", "slidescan.cli", "archive", str(tmp_path / "in"), "-o", str(tmp_path / "runs")]
+        run = subprocess.Popen([*command, "--workers", "1"], stderr=subprocess.PIPE, text=True)
+        until = time.monotonic() + 60
+        while not list((tmp_path / "runs").glob("records/*.json")) and time.monotonic() < until:
+            assert run.poll() is None
+        run.terminate()
+        _, said = run.communicate(timeout=60)
+        assert run.returncode == 3
+        assert "run the same command to continue" in said
+        assert "Traceback" not in said
+        assert archive_status(tmp_path / "runs").done >= 1
+        assert not archive_status(tmp_path / "runs").running
+
+    @pytest.mark.parametrize(
+        ("options", "told"),
+        [
+            (["--shard", "x"], "--shard must be i/n"),
+            (["--retry-failed=x"], "--retry-failed must be one of not_found"),
+        ],
+    )
+    def test_usage(self, tmp_path: Path, options: list[str], told: str) -> None:
+        command = [sys.executable, "-m", "slidescan.cli", "archive", str(tmp_path), *options]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 2
+        assert told in done.stderr
+        assert np.size(done.stderr.strip().splitlines()) == 1
+
+    @pytest.mark.parametrize(
+        ("options", "asked"),
+        [
+            ([], False),
+            (["--retry-failed"], True),
+            (["--retry-failed", "--workers", "1"], True),
+            (["--retry-failed", "killed"], "killed"),
+            (["--retry-failed=killed"], "killed"),
+        ],
+    )
+    def test_what_to_retry(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], asked: bool | str
+    ) -> None:
+        """All that failed, or what failed for one reason; wherever the option stands."""
+        (tmp_path / "a.svs").touch()
+        seen = []
+
+        def scan_archive(*_: object, retry_failed: bool | str, **__: object) -> None:
+            seen.append(retry_failed)
+            raise ConfigError("enough")
+
+        monkeypatch.setattr("slidescan.archive.scan_archive", scan_archive)
+        for arguments in ([str(tmp_path), *options], [*options, str(tmp_path)]):
+            monkeypatch.setattr(sys, "argv", ["slidescan", "archive", *arguments])
+            with pytest.raises(SystemExit):
+                cli.main()
+        assert seen == [asked, asked]

@@ -1,0 +1,118 @@
+"""What an archive is made of: a table, a folder or a pattern of slides, and what is wrong with one."""
+
+from __future__ import annotations
+
+import csv
+import os
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from slidescan.archive import Entry, read_listing
+from slidescan.errors import ConfigError
+from tests.archives import write_slide
+
+
+@pytest.fixture
+def cohort(tmp_path: Path) -> Path:
+    """Four slides that can be scanned, two of one name; one without scale, one broken, one that is not there."""
+    folder = tmp_path / "Doe^Jane 1970-01-01"
+    write_slide(folder / "north/case.tiff", 1)
+    write_slide(folder / "south/case.tiff", 2)
+    write_slide(folder / "south/other.tiff", 3)
+    write_slide(folder / "unscaled.tiff", 4, mpp=None)
+    (folder / "broken.svs").write_bytes(b"II*\0 not a slide")
+    rows = ["north/case.tiff,,north", "south/case.tiff,,south", "south/other.tiff,,south", "unscaled.tiff,0.5,"]
+    rows += ["broken.svs,,", "lost.svs,,"]
+    (folder / "unscaled-too.tiff").symlink_to(folder / "unscaled.tiff")
+    rows.append("unscaled-too.tiff,,")
+    table = folder / "slides.csv"
+    table.write_text("slide_path,mpp,group\n" + "\n".join(rows) + "\n")
+    return table
+
+
+class TestListing:
+    def test_formats_agree(self, cohort: Path, tmp_path: Path) -> None:
+        entries = read_listing(cohort)
+        rows = list(csv.DictReader(cohort.read_text().splitlines()))
+        absolute = [{**row, "slide_path": str(cohort.parent / row["slide_path"])} for row in rows]
+        lines = ["\t".join(rows[0]), *("\t".join(row.values()) for row in absolute)]
+        (tmp_path / "a.tsv").write_text("\n".join(lines))
+        table = pa.Table.from_pylist([{**r, "mpp": float(r["mpp"]) if r["mpp"] else None, "more": 7} for r in absolute])
+        pq.write_table(table, tmp_path / "a.parquet")
+        assert read_listing(tmp_path / "a.tsv") == entries == read_listing(tmp_path / "a.parquet")
+        assert [e.slide_id for e in entries][2:] == ["other", "unscaled", "broken", "lost", "unscaled-too"]
+        assert entries[3].mpp == 0.5
+        assert [e.group for e in entries][:3] == ["north", "south", "south"]
+
+    def test_a_folder_and_a_pattern(self, cohort: Path) -> None:
+        (cohort.parent / ".trash").mkdir()
+        write_slide(cohort.parent / ".trash/gone.tiff", 1)
+        (cohort.parent / "a.ome.zarr/0").mkdir(parents=True)
+        (cohort.parent / "a.ome.zarr/0/inner.tiff").touch()
+        names = sorted(Path(e.path).name for e in read_listing(cohort.parent))
+        assert names == [
+            "a.ome.zarr",
+            "broken.svs",
+            "case.tiff",
+            "case.tiff",
+            "other.tiff",
+            "unscaled-too.tiff",
+            "unscaled.tiff",
+        ]
+        found = read_listing(f"{cohort.parent}/**/case.tiff")
+        assert found == [e for e in read_listing(cohort.parent) if e.path.endswith("case.tiff")]
+
+    @given(st.permutations(range(6)))
+    def test_ids_do_not_depend_on_the_order(self, order: list[int]) -> None:
+        from slidescan.archive.listing import _named
+
+        paths = ["/a/x.svs", "/b/x.svs", "/b/X.svs", "/c/y.ome.tiff", "/c/z.svs", "https://h/p/x.svs?t=1"]
+        ids = {entry.path: entry.slide_id for entry in _named([Entry("", paths[i]) for i in order])}
+        assert ids == {entry.path: entry.slide_id for entry in _named([Entry("", path) for path in paths])}
+        assert len({name.casefold() for name in ids.values()}) == 6
+        assert (ids["/c/y.ome.tiff"], ids["/c/z.svs"]) == ("y", "z")
+
+    @pytest.mark.parametrize(
+        ("text", "told"),
+        [
+            ("path\na.svs\n", "expected a column slide_path, found path"),
+            ("", "found no header"),
+            ("slide_path\n", "expected slides, found none"),
+            ("slide_path,mpp\na.svs,0\n", r"slide 1: mpp must be µm/px .* got '0'"),
+            ("slide_path,mpp\na.svs,\nb.svs,fine\n", "slide 2: mpp must be"),
+            ("slide_path,slide_id\na.svs,../up\n", "slide_id must be a plain name"),
+            ("slide_path,slide_id\na.svs,x\nb.svs,x\n", "slide_id 'x' is given to 2 slides"),
+            ("slide_path\na.svs\n./a.svs\n", "a.svs: expected each slide once"),
+            ("slide_path,group\n,north\n", "slide 1: expected a slide_path"),
+        ],
+    )
+    def test_what_cannot_be_meant(self, tmp_path: Path, text: str, told: str) -> None:
+        (tmp_path / "slides.csv").write_text(text)
+        with pytest.raises(ConfigError, match=told):
+            read_listing(tmp_path / "slides.csv")
+
+    def test_a_name_that_is_no_text(self, tmp_path: Path) -> None:
+        """As from a disk of another system: the id is text, so that records, log and report can tell it."""
+        for name in (b"caf\xe9.tiff", b"caf\xe8.tiff"):
+            Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name)).touch()
+        ids = [entry.slide_id for entry in read_listing(tmp_path)]
+        assert [name.encode().split(b"-")[0] for name in ids] == [b"caf?"] * 2
+        assert len(set(ids)) == 2
+
+    def test_nothing_there(self, tmp_path: Path) -> None:
+        (tmp_path / "list.xlsx").write_bytes(b"PK")
+        (tmp_path / "bad.parquet").write_bytes(b"PAR1")
+        for source in (
+            tmp_path / "no.csv",
+            tmp_path,
+            tmp_path / "*.svs",
+            tmp_path / "list.xlsx",
+            tmp_path / "bad.parquet",
+        ):
+            with pytest.raises(ConfigError):
+                read_listing(source)
