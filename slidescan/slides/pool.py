@@ -20,7 +20,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Span", "TilePool", "owners", "pool", "spans"]
+__all__ = ["MOST_TILE_BYTES", "Span", "TilePool", "owners", "pool", "spans"]
 
 Rgb = NDArray[np.uint8]
 Key = TypeVar("Key", bound=Hashable)
@@ -28,6 +28,7 @@ Key = TypeVar("Key", bound=Hashable)
 # Of one process. A border of two regions of 4096² px is 6 MB of tiles of 240 px; those below are wanted at most two
 # regions later, those at the right after a strip of the slide (`slidescan.plan`): of one 24,000 px high, 35 MB.
 _BUDGET_BYTES = 64 << 20
+MOST_TILE_BYTES = _BUDGET_BYTES // 16  # 1,182² px: of larger ones too few would stay until the next block wants them
 # px: tiles that reach so near a block's edge are kept for the next block. Neighbouring regions overlap by two halos, of
 # 112 px each with the bundled detector. Read from a finer level they overlap by more, and some tiles are decoded twice.
 _SHARED_PX = 256
@@ -124,6 +125,14 @@ class TilePool:
                 tile = entry.tile
             tiles[key] = decode([key])[0] if tile is None else tile
         return [tiles[key] for key in reads]
+
+    def forget(self, key: Hashable) -> None:
+        """Keep the tile of `key` no longer."""
+        with self._lock:
+            entry = self._tiles.get(key)
+            if entry is not None and entry.kept_bytes:
+                del self._tiles[key]
+                self.kept_bytes -= entry.kept_bytes
 
     def peek(self, key: Hashable) -> Rgb | None:
         """Return the tile of `key` if it is here."""

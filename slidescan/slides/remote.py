@@ -9,7 +9,6 @@ a URL, which can hold a password, only the file's name is ever told.
 from __future__ import annotations
 
 import io
-import itertools
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from urllib.parse import unquote, urlsplit, urlunsplit
 import numpy as np
 
 from slidescan.errors import ConfigError, MissingExtraError, SlideFormatError, SlideNotFoundError, SlideReadError
-from slidescan.slides.pool import TilePool
+from slidescan.slides.pool import TilePool, owners
 
 __all__ = ["Remote", "RemoteFile", "Where", "locate", "read_small"]
 
@@ -34,7 +33,6 @@ _CONNECT_S, _ANSWER_S = 10, 30  # without a byte for so long, a server does not 
 _PAUSES_S = (0.5, 2.0, 8.0)  # before a request is repeated: a server that is restarted is back within ten seconds
 _FINAL = frozenset(range(400, 500)) - {408, 429}  # HTTP: asking again will not help
 
-_keys = itertools.count()
 _blocks = TilePool(_POOL_BYTES)
 
 
@@ -182,7 +180,7 @@ class RemoteFile:
     vendor = None  # only OpenSlide tells, and it reads no URL
 
     def __init__(self, remote: Remote) -> None:
-        self._remote, self.name, self._key = remote, remote.name, next(_keys)
+        self._remote, self.name, self._key = remote, remote.name, next(owners)
         self.size = _size(remote)
 
     def read(self, offset: int, count: int) -> bytes:

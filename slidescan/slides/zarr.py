@@ -11,7 +11,7 @@ from __future__ import annotations
 import lzma
 import math
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby, product
 from typing import Any
 
@@ -24,7 +24,7 @@ from slidescan.errors import SlideFormatError, SlideReadError
 from slidescan.geometry import Box
 from slidescan.slides.codecs import jpeg_size
 from slidescan.slides.ngff import META, Dataset, is_zarr, read_zarr_image
-from slidescan.slides.pool import Span, owners, pool, spans
+from slidescan.slides.pool import MOST_TILE_BYTES, Span, owners, pool, spans
 from slidescan.slides.remote import Remote, Where, read_small
 from slidescan.slides.source import MAX_BLOB_BYTES, WHITE, Facts, check_levels, pyramid
 from slidescan.stages import stage
@@ -43,6 +43,7 @@ _CHUNK_ERRORS = (
     zlib.error,
     lzma.LZMAError,
 )
+_Place = tuple[int, int, int, int]  # of a chunk: source, level, row, column
 _NO_CHUNK = 2**64 - 1  # stands in a shard's index for a chunk that was not written
 
 
@@ -68,9 +69,13 @@ class ZarrSource:
     def read_level(self, level: int, x: int, y: int, out: NDArray[np.uint8]) -> list[Box]:
         """Fill `out` from (x, y) level px; return the chunks that failed, in level px."""
         block = Box(x, y, x + out.shape[1], y + out.shape[0])
-        holes = [] if self._fill(level, block, out) else self._salvage(level, block, out)
-        if self._image.datasets[level].fill != WHITE:
-            holes += self._absent(level, block)
+        (width, height), fill = self.facts.levels[level].tile_wh, self._image.datasets[level].fill
+        pooled = 3 * width * height <= MOST_TILE_BYTES
+        holes = [] if self._fill(level, block, out, pooled=pooled) else self._salvage(level, block, out)
+        absent = self._absent(level, block) if fill != WHITE else []
+        for (column, row), _ in (piece for hole in absent for piece in _pieces(hole, (width, height))):
+            pool.forget((self._owner, level, row, column))  # it may yet come
+        holes += absent
         for hole in holes:
             x0, y0, x1, y1 = hole.round_out()
             out[y0 - y : y1 - y, x0 - x : x1 - x] = WHITE
@@ -89,10 +94,13 @@ class ZarrSource:
             row, column = divmod(i, columns)
             yield read_small(dataset.path / self._key(dataset, column, row), _PIECE_BYTES) or b""
 
-    def _fill(self, level: int, block: Box, out: NDArray[np.uint8]) -> bool:
+    def _fill(self, level: int, block: Box, out: NDArray[np.uint8], *, pooled: bool) -> bool:
         """Put the px of a block into `out`; return whether all could be decoded."""
         try:
-            self._block(level, block, out)
+            if pooled:
+                self._block(level, block, out)
+            else:
+                _lay(self._pixels(level, *block.round_out()), out)
         except SlideReadError:
             raise
         except OSError as exc:
@@ -108,7 +116,7 @@ class ZarrSource:
         holes: list[Box] = []
         for _, part in _pieces(block, self.facts.levels[level].tile_wh):
             x0, y0, x1, y1 = part.translate(-block.x0, -block.y0).round_out()
-            if not self._fill(level, part, out[y0:y1, x0:x1]):
+            if not self._fill(level, part, out[y0:y1, x0:x1], pooled=False):  # or it would fill the pool with this
                 holes.append(part)
         return holes
 
@@ -149,25 +157,27 @@ class ZarrSource:
                 self._shared(level, down, along, into)
 
     def _shared(self, level: int, rows: list[Span], columns: list[Span], out: NDArray[np.uint8]) -> None:
-        """Put the px of chunks into `out`, by way of the pool; what that lacks is read at once."""
+        """Put the px of chunks into `out`, by way of the pool; of what that lacks, neighbours are read at once."""
         places = ((self._owner, level, row.number, column.number) for row, column in product(rows, columns))
         chunks = dict(zip(places, product(rows, columns), strict=True))
 
-        def decode(keys: Sequence[tuple[int, int, int, int]]) -> list[NDArray[np.uint8]]:
-            lacking = [chunks[key] for key in keys]
-            left, right = min(c.low for _, c in lacking), max(c.high for _, c in lacking)
-            top, bottom = min(r.low for r, _ in lacking), max(r.high for r, _ in lacking)
-            around = self._pixels(level, left, top, right, bottom)
-            tiles = [np.empty((r.high - r.low, c.high - c.low, 3), np.uint8) for r, c in lacking]
-            for tile, (r, c) in zip(tiles, lacking, strict=True):
-                _lay(around[r.low - top : r.high - top, c.low - left : c.high - left], tile)
-            return tiles
+        def decode(lacking: Sequence[_Place]) -> list[NDArray[np.uint8]]:
+            tiles = {}
+            for group in _rectangles(lacking):
+                (first_row, first), (last_row, last) = chunks[group[0]], chunks[group[-1]]
+                around = self._pixels(level, first.low, first_row.low, last.high, last_row.high)
+                for place in group:
+                    row, column = chunks[place]
+                    tile = tiles[place] = np.empty((row.high - row.low, column.high - column.low, 3), np.uint8)
+                    y, x = row.low - first_row.low, column.low - first.low
+                    _lay(around[y : y + tile.shape[0], x : x + tile.shape[1]], tile)
+            return [tiles[place] for place in lacking]
 
-        tiles = pool.get_all({key: r.reads * c.reads for key, (r, c) in chunks.items()}, decode)
+        reads = {place: row.reads * column.reads for place, (row, column) in chunks.items()}
         x0, y0 = columns[0].start, rows[0].start
-        for tile, (r, c) in zip(tiles, chunks.values(), strict=True):
-            part = tile[r.start - r.low : r.stop - r.low, c.start - c.low : c.stop - c.low]
-            out[r.start - y0 : r.stop - y0, c.start - x0 : c.stop - x0] = part
+        for tile, (row, column) in zip(pool.get_all(reads, decode), chunks.values(), strict=True):
+            part = tile[row.start - row.low : row.stop - row.low, column.start - column.low : column.stop - column.low]
+            out[row.start - y0 : row.stop - y0, column.start - x0 : column.stop - x0] = part
 
     def _pixels(self, level: int, x0: int, y0: int, x1: int, y1: int) -> NDArray[np.uint8]:
         """Return px of a level, decoded at once, (H, W, 3)."""
@@ -194,6 +204,16 @@ class ZarrSource:
             return zarr.open_array(_Checked(store, dataset), mode="r")
         except _CHUNK_ERRORS as exc:
             raise SlideFormatError(f"{self._name}: zarr cannot open its array ({type(exc).__name__})") from exc
+
+
+def _rectangles(places: Sequence[_Place]) -> Iterable[list[_Place]]:
+    """Group places, which come row by row, into rectangles, each from its first place to its last."""
+    groups: dict[tuple[int, int, int], list[_Place]] = {}  # by first and last column, and the row that would follow
+    for (row, _), numbered in groupby(enumerate(places), lambda pair: (pair[1][2], pair[1][3] - pair[0])):
+        run = [place for _, place in numbered]
+        first, last = run[0][3], run[-1][3]
+        groups[first, last, row + 1] = groups.pop((first, last, row), []) + run
+    return groups.values()
 
 
 def _lay(rgb: NDArray[np.uint8], out: NDArray[np.uint8]) -> None:

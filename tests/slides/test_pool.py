@@ -56,7 +56,7 @@ def test_threads_that_want_one_tile_decode_it_once() -> None:
 
 def test_tiles_wanted_together_are_decoded_together() -> None:
     """What the pool has is left out, and what another thread decodes meanwhile is waited for."""
-    pool, calls, begun, meet = TilePool(), [], threading.Event(), threading.Barrier(2)
+    pool, calls, begun, meet = TilePool(), [], threading.Event(), threading.Barrier(2, timeout=30)
     pool.get("a", lambda: tile(1))
 
     def decode(keys: Sequence[str]) -> list[NDArray[np.uint8]]:
@@ -70,10 +70,20 @@ def test_tiles_wanted_together_are_decoded_together() -> None:
 
     with ThreadPoolExecutor(2) as threads:
         first = threads.submit(want, "abc")
-        begun.wait()
+        assert begun.wait(30)
         assert threads.submit(want, "dcb").result() == [4, 3, 2]
         assert first.result() == [1, 2, 3]
     assert calls == [["b", "c"], ["d"]]
+
+
+def test_what_is_forgotten_is_decoded_again() -> None:
+    """And leaves room; what was never there can be forgotten, too."""
+    pool = TilePool()
+    pool.get("a", lambda: tile(1))
+    for key in "ab":
+        pool.forget(key)
+    assert pool.kept_bytes == 0
+    assert (pool.get("a", lambda: tile(3)) == 3).all()
 
 
 def test_a_batch_that_fails_leaves_nothing() -> None:

@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zarr
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from slidescan.errors import ResolutionError, SlideFormatError, SlideReadError
@@ -17,6 +19,7 @@ from slidescan.geometry import Box
 from slidescan.plan import Region, plan
 from slidescan.slides import open_slide
 from slidescan.slides import zarr as zarr_source
+from slidescan.slides.pool import TilePool
 
 
 @pytest.fixture(params=["0.4", "0.5"])
@@ -70,6 +73,8 @@ def test_a_scan_decodes_every_chunk_once(
     slide = open_slide(write_ngff(tmp_path / "a.zarr", [image], "0.5", sharded=sharded))
     decoded = []
     monkeypatch.setattr(zarr_source, "_check", lambda *arguments: decoded.append(arguments))
+    tiles = TilePool(80 * 128 * 128 * 3)  # of 156: what no region will want again has to go
+    monkeypatch.setattr(zarr_source, "pool", tiles)
     regions = plan(slide.frame, None, tile_px=256, halo_px=56, region_px=500).regions
 
     def read(region: Region) -> None:
@@ -82,6 +87,58 @@ def test_a_scan_decodes_every_chunk_once(
         list(pool.map(read, regions))
     assert len(regions) > 9
     assert len(decoded) == 3 * -(-1500 // 128) * -(-1600 // 128)  # a chunk a channel
+
+
+@given(blocks=st.lists(st.tuples(*[st.integers(0, n) for n in (700, 500, 400, 400)]), max_size=8))
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_blocks_anywhere(path: Path, levels: list[NDArray[np.uint8]], blocks: list[tuple[int, int, int, int]]) -> None:
+    """Whatever is in the pool from blocks before, px are those of the image."""
+    slide = open_slide(path)
+    for x, y, width, height in blocks:
+        found = slide.read_level(0, x, y, width + 1, height + 1).rgb
+        inside = levels[0][y : y + height + 1, x : x + width + 1]
+        np.testing.assert_array_equal(found[: len(inside), : inside.shape[1]], inside)
+
+
+def test_of_a_block_only_what_is_lacking_is_decoded(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even where that is no rectangle."""
+    slide = open_slide(path)
+    decoded = []
+    monkeypatch.setattr(zarr_source, "_check", lambda *arguments: decoded.append(arguments))
+    slide.read_level(0, 0, 0, 250, 250)
+    assert len(decoded) == 3 * 2 * 2  # a chunk a channel
+    slide.read_level(0, 128, 130, 250, 250)
+    assert len(decoded) == 3 * (2 * 2 + 2 * 2 - 1)
+
+
+def test_a_bad_chunk_does_not_fill_the_pool(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of a whole image will be wanted again, be it read chunk by chunk or not."""
+    monkeypatch.setattr(zarr_source, "pool", TilePool())
+    chunk(path, 0, 1, 1, 2).write_bytes(b"")
+    assert len(open_slide(path).read_level(0, 0, 0, 701, 501).holes) == 1
+    assert zarr_source.pool.kept_bytes == 0
+
+
+def test_a_chunk_that_comes_late_is_read(path: Path, tmp_path: Path, levels: list[NDArray[np.uint8]]) -> None:
+    """A slide that is being copied has holes; they are not remembered."""
+    victim, slide = chunk(path, 0, 1, 1, 2), open_slide(path)
+    victim.rename(tmp_path / "late")
+    assert slide.read_level(0, 200, 100, 300, 200).holes == (Box(256, 128, 384, 256),)
+    (tmp_path / "late").rename(victim)
+    pixels = slide.read_level(0, 200, 100, 300, 200)
+    assert pixels.holes == ()
+    assert np.array_equal(pixels.rgb, levels[0][100:300, 200:500])
+
+
+def test_chunks_too_large_for_the_pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are decoded for each block, and take nothing from others."""
+    monkeypatch.setattr(zarr_source, "pool", TilePool())
+    image = np.random.default_rng(0).integers(0, 256, (1500, 1500, 3), np.uint8)
+    options = {"chunks": (1300, 1300, 3), "dtype": "uint8", "zarr_format": 2}
+    zarr.create_array(tmp_path / "a.zarr", shape=image.shape, **options)[:] = image
+    slide = open_slide(tmp_path / "a.zarr", mpp=0.25)
+    assert np.array_equal(slide.read_level(0, 1200, 1200, 200, 200).rgb, image[1200:1400, 1200:1400])
+    assert zarr_source.pool.kept_bytes == 0
 
 
 @pytest.mark.parametrize("damage", [b"", b"\0\1\2 not compressed data", None], ids=["empty", "garbage", "missing"])
