@@ -23,7 +23,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +32,7 @@ from unittest import mock
 import numpy as np
 import pyarrow.parquet as pq
 import tifffile
+from kill_processes import LONGEST_S, begun, ended, kill, left_by, until, workers_of
 from numpy.typing import NDArray
 
 import slidescan as ss
@@ -47,8 +47,6 @@ _SETTINGS = {"tiling.region_px": 320, "detect.batch_tiles": 64, "tissue.thumbnai
 _SCORING_S = 0.1  # for a row of a region, so that moments within its work are drawn too
 _EARLY = 0.15  # share of rounds whose moment is before the first region
 _SIGTERM_S = 10  # until which a run must have ended
-_LEFT_S = 30  # until which the workers of a run that was killed must have ended
-_LONGEST_S = 180  # for a run: more is one that hangs
 # What two runs differ in: when and how fast, in how much memory, in how many attempts; and how much of a slide the run
 # scored that finished it.
 _DIFFER = {"seconds", "profile", "stages_s", "peak_rss_mb", "finished_s", "attempts", "megapixels"}
@@ -139,67 +137,6 @@ def start(slides: Path, out: Path) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
             command, stdout=subprocess.DEVNULL, stderr=said, start_new_session=True, env=environment
         )
-
-
-def of_session(session: int) -> dict[int, bytes]:
-    """Return the processes that live in a session and their command lines."""
-    found = {}
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdecimal():
-            continue
-        try:
-            # After the name, which may hold anything: state, parent, group, session.
-            state, _, _, of, *_ = (entry / "stat").read_text().rpartition(")")[2].split()
-            if int(of) == session and state not in "ZX":
-                found[int(entry.name)] = (entry / "cmdline").read_bytes()
-        except OSError:  # it has ended
-            continue
-    return found
-
-
-def workers_of(session: int) -> list[int]:
-    """Return the worker processes of a run."""
-    return [pid for pid, command in of_session(session).items() if b"spawn_main" in command]
-
-
-def until(true: Callable[[], object], seconds: float) -> bool:
-    """Wait until something is true; return whether it came to be in time."""
-    deadline = time.monotonic() + seconds
-    while not true():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.01)
-    return True
-
-
-def kill(pid: int, number: int = signal.SIGKILL) -> None:
-    """Send a signal to a process that may have ended."""
-    with suppress(ProcessLookupError):
-        os.kill(pid, number)
-
-
-def begun(run: subprocess.Popen[bytes], file: Path) -> None:
-    """Wait until a run has made a folder or written to a file, or has ended."""
-    until(lambda: run.poll() is not None or file.is_dir() or (file.exists() and file.stat().st_size), _LONGEST_S)
-
-
-def ended(run: subprocess.Popen[bytes], seconds: float = _LONGEST_S) -> int | None:
-    """Wait for the end of a run; return its exit code, or None if it hangs and had to be killed."""
-    if until(lambda: run.poll() is not None, seconds):
-        return run.returncode
-    for pid in of_session(run.pid):
-        kill(pid)
-    run.wait()
-    return None
-
-
-def left_by(run: subprocess.Popen[bytes], seconds: float = _LEFT_S) -> int:
-    """Wait for all processes of a run that has ended; return how many did not end, and end them."""
-    until(lambda: not of_session(run.pid), seconds)
-    left = of_session(run.pid)
-    for pid in left:
-        kill(pid)
-    return len(left)
 
 
 def committed(out: Path, regions: dict[str, Place]) -> dict[Place, int]:
@@ -326,7 +263,7 @@ def disturbed(reference: Reference, out: Path, seed: int) -> Round:
             one.problems.append(one.said)
     else:
         # One that is killed before it has any goes on to have some.
-        until(lambda: run.poll() is not None or len(workers_of(run.pid)) == _WORKERS, _LONGEST_S)
+        until(lambda: run.poll() is not None or len(workers_of(run.pid)) == _WORKERS, LONGEST_S)
         workers = workers_of(run.pid)
         before, at_ns = committed(out, reference.regions), time.time_ns()
         if one.kind == "SIGKILL everything":
