@@ -7,7 +7,8 @@ slide and the map are pixels. Nothing in it names the slide.
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import product
 from typing import Literal
 
 import numpy as np
@@ -24,7 +25,7 @@ from numpy.typing import NDArray
 from slidescan.anomaly import AnomalyMap, Coverage
 from slidescan.errors import ConfigError
 from slidescan.flagged import FlaggedRegion, Hotspot
-from slidescan.geometry import Frame
+from slidescan.geometry import Box, Frame
 from slidescan.legend import COVER_TINT, HOTSPOT, MARK, RAMP_END_PER_MM2, length_text, ramp_rgb, round_length_um
 
 __all__ = ["THUMBNAIL_PX", "Plot", "Shown", "draw_map", "scale_bar"]
@@ -39,6 +40,7 @@ _BAR_IN = 0.65  # more at the right, where there is a colour bar
 _TICKS_IN, _ROW_IN = 0.42, 0.17  # below the map: ticks and their label; a row of the legend
 _ENTRY_IN = 1.45  # a legend's entry
 _TEXT_PT, _SMALL_PT = 8.0, 7.0  # what journals print at least
+_NUMBER_PT, _DIGIT = 6.0, 0.65  # of a region's number; how wide a digit of DejaVu Sans is, of its size
 _DOTS_PER_IN = 300  # what journals ask of pictures
 _SCREEN_DOTS_PER_IN = 110  # 770 px for a page's width: that of a notebook's cell
 _LINE_PT, _HATCH_PT, _BAR_PT = 1.0, 0.35, 2.5
@@ -92,7 +94,7 @@ def draw_map(
     title : str
         A line above it.
     regions : sequence of FlaggedRegion
-        Outlined and numbered by rank; one too small to be seen gets a square.
+        Outlined and numbered by rank, as far as numbers have room; one too small to be seen gets a square.
     hotspot : Hotspot, optional
         Its square.
     thumbnail : ndarray of uint8, shape (H, W, 3), optional
@@ -248,23 +250,43 @@ def _outlines(figure: Plot, axes: Axes, regions: Sequence[FlaggedRegion], frame:
     if not regions:
         return
     inches = axes.get_position().width * figure.get_size_inches()[0]
-    least_mm = _LEAST_OUTLINE_PT / 72 * (frame.um(frame.size_wh[0]) / 1000) / inches
-    outlines = []
-    for region in reversed(regions):
+    mm_per_pt = frame.um(frame.size_wh[0]) / 1000 / (72 * inches)
+    least_mm = _LEAST_OUTLINE_PT * mm_per_pt
+    outlines, numbers = [], []
+    for region in regions:
         box = region.box_l0.scale(frame.mpp / 1000)
         outline = region.polygon_l0 * (frame.mpp / 1000)
         if max(box.width, box.height) < least_mm:
             box = box.grow((least_mm - max(box.width, box.height)) / 2)
             outline = np.array([[box.x0, box.y0], [box.x1, box.y0], [box.x1, box.y1], [box.x0, box.y1]])
         outlines.append(outline)
+        numbers.append((str(region.rank), box))
+    for number, (x, y) in _placed(numbers, frame.bounds.scale(frame.mpp / 1000), mm_per_pt):
         axes.annotate(
-            str(region.rank), (box.x1, box.y0), (1, 0), textcoords="offset points", fontsize=6, color=_share(MARK),
-            va="center", path_effects=[withStroke(linewidth=1.5, foreground="white")], annotation_clip=True,
+            number, (x, y), fontsize=_NUMBER_PT, color=_share(MARK), ha="center", va="center",
+            path_effects=[withStroke(linewidth=1.5, foreground="white")], annotation_clip=True,
         )  # fmt: skip
     halo = [withStroke(linewidth=_LINE_PT + 1.2, foreground="white")]  # blue on dark red is hard to see
     axes.add_collection(
-        PolyCollection(outlines, facecolors="none", edgecolors=_share(MARK), linewidths=_LINE_PT, path_effects=halo)
+        PolyCollection(
+            outlines[::-1], facecolors="none", edgecolors=_share(MARK), linewidths=_LINE_PT, path_effects=halo
+        )
     )
+
+
+def _placed(
+    numbers: Sequence[tuple[str, Box]], slide: Box, mm_per_pt: float
+) -> Iterator[tuple[str, tuple[float, float]]]:
+    """Yield each number and where its middle is, mm: on the slide, at a corner of its box, not on one before it."""
+    taken: list[Box] = []
+    for number, box in numbers:
+        width, height = (_NUMBER_PT * mm_per_pt * share for share in (_DIGIT * len(number), 1.0))
+        for x, y in product((box.x1 + width / 2, box.x0 - width / 2), (box.y0, box.y1)):
+            room = Box(x - width / 2, y - height / 2, x + width / 2, y + height / 2)
+            if slide.x0 <= x <= slide.x1 and not any(room.intersects(other) for other in taken):
+                taken.append(room)
+                yield number, (x, y)
+                break
 
 
 def _handles(anomaly: AnomalyMap, what: Shown, *, marked: bool, hotspot: Hotspot | None) -> list[Patch]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from matplotlib.collections import PolyCollection
 from matplotlib.contour import ContourSet
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.transforms import Bbox
 from nbclient import NotebookClient
 from PIL import Image
 
@@ -154,6 +156,30 @@ def test_a_small_region_is_seen(result: ss.ScanResult) -> None:
     across_mm = np.ptp(outlines.get_paths()[0].vertices[:, 0])
     place = figure.axes[0].get_position()
     assert across_mm / 80 * place.width * figure.get_figwidth() * 72 == pytest.approx(5)
+
+
+def test_numbers_do_not_lie_on_each_other(result: ss.ScanResult) -> None:
+    """Where regions crowd, those with most evidence have theirs, beside their own outline."""
+    wide = Frame((16_000, 12_000), MPP)
+    regions = result.flagged(20)
+    assert len(regions) == 20
+    figure = draw_map(result.anomaly, wide, what="density", title="", regions=regions, width_in=3.5)
+    figure.canvas.draw()
+    numbers = {text.get_text(): text for text in figure.axes[0].texts if text.get_text().isdecimal()}
+    assert "1" in numbers
+    assert len(numbers) < 20
+    boxes = [text.get_window_extent() for text in numbers.values()]
+    for one, other in itertools.combinations(boxes, 2):
+        both = Bbox.intersection(one, other)
+        assert both is None or both.width * both.height < 0.2 * one.width * one.height
+    for region in regions:
+        if str(region.rank) in numbers:
+            box = region.box_l0.scale(MPP / 1000)
+            assert numbers[str(region.rank)].xy == pytest.approx(
+                ((box.x0 + box.x1) / 2, (box.y0 + box.y1) / 2), abs=0.4
+            )
+    apart = draw_map(result.anomaly, result.frame, what="density", title="", regions=regions)
+    assert len([text for text in apart.axes[0].texts if text.get_text().isdecimal()]) == 20
 
 
 @pytest.mark.parametrize(("size_wh", "width_in"), [((4000, 300), 3.5), ((300, 4000), 7.0), ((1600, 1200), 3.5)])
