@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,11 @@ from slidescan.detect import Family, load_detector
 from slidescan.errors import ConfigError, ModelError
 from slidescan.slides import memory_slide
 from slidescan.train import metrics
+from slidescan.train.crops import load_crops
+from slidescan.train.mitosis import CropSource
 from slidescan.train.run import train_detector
 from slidescan.train.settings import TrainSettings, VariantSettings, load_settings
+from slidescan.train.windows import Example
 from tests.marked import marked_crops
 
 pytestmark = pytest.mark.cores
@@ -72,10 +76,11 @@ def test_a_wrong_setting_is_named(tmp_path: Path, text: str, message: str) -> No
 
 
 def run(fake_data: Path, out: Path, **changes: object) -> list[str]:
-    """Train the smoke version of the shipped settings; return what was said."""
+    """Train the smoke version of the shipped settings, all of it finished; return what was said."""
     settings = load_settings(ROOT / "configs" / "train_mitosis.yaml").smoke()
+    variants = [v.model_copy(update={"finish_steps": 4}) for v in settings.variants]
     said: list[str] = []
-    train_detector(settings.model_copy(update={"data": fake_data, **changes}), out, said.append)
+    train_detector(settings.model_copy(update={"data": fake_data, "variants": variants, **changes}), out, said.append)
     return said
 
 
@@ -127,10 +132,11 @@ def test_a_run_that_ended_is_not_done_again(fake_data: Path, trained: Path) -> N
     assert all(np.array_equal(before[key], after[key]) for key in before)
 
 
+@pytest.mark.parametrize("at", [3, 11], ids=["learning", "finishing"])
 def test_a_killed_run_goes_on_to_the_same_weights(
-    fake_data: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fake_data: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
 ) -> None:
-    """Stopped after the third of four steps, with a checkpoint after the second: nothing tells it afterwards."""
+    """Stopped between two checkpoints, while learning or with the validation patients: nothing tells it afterwards."""
     from slidescan.train import loop
 
     average, steps = loop._average, 0
@@ -138,19 +144,101 @@ def test_a_killed_run_goes_on_to_the_same_weights(
     def stop(*arguments: object) -> None:
         nonlocal steps
         steps += 1
-        if steps == 3:
+        if steps == at:
             raise KeyboardInterrupt
         average(*arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(loop, "_average", stop)
     with pytest.raises(KeyboardInterrupt):
         run(fake_data, tmp_path)
-    assert not (tmp_path / "0.25").exists()
+    assert (tmp_path / "0.5").exists() == (at > 8)  # of two times four steps
     monkeypatch.undo()
     run(fake_data, tmp_path)
     for variant in ("0.25", "0.5"):
         whole, resumed = weights(trained / variant), weights(tmp_path / variant)
         assert all(np.array_equal(whole[key], resumed[key]) for key in whole)
+
+
+def test_the_validation_patients_are_trained_on_when_all_is_chosen(
+    fake_data: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the other variant, too, which begins with weights that do not know them; calibration and threshold stay."""
+    shown: list[Sequence[str]] = []
+    example = CropSource.example
+
+    def seen(self: CropSource, rng: np.random.Generator, size: int) -> Example:
+        shown.append(self._trained)
+        return example(self, rng, size)
+
+    monkeypatch.setattr(CropSource, "example", seen)
+    settings = load_settings(ROOT / "configs" / "train_mitosis.yaml").smoke()
+    run(fake_data, tmp_path, variants=[v.model_copy(update={"finish_steps": None}) for v in settings.variants])
+    assert set(shown) == {("train",)}
+    before = {name: weights(tmp_path / name) for name in ("0.25", "0.5")}
+    cards = {name: json.loads((tmp_path / name / "slidescan.json").read_text()) for name in before}
+    shown.clear()
+    run(fake_data, tmp_path)  # goes on where that ended
+    assert set(shown) == {("train", "validation")}
+    for name, old in before.items():
+        card = json.loads((tmp_path / name / "slidescan.json").read_text())
+        assert card["training"].pop("finish_steps") == 4
+        assert card == cards[name]
+        now, whole = weights(tmp_path / name), weights(trained / name)
+        assert any(not np.array_equal(now[key], old[key]) for key in now)
+        assert all(np.array_equal(now[key], whole[key]) for key in now)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_all_of_the_network_is_finished(fake_data: Path, tmp_path: Path, precision: str) -> None:
+    """The first convolution too, and what is kept at zero stays there."""
+    settings = load_settings(ROOT / "configs" / "train_mitosis.yaml").smoke()
+    run(fake_data, tmp_path, variants=settings.variants[:1], precision=precision, shifts=0)
+    before, after = safetensors.numpy.load_file(tmp_path / "losses-0.25.safetensors"), weights(tmp_path / "0.25")
+    kernels = [key for key in after if key.startswith("model.backbone") and after[key].ndim == 4]
+    assert len(kernels) > 5
+    for key in kernels:
+        old = before[f"average.{key}"].astype(after[key].dtype)
+        assert not np.array_equal(old, after[key]), key
+    pinned = [value for key, value in after.items() if ".self_attn.out_proj." in key]
+    assert pinned
+    assert not any(value.any() for value in pinned)
+
+
+def test_other_weights_are_finished_anew(fake_data: Path, tmp_path: Path) -> None:
+    """A run that is made longer does not end with what its former weights became."""
+    (variant,) = load_settings(ROOT / "configs" / "train_mitosis.yaml").smoke().variants[:1]
+    run(fake_data, tmp_path, variants=[variant], shifts=0)
+    before = weights(tmp_path / "0.25")
+    run(fake_data, tmp_path, variants=[variant.model_copy(update={"steps": 6})], shifts=0)
+    after = weights(tmp_path / "0.25")
+    assert any(not np.array_equal(before[key], after[key]) for key in before)
+
+
+def test_a_cycle_begins_anew(fake_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two cycles of two steps, the second has the learning rates of the first."""
+    from slidescan.train import loop
+
+    monkeypatch.setattr(loop, "_LOG_STEPS", 1)
+    smoke = load_settings(ROOT / "configs" / "train_mitosis.yaml").smoke().variants[0]
+    run(fake_data, tmp_path, variants=[smoke.model_copy(update={"cycles": 2, "finish_steps": None})], shifts=0)
+    _, *rows = (tmp_path / "losses-0.25.csv").read_text().splitlines()
+    rates = [float(row.split(",")[2]) for row in rows]
+    assert rates == pytest.approx([smoke.lr, 0.51 * smoke.lr] * 2, rel=0.01)
+
+
+def test_the_whole_of_crops_has_the_validation_patients(fake_data: Path, tmp_path: Path) -> None:
+    """Crops of theirs that are dyed blue are seen in its training images and not in the others'."""
+    settings = TrainSettings(data=shutil.copytree(fake_data, tmp_path / "data"), share_phantom=0, share_bare=0)
+    held_out = {crop.patient for crop in load_crops(settings.data, "validation")}
+    for row in json.loads((settings.data / "midog21" / "annotations.coco.json").read_text())["images"]:
+        if row["slide"] in held_out:
+            file = settings.data / "midog21" / "images" / row["file_name"]
+            Picture.fromarray(np.asarray(Picture.open(file)) // np.array([8, 2, 1], np.uint8)).save(file)
+    source = CropSource(settings.data, settings, settings.variants[0])
+    rng = np.random.default_rng(0)
+    for one, seen in ((source, False), (source.whole(), True)):
+        images = [one.example(rng, 256).image.astype(int) for _ in range(20)]
+        assert any((image[..., 2] - image[..., 0] > 100).mean() > 0.01 for image in images) == seen
 
 
 def test_a_broken_checkpoint_is_named(fake_data: Path, tmp_path: Path) -> None:

@@ -13,6 +13,8 @@ from slidescan.errors import ConfigError
 from slidescan.geometry import Box
 from slidescan.slides import memory_slide
 from slidescan.train.annotated import Annotated, refuse_leaks, split
+from slidescan.train.own import OwnSource
+from slidescan.train.settings import VariantSettings
 from slidescan.train.windows import Example, Windows
 
 NOTHING = np.empty((0, 4))
@@ -46,6 +48,19 @@ def test_splits_part_no_patient(patients: list[str], share: float, seed: int) ->
     refuse_leaks(rest=rest, held=held)
     again = split(members[::-1], share, seed)[1]
     assert {m.patient for m in again} == {m.patient for m in held}
+
+
+def test_the_whole_of_slides_has_the_validation_patients() -> None:
+    """Their slide is seen in its training windows and not in the others'; test stays out of both."""
+    splits = {
+        name: [one(memory_slide(np.full((300, 300, 3), colour, np.uint8), 0.25), [(100, 100, 150, 150)], name)]
+        for name, colour in zip(("train", "validation", "test"), COLOURS, strict=False)
+    }
+    source = OwnSource(splits, VariantSettings(steps=1), kind="pictures")
+    rng = np.random.default_rng(0)
+    for whole, names in ((source, {0}), (source.whole(), {0, 1})):
+        centres = [whole.example(rng, 128).image[64, 64].astype(int) for _ in range(60)]
+        assert {int(np.abs(COLOURS.astype(int) - centre).sum(1).argmin()) for centre in centres} == names
 
 
 def test_leaks_are_refused() -> None:

@@ -64,7 +64,9 @@ class Crop:
     """Figures of the same slide whose centre lies beyond the edge and of which a part is seen."""
 
 
-def load_crops(data: Path, split: str, *, mpp: float = CROP_MPP, limit: int | None = None) -> list[Crop]:
+def load_crops(
+    data: Path, split: str, *, mpp: float = CROP_MPP, validation_share: float = 0.2, limit: int | None = None
+) -> list[Crop]:
     """Read the crops of one split at `mpp`.
 
     Parameters
@@ -72,9 +74,11 @@ def load_crops(data: Path, split: str, *, mpp: float = CROP_MPP, limit: int | No
     data : Path
         Directory that holds ``midog21``.
     split : {"train", "validation", "test"}
-        Validation is every seventh of the train patients; train is the rest of them.
+        By patient: test is the benchmark's own, validation a part of its train, train the rest of that.
     mpp : float
         µm/px wanted, a whole multiple of 0.25: crops are averaged down.
+    validation_share : float
+        Share of the patients, a half at most: every second, third, ... of them.
     limit : int, optional
         Read only so many, spread over the patients.
 
@@ -92,7 +96,7 @@ def load_crops(data: Path, split: str, *, mpp: float = CROP_MPP, limit: int | No
     rows = [row for row in table["images"] if (row["benchmark_split"] == "test") == (split == "test")]
     if split != "test":
         patients = sorted({row["slide"] for row in rows})
-        held_out = set(patients[3::7])
+        held_out = set(patients[1 :: max(2, round(1 / validation_share))])
         rows = [row for row in rows if (row["slide"] in held_out) == (split == "validation")]
     if limit is not None:
         rows = rows[:: max(1, len(rows) // limit)][:limit]

@@ -97,7 +97,7 @@ def train(
     drawn = _drawn(draw, step, ahead=device.type != "cpu")
     while (progress := _progress(step, time.monotonic() - begun, variant)) < 1.0:
         warm = min(1.0, (step + 1) / max(1, settings.warmup_steps))
-        lr = variant.lr * warm * _share(progress, settings.schedule)
+        lr = variant.lr * warm * _share(progress * variant.cycles % 1, settings.schedule)
         for group in optimiser.param_groups:
             group["lr"] = lr
         images, targets = next(drawn)
@@ -177,7 +177,7 @@ def _progress(step: int, seconds: float, variant: VariantSettings) -> float:
 
 
 def _share(progress: float, schedule: str) -> float:
-    """Return what of the learning rate is left after `progress` of the run."""
+    """Return what of the learning rate is left after `progress` of a cycle."""
     if schedule == "flat":
         progress = max(0.0, (progress - _FLAT) / (1 - _FLAT))
     return _FLOOR + (1 - _FLOOR) * (1 + math.cos(math.pi * progress)) / 2

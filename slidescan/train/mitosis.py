@@ -3,7 +3,7 @@
 Hides what the training images are mixed of. A crop's scene is 32 µm wide with a figure in its middle; nothing here
 shows a network that: see `slidescan.train.fields`.
 
-What is measured on, of patients that nothing was trained on:
+What is measured on, of patients that nothing was trained on then:
 
 - ``field``: realistic fields of 25 figures per mm² (a dense hotspot), ``sparse``: of 10 per mm². Each figure is shown
   once (of the sparse ones a part), at a random place and angle, blended into figure-free tissue of its patient's stain.
@@ -14,7 +14,7 @@ What is measured on, of patients that nothing was trained on:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -102,6 +102,8 @@ class CropSource:
     data : Path
         Holds ``midog21`` and maybe ``dsb2018_he``.
     settings, variant : TrainSettings, VariantSettings
+    trained : sequence of str
+        Splits that training images are made of.
 
     Raises
     ------
@@ -109,14 +111,16 @@ class CropSource:
         If the crops are not there.
     """
 
-    def __init__(self, data: Path, settings: TrainSettings, variant: VariantSettings) -> None:
-        self._data, self._settings, self._variant = data, settings, variant
+    def __init__(
+        self, data: Path, settings: TrainSettings, variant: VariantSettings, trained: Sequence[str] = ("train",)
+    ) -> None:
+        self._data, self._settings, self._variant, self._trained = data, settings, variant, trained
         self._training: _Mix | None = None
 
     def example(self, rng: np.random.Generator, size: int) -> Example:
         """Draw one training image: a field, a mosaic, glass, a phantom or tissue from elsewhere."""
         if self._training is None:  # made when first needed: measuring does without
-            self._training = _Mix(self._maker("train"), self._data, self._settings)
+            self._training = _Mix(self._maker(*self._trained), self._data, self._settings)
         scale_xy = np.exp(rng.uniform(np.log(_ZOOM[0]), np.log(_ZOOM[1])) + rng.uniform(-_STRETCH, _STRETCH, 2))
         width, height = (max(1, round(n)) for n in size / scale_xy)
         scene, figures = self._training.scene(rng, max(width, height))
@@ -130,6 +134,10 @@ class CropSource:
         xyxy = np.concatenate((figures[:, :2] - half, figures[:, :2] + half), 1).clip(0, size)
         image = np.asarray(Picture.fromarray(scene).resize((size, size), Picture.Resampling.BILINEAR))
         return Example(image, xyxy, np.zeros(len(figures), np.int64), figures[:, 2:], np.empty((0, 4)))
+
+    def whole(self) -> CropSource:
+        """Return the source whose training images show the validation patients as well."""
+        return CropSource(self._data, self._settings, self._variant, ("train", "validation"))
 
     def shown(self, split: Split) -> Iterator[ShownImage]:
         """Yield what is measured on; for validation, what calibration and threshold are chosen by."""
@@ -171,9 +179,14 @@ class CropSource:
         """Return nothing: crops are of no slide that could have been scanned."""
         return ()
 
-    def _maker(self, split: str) -> FieldMaker:
-        crops = load_crops(self._data, split, mpp=self._variant.mpp, limit=self._settings.crops)
-        return FieldMaker(crops, self._settings.seed)
+    def _maker(self, *splits: str) -> FieldMaker:
+        s, mpp = self._settings, self._variant.mpp
+        crops = [
+            crop
+            for split in splits
+            for crop in load_crops(self._data, split, mpp=mpp, validation_share=s.validation_share, limit=s.crops)
+        ]
+        return FieldMaker(crops, s.seed)
 
 
 class _Mix:

@@ -121,10 +121,16 @@ class OwnSource:
         """Draw one window, or four side by side."""
         return self._windows.mosaic(rng, size) if rng.random() < _MOSAICS else self._windows.window(rng, size)
 
+    def whole(self) -> OwnSource:
+        """Return the source whose windows show the validation patients as well."""
+        train, validation, test = (self._splits.get(name, []) for name in ("train", "validation", "test"))
+        splits = {"train": [*train, *validation], "test": test}
+        return OwnSource(splits, self._variant, kind=self._kind, seed=self._seed)
+
     def assembled(self, split: Split) -> Iterator[Rgb]:
         """Yield a square around an object of the first few slides."""
         mpp, edge = self._variant.mpp, 4 * self._variant.input_px
-        for one in [one for one in self._splits[split] if len(one.xyxy_l0)][:_ASSEMBLED]:
+        for one in [one for one in self._splits.get(split, ()) if len(one.xyxy_l0)][:_ASSEMBLED]:
             plane = one.slide.frame.at(mpp)
             x, y = np.rint(one.xyxy_l0[0, :2] * one.slide.frame.mpp / mpp).astype(int).tolist()
             width, height = (min(edge, n) for n in plane.size_wh)
@@ -136,7 +142,7 @@ class OwnSource:
 
     def shown(self, split: Split) -> Iterator[ShownSlide]:
         """Yield the slides and pictures of a split."""
-        return (ShownSlide(one, self._kind) for one in self._splits[split])
+        return (ShownSlide(one, self._kind) for one in self._splits.get(split, ()))
 
     def annotated(self, split: Split) -> Sequence[Annotated]:
         """Return what `shown` scans."""

@@ -1,13 +1,15 @@
 """A training run, from settings to a directory that `scan --model` takes.
 
 Hides the order of things: network, images, loop, calibration and threshold on the validation patients, mined negatives,
-and the report on the test patients, which nothing is chosen by. Training and mining are not done again: a run that was
-stopped, or that ended, goes on from its checkpoints; what is chosen and reported follows anew.
+the validation patients themselves, and the report on the test patients, which nothing is chosen by. Training and mining
+are not done again: a run that was stopped, or that ended, goes on from its checkpoints; what is chosen and reported
+follows anew.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,7 +39,10 @@ from slidescan.train.windows import Windows
 
 __all__ = ["open_source", "open_test", "settle", "train_detector"]
 
-_MINE_LR = 0.1  # of the variant's: enough to unlearn what was mined and too little to forget the rest
+# Of the variant's rate: enough to unlearn what was mined and too little to forget the rest; and to learn from the
+# validation patients, while the calibration, which is theirs, is kept.
+_MINE_LR, _FINISH_LR = 0.1, 0.2
+_STAGES = {"mined": 1 << 20, "finish": 2 << 20}  # what the seed begins with: steps are added to it
 # Two boxes of 12.5 µm overlap so when their centres are 4 µm apart: nearer than two figures are, and farther than what
 # two queries say of one.
 _MERGE_IOU = 0.5
@@ -46,6 +51,76 @@ _MERGE_IOU = 0.5
 _HALO_PX = 108
 # The nominal box, with a quarter for objects that are larger.
 _LARGEST = 1.25
+
+
+@dataclasses.dataclass(frozen=True)
+class _Learned:
+    """A variant that is settled."""
+
+    source: Source
+    batches: Batches
+    average: torch.nn.Module
+    card: Card
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """What all stages of a run share."""
+
+    settings: TrainSettings
+    out: Path
+    log: Callable[[str], None]
+
+    def learn(
+        self,
+        variant: VariantSettings,
+        source: Source,
+        around: Windows | None,
+        taught: dict[str, int],
+        mine_slides: Sequence[Slide],
+    ) -> _Learned:
+        """Train a variant, settle it, and have it unlearn what it finds where nothing is."""
+        settings, out, name = self.settings, self.out, f"{variant.mpp:g}"
+        self.log(f"{name} µm/px")
+        start = None if variant.start_mpp is None else out / f"{variant.start_mpp:g}"
+        if variant.start is not None:
+            start = load_detector(variant.start).at(variant.mpp, allow_coarse=True).path
+        checkpoint = out / f"losses-{name}.safetensors"
+        batches = Batches(source, settings, variant, decided=around)
+        network = _network(settings, variant, start)
+        average = train(network, batches, settings, variant, checkpoint=checkpoint, log=self.log)
+        draw_losses(checkpoint.with_suffix(".csv"), checkpoint.with_suffix(".png"))
+        card = settle(average, _card(settings, variant, **taught), out / name, source, self.log)
+        windows = mine(Model(out / name), mine_slides, out / f"mined-{name}", self.log)
+        if windows:  # of this run, or of one before: what was unlearned stays so
+            batches = Batches(source, settings, variant, windows, around)
+            more = variant.model_copy(update={"steps": variant.mine_steps, "lr": variant.lr * _MINE_LR})
+            average = self._go_on(more, batches, average, "mined")
+            card = _card(settings, variant, mined=len(windows), **taught)
+            card = settle(average, card, out / name, source, self.log)
+        return _Learned(source, batches, average, card)
+
+    def finish(self, variant: VariantSettings, learned: _Learned) -> None:
+        """Train on with the validation patients among the images; calibration and threshold stay as they chose them."""
+        name = f"{variant.mpp:g}"
+        self.log(f"{name} µm/px, on the validation patients too")
+        batches = learned.batches.of(learned.source.whole())
+        more = variant.model_copy(update={"steps": variant.finish_steps, "lr": variant.lr * _FINISH_LR})
+        average = self._go_on(more, batches, learned.average, "finish")
+        training = {**learned.card.training, "finish_steps": variant.finish_steps}
+        write_model(average, dataclasses.replace(learned.card, training=training), self.out / name)
+
+    def _go_on(
+        self, variant: VariantSettings, batches: Batches, average: torch.nn.Module, stage: str
+    ) -> torch.nn.Module:
+        """Train on from averaged weights, with random numbers of its own; anew where these are not those of before."""
+        name = f"{variant.mpp:g}"
+        network = _network(self.settings, variant, self.out / name)  # not a copy, which has the precision of another
+        network.load_state_dict(average.state_dict())
+        settings = self.settings.model_copy(update={"seed": self.settings.seed + _STAGES[stage]})
+        variant = variant.model_copy(update={"minutes": None, "cycles": 1})
+        checkpoint = self.out / f"losses-{name}-{stage}-{_digest(average)}.safetensors"
+        return train(network, batches, settings, variant, checkpoint=checkpoint, log=self.log)
 
 
 def train_detector(
@@ -84,39 +159,22 @@ def train_detector(
         taught = {"accepted": decided.accepted, "rejected": decided.rejected}
         log(str(decided))
     keep_decided(decided, out)
-    report: dict[str, Any] = {}
+    run, learned = _Run(settings, out, log), []
     for variant in settings.variants:
-        name = f"{variant.mpp:g}"
-        log(f"{name} µm/px")
         source, around = open_source(settings, variant), None
         if decided is not None:
             decided.refuse_leaks(validation=source.annotated("validation"), test=source.annotated("test"))
             around = Windows(decided.annotated, variant.mpp, seed=settings.seed)
-        start = None if variant.start_mpp is None else out / f"{variant.start_mpp:g}"
-        if variant.start is not None:
-            start = load_detector(variant.start).at(variant.mpp, allow_coarse=True).path
-        checkpoint = out / f"losses-{name}.safetensors"
-        average = train(
-            _network(settings, variant, start),
-            Batches(source, settings, variant, decided=around),
-            settings,
-            variant,
-            checkpoint=checkpoint,
-            log=log,
-        )
-        draw_losses(checkpoint.with_suffix(".csv"), checkpoint.with_suffix(".png"))
-        log(f"validation: {settle(average, _card(settings, variant, **taught), out / name, source)}")
-        windows = mine(Model(out / name), mine_slides, out / f"mined-{name}", log)
-        if windows:  # of this run, or of one before: what was unlearned stays so
-            batches = Batches(source, settings, variant, windows, around)
-            average = _unlearn(settings, variant, batches, start, average, out, log)
-            card = _card(settings, variant, mined=len(windows), **taught)
-            log(f"validation: {settle(average, card, out / name, source)}")
-        if settings.test is not None or isinstance(source, CropSource):
-            trained, assembled = Model(out / name), source.assembled("test")
-            report[name] = evaluate(
-                trained, source.shown("test"), out / name, assembled=assembled, shifts=settings.shifts
-            )
+        learned.append(run.learn(variant, source, around, taught, mine_slides))
+    report: dict[str, Any] = {}
+    # When all are learned: a variant that begins with another's weights must not know its validation patients.
+    for variant, one in zip(settings.variants, learned, strict=True):
+        name = f"{variant.mpp:g}"
+        if variant.finish_steps:
+            run.finish(variant, one)
+        if settings.test is not None or isinstance(one.source, CropSource):
+            test, assembled = one.source.shown("test"), one.source.assembled("test")
+            report[name] = evaluate(Model(out / name), test, out / name, assembled=assembled, shifts=settings.shifts)
             for line in describe(report[name]):
                 log(line)
     return report
@@ -146,8 +204,8 @@ def open_test(data: Path, model: Model, images: int) -> Source:
     return OwnSource({"test": load_annotated(data, settings, model.mpp)}, variant, kind=kind_of(data))
 
 
-def settle(network: torch.nn.Module, card: Card, directory: Path, source: Source) -> str:
-    """Write the model with its calibration and threshold, both from the validation patients; say what came of it."""
+def settle(network: torch.nn.Module, card: Card, directory: Path, source: Source, log: Callable[[str], None]) -> Card:
+    """Write the model with its calibration and threshold, both from the validation patients, and return its card."""
     write_model(network, card, directory)
     _, kinds = find_all(load_detector(directory), source.shown("validation"))
     if not kinds:
@@ -165,7 +223,8 @@ def settle(network: torch.nn.Module, card: Card, directory: Path, source: Source
     lines = [f"{kind} F1 {s.f1:.3f} (precision {s.precision:.3f}, recall {s.recall:.3f})" for kind, s in at.items()]
     after = metrics.calibration_error(kinds[likest])
     error = f"calibration error ({likest}) {before:.3f} before and {after:.3f} after"
-    return "; ".join([*lines, error, f"threshold {threshold:g}"])
+    log("validation: " + "; ".join([*lines, error, f"threshold {threshold:g}"]))
+    return card
 
 
 def _network(settings: TrainSettings, variant: VariantSettings, start: Path | None) -> torch.nn.Module:
@@ -208,24 +267,9 @@ def _card(settings: TrainSettings, variant: VariantSettings, **training: int) ->
     )
 
 
-def _unlearn(
-    settings: TrainSettings,
-    variant: VariantSettings,
-    batches: Batches,
-    start: Path | None,
-    average: torch.nn.Module,
-    out: Path,
-    log: Callable[[str], None],
-) -> torch.nn.Module:
-    """Train on with mined windows among the images, from the averaged weights."""
-    more = variant.model_copy(update={"steps": variant.mine_steps, "minutes": None, "lr": variant.lr * _MINE_LR})
-    network = _network(settings, variant, start)
-    network.load_state_dict(average.state_dict())
-    return train(
-        network,
-        batches,
-        settings.model_copy(update={"seed": settings.seed + 1}),
-        more,
-        checkpoint=out / f"losses-mined-{variant.mpp:g}.safetensors",
-        log=log,
-    )
+def _digest(network: torch.nn.Module) -> str:
+    """Return a few characters that tell weights from others."""
+    whole = hashlib.sha256()
+    for tensor in network.state_dict().values():
+        whole.update(tensor.cpu().contiguous().numpy().tobytes())
+    return whole.hexdigest()[:8]

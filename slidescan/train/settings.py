@@ -28,9 +28,11 @@ class VariantSettings(_Strict):
     steps: Annotated[int, Field(gt=0)] | None = None
     minutes: Annotated[float, Field(gt=0)] | None = None
     lr: Annotated[float, Field(gt=0)] = 1e-3
+    cycles: Annotated[int, Field(gt=0)] = 1  # so often lr begins anew (Loshchilov and Hutter 2017)
     start_mpp: float | None = None  # begin with the weights of this variant, trained before it
     start: str | None = None  # or with those of a model: a bundled name, or a directory
     mine_steps: Annotated[int, Field(gt=0)] = 400  # more of them with mined negatives, at a tenth of lr
+    finish_steps: Annotated[int, Field(gt=0)] | None = None  # at last, on the validation data too, at a fifth of lr
 
 
 class TrainSettings(_Strict):
@@ -100,7 +102,7 @@ class TrainSettings(_Strict):
             "shifts": 1,
         }
         small = {"steps": 4, "minutes": None, "input_px": 256, "tile_px": [128], "mine_steps": 2}
-        variants = [v.model_copy(update=small) for v in self.variants]
+        variants = [v.model_copy(update={**small, "finish_steps": v.finish_steps and 4}) for v in self.variants]
         return self.model_copy(update={**tiny, "precision": "fp32", "variants": variants})
 
 

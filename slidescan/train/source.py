@@ -8,6 +8,7 @@ would, and packed for the loss.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Literal, Protocol
@@ -54,8 +55,12 @@ class Source(Protocol):
         """Draw one training image of `size` px at the variant's µm/px."""
         ...
 
+    def whole(self) -> Source:
+        """Return the source whose training images show the validation patients as well."""
+        ...
+
     def shown(self, split: Split) -> Iterator[Shown]:
-        """Yield what to measure on; nothing of it is ever trained on."""
+        """Yield what to measure on; nothing of it is trained on, but of validation at last by `whole`."""
         ...
 
     def assembled(self, split: Split) -> Iterator[Rgb]:
@@ -100,6 +105,12 @@ class Batches:
             example = self._example(rng, size)
             examples.append(replace(example, image=augment(rng, example.image, self._settings.stain_jitter)))
         return pack(examples)
+
+    def of(self, source: Source) -> Batches:
+        """Return the same with another source."""
+        other = copy.copy(self)
+        other._source = source
+        return other
 
     def _example(self, rng: np.random.Generator, size: int) -> Example:
         kind, share_decided = rng.random(), self._settings.share_decided if self._decided else 0.0
