@@ -188,11 +188,10 @@ def test_the_validation_patients_are_trained_on_when_all_is_chosen(
         assert all(np.array_equal(now[key], whole[key]) for key in now)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_all_of_the_network_is_finished(fake_data: Path, tmp_path: Path, precision: str) -> None:
-    """The first convolution too, and what is kept at zero stays there."""
+def test_all_of_the_network_is_finished(fake_data: Path, tmp_path: Path) -> None:
+    """In bfloat16 the first convolution too, and what is kept at zero stays there."""
     settings = load_settings(ROOT / "configs" / "train_mitosis.yaml").smoke()
-    run(fake_data, tmp_path, variants=settings.variants[:1], precision=precision, shifts=0)
+    run(fake_data, tmp_path, variants=settings.variants[:1], precision="bf16", shifts=0)
     before, after = safetensors.numpy.load_file(tmp_path / "losses-0.25.safetensors"), weights(tmp_path / "0.25")
     kernels = [key for key in after if key.startswith("model.backbone") and after[key].ndim == 4]
     assert len(kernels) > 5
