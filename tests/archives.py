@@ -34,6 +34,23 @@ def write_slide(path: Path, seed: int, *, mpp: float | None = MPP, mark: Color |
     return len(centers)
 
 
+def write_cohort(folder: Path) -> Path:
+    """Write four slides that can be scanned, two of one name; one without scale, one broken, one that is not there."""
+    folder = folder / "Doe^Jane 1970-01-01"
+    write_slide(folder / "north/case.tiff", 1)
+    write_slide(folder / "south/case.tiff", 2)
+    write_slide(folder / "south/other.tiff", 3)
+    write_slide(folder / "unscaled.tiff", 4, mpp=None)
+    (folder / "broken.svs").write_bytes(b"II*\0 not a slide")
+    rows = ["north/case.tiff,,north", "south/case.tiff,,south", "south/other.tiff,,south", "unscaled.tiff,0.5,"]
+    rows += ["broken.svs,,", "lost.svs,,"]
+    (folder / "unscaled-too.tiff").symlink_to(folder / "unscaled.tiff")
+    rows.append("unscaled-too.tiff,,")
+    table = folder / "slides.csv"
+    table.write_text("slide_path,mpp,group\n" + "\n".join(rows) + "\n")
+    return table
+
+
 @dataclass(frozen=True)
 class Troubled(OracleDetector):
     """Takes its process with it when it sees magenta, as the system does when memory is short; hangs over green."""

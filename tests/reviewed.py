@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import threading
 from collections.abc import Iterator
@@ -40,3 +41,9 @@ def running(desk: Desk) -> Iterator[ReviewServer]:
         server.stop()
         thread.join(30)
         assert not thread.is_alive()
+
+
+def lines(result: ss.ScanResult) -> list[dict[str, object]]:
+    """Return the decisions that are on disk."""
+    assert result.path is not None
+    return [json.loads(line) for line in (result.path / "decisions.jsonl").read_text().splitlines()]

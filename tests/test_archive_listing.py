@@ -14,25 +14,12 @@ from hypothesis import strategies as st
 
 from slidescan.archive import Entry, read_listing
 from slidescan.errors import ConfigError
-from tests.archives import write_slide
+from tests.archives import write_cohort, write_slide
 
 
 @pytest.fixture
 def cohort(tmp_path: Path) -> Path:
-    """Four slides that can be scanned, two of one name; one without scale, one broken, one that is not there."""
-    folder = tmp_path / "Doe^Jane 1970-01-01"
-    write_slide(folder / "north/case.tiff", 1)
-    write_slide(folder / "south/case.tiff", 2)
-    write_slide(folder / "south/other.tiff", 3)
-    write_slide(folder / "unscaled.tiff", 4, mpp=None)
-    (folder / "broken.svs").write_bytes(b"II*\0 not a slide")
-    rows = ["north/case.tiff,,north", "south/case.tiff,,south", "south/other.tiff,,south", "unscaled.tiff,0.5,"]
-    rows += ["broken.svs,,", "lost.svs,,"]
-    (folder / "unscaled-too.tiff").symlink_to(folder / "unscaled.tiff")
-    rows.append("unscaled-too.tiff,,")
-    table = folder / "slides.csv"
-    table.write_text("slide_path,mpp,group\n" + "\n".join(rows) + "\n")
-    return table
+    return write_cohort(tmp_path)
 
 
 class TestListing:

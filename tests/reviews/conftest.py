@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import slidescan as ss
 from slidescan.reviews.desk import Desk
 from slidescan.slides import Slide
 from tests.callers import Caller, looked_at
@@ -30,6 +31,11 @@ def scanned(slide: Slide, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def case(scanned: Path, tmp_path: Path) -> Path:
     """Give a result to decide on."""
     return copied(scanned, tmp_path)
+
+
+@pytest.fixture
+def result(case: Path) -> ss.ScanResult:
+    return ss.load_result(case, verify=False)
 
 
 @pytest.fixture

@@ -13,16 +13,7 @@ import slidescan as ss
 from slidescan import cli
 from slidescan.slides import Slide
 from tests.discs import ORACLE, config, discs
-
-
-@pytest.fixture
-def result(case: Path) -> ss.ScanResult:
-    return ss.load_result(case, verify=False)
-
-
-def lines(result: ss.ScanResult) -> list[dict[str, object]]:
-    assert result.path is not None
-    return [json.loads(line) for line in (result.path / "decisions.jsonl").read_text().splitlines()]
+from tests.reviewed import lines
 
 
 def moved(result: ss.ScanResult, slide: Slide, **changed: object) -> ss.ScanResult:

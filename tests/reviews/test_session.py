@@ -22,19 +22,9 @@ from slidescan.reviews import Review
 from slidescan.slides import Slide, memory_slide
 from tests.archives import write_slide
 from tests.discs import MPP, ORACLE
-from tests.reviewed import APART
+from tests.reviewed import APART, lines
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture
-def result(case: Path) -> ss.ScanResult:
-    return ss.load_result(case, verify=False)
-
-
-def lines(result: ss.ScanResult) -> list[dict[str, object]]:
-    assert result.path is not None
-    return [json.loads(line) for line in (result.path / "decisions.jsonl").read_text().splitlines()]
 
 
 def test_the_loop(result: ss.ScanResult) -> None:
