@@ -24,7 +24,6 @@ from tests.families import DETECTORS
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-pytestmark = pytest.mark.cores
 
 
 def blocks(language: str) -> list[str]:

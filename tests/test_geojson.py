@@ -351,24 +351,11 @@ def _export_nuclei(shared: Path, path: Path, limit: int) -> tuple[int, int]:
 
 @pytest.mark.data
 def test_many_polygons_in_little_memory(shared: Path, tmp_path: Path) -> None:
-    """Real nuclei stream from Parquet to GeoJSON in a few hundred MiB and import clean."""
+    """Real nuclei stream from Parquet to GeoJSON and import clean; four times as many need no more memory."""
     path = tmp_path / "nuclei.geojson.gz"
-    n, peak_mib = _export_nuclei(shared, path, 60_000)
-    assert n == 60_000
-    assert peak_mib < 500
-    head = tmp_path / "head.geojson"
-    with gzip.open(path, "rt") as text:
-        lines = [next(text) for _ in range(3001)]
-    head.write_text("".join(lines).rstrip(",\n") + "]}")
-    assert validate_geojson(head) == []
-
-
-@pytest.mark.slow
-@pytest.mark.data
-def test_a_whole_slide_of_nuclei(shared: Path, tmp_path: Path) -> None:
-    """All 592,349 nuclei of a real slide export in under 1 GB and import clean."""
-    path = tmp_path / "nuclei.geojson.gz"
-    n, peak_mib = _export_nuclei(shared, path, 10**9)
-    assert n == 592_349
-    assert peak_mib < 1000
+    few, few_mib = _export_nuclei(shared, path, 30_000)
+    assert few == 30_000
     assert validate_geojson(path) == []
+    many, many_mib = _export_nuclei(shared, path, 120_000)
+    assert many == 120_000
+    assert many_mib < few_mib + 40  # those of 90,000 polygons held in memory: 76 more

@@ -8,7 +8,6 @@ from typing import Any
 
 import hypothesis.strategies as st
 import numpy as np
-import pytest
 import torch
 from hypothesis import given
 from torch import Tensor
@@ -19,7 +18,6 @@ from slidescan.ops import accelerate
 from slidescan.train.loss import Target, detection_loss, giou, place_queries
 from slidescan.train.network import build_network, relabel
 
-pytestmark = pytest.mark.cores
 SHAPES = [(16, 16), (8, 8)]  # of a tile of 128 px
 
 

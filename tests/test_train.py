@@ -24,7 +24,6 @@ from slidescan.train.settings import TrainSettings, VariantSettings, load_settin
 from slidescan.train.windows import Example
 from tests.marked import marked_crops
 
-pytestmark = pytest.mark.cores
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -76,11 +75,12 @@ def test_a_wrong_setting_is_named(tmp_path: Path, text: str, message: str) -> No
 
 
 def run(fake_data: Path, out: Path, **changes: object) -> list[str]:
-    """Train the smoke version of the shipped settings, all of it finished; return what was said."""
+    """Train the smoke version of the shipped settings, all of it finished, on one grid; return what was said."""
     settings = load_settings(ROOT / "configs" / "train_mitosis.yaml").smoke()
     variants = [v.model_copy(update={"finish_steps": 4}) for v in settings.variants]
     said: list[str] = []
-    train_detector(settings.model_copy(update={"data": fake_data, "variants": variants, **changes}), out, said.append)
+    changes = {"data": fake_data, "variants": variants, "shifts": 0, **changes}
+    train_detector(settings.model_copy(update=changes), out, said.append)
     return said
 
 
@@ -93,7 +93,7 @@ def weights(path: Path) -> dict[str, NDArray[np.generic]]:
 def trained(fake_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory of a whole smoke run."""
     out = tmp_path_factory.mktemp("runs") / "train"
-    run(fake_data, out)
+    run(fake_data, out, shifts=1)
     return out
 
 
@@ -191,7 +191,7 @@ def test_the_validation_patients_are_trained_on_when_all_is_chosen(
 def test_all_of_the_network_is_finished(fake_data: Path, tmp_path: Path) -> None:
     """In bfloat16 the first convolution too, and what is kept at zero stays there."""
     settings = load_settings(ROOT / "configs" / "train_mitosis.yaml").smoke()
-    run(fake_data, tmp_path, variants=settings.variants[:1], precision="bf16", shifts=0)
+    run(fake_data, tmp_path, variants=settings.variants[:1], precision="bf16")
     before, after = safetensors.numpy.load_file(tmp_path / "losses-0.25.safetensors"), weights(tmp_path / "0.25")
     kernels = [key for key in after if key.startswith("model.backbone") and after[key].ndim == 4]
     assert len(kernels) > 5
@@ -206,9 +206,9 @@ def test_all_of_the_network_is_finished(fake_data: Path, tmp_path: Path) -> None
 def test_other_weights_are_finished_anew(fake_data: Path, tmp_path: Path) -> None:
     """A run that is made longer does not end with what its former weights became."""
     (variant,) = load_settings(ROOT / "configs" / "train_mitosis.yaml").smoke().variants[:1]
-    run(fake_data, tmp_path, variants=[variant], shifts=0)
+    run(fake_data, tmp_path, variants=[variant])
     before = weights(tmp_path / "0.25")
-    run(fake_data, tmp_path, variants=[variant.model_copy(update={"steps": 6})], shifts=0)
+    run(fake_data, tmp_path, variants=[variant.model_copy(update={"steps": 6})])
     after = weights(tmp_path / "0.25")
     assert any(not np.array_equal(before[key], after[key]) for key in before)
 
@@ -219,7 +219,7 @@ def test_a_cycle_begins_anew(fake_data: Path, tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(loop, "_LOG_STEPS", 1)
     smoke = load_settings(ROOT / "configs" / "train_mitosis.yaml").smoke().variants[0]
-    run(fake_data, tmp_path, variants=[smoke.model_copy(update={"cycles": 2, "finish_steps": None})], shifts=0)
+    run(fake_data, tmp_path, variants=[smoke.model_copy(update={"cycles": 2, "finish_steps": None})])
     _, *rows = (tmp_path / "losses-0.25.csv").read_text().splitlines()
     rates = [float(row.split(",")[2]) for row in rows]
     assert rates == pytest.approx([smoke.lr, 0.51 * smoke.lr] * 2, rel=0.01)

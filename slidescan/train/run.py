@@ -151,7 +151,8 @@ def train_detector(
     ModelError
         If training diverges, or the device is not there.
     """
-    torch.set_num_threads(settings.threads)
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
     out.mkdir(parents=True, exist_ok=True)
     decided, taught = None, {}
     if settings.decisions is not None:

@@ -61,7 +61,7 @@ class TrainSettings(_Strict):
     object_um: Annotated[float, Field(gt=0)] = 12.5  # edge of the box around an annotated point; of anchors, too
     seed: int = 0
     device: str | None = None  # None takes a GPU if there is one
-    threads: Annotated[int, Field(gt=0)] = 2
+    threads: Annotated[int, Field(gt=0)] | None = None  # None: as many as torch takes, OMP_NUM_THREADS if that is set
     precision: Annotated[str, Field(pattern="^(fp32|bf16)$")] = "fp32"
     width: Annotated[float, Field(gt=0)] = 1.0
     batch_mpx: Annotated[float, Field(gt=0)] = 0.8
@@ -93,6 +93,7 @@ class TrainSettings(_Strict):
     def smoke(self) -> TrainSettings:
         """Return the same run made so small that it ends within a minute and learns nothing."""
         tiny = {
+            "threads": 1,  # so little work is slower on more
             "width": 0.25,
             "batch_mpx": 0.07,
             "crops": 24,

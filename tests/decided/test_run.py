@@ -105,7 +105,6 @@ def trained(monkeypatch: pytest.MonkeyPatch, *options: object) -> int:
     return int(ended.value.code or 0)
 
 
-@pytest.mark.cores
 def test_training_with_decisions(
     archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -155,7 +154,6 @@ def test_paths_in_settings_are_taken_from_the_file(tmp_path: Path) -> None:
         assert (loaded.decisions, loaded.decision_slides) == (tmp_path / "runs", expected)
 
 
-@pytest.mark.cores
 def test_what_decisions_teach_can_be_measured() -> None:
     """The pipeline runs at its smallest size, from phantoms to the table."""
     command = [sys.executable, ROOT / "pipelines" / "learn_decisions.py", "--smoke"]

@@ -167,7 +167,6 @@ def dotted(ink: tuple[int, int, int], seed: int) -> tuple[Slide, np.ndarray]:
     return memory_slide(pixels, MPP), np.concatenate((at - 13, at + 13), 1).astype(np.float64)
 
 
-@pytest.mark.cores
 def test_what_was_rejected_is_unlearned(tmp_path: Path) -> None:
     """A network that learned violet discs takes brown ones for some, unless reviewers rejected brown ones."""
     (violet, xyxy), (brown, _) = dotted((60, 30, 90), 0), dotted((110, 60, 20), 1)
