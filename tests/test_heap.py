@@ -95,9 +95,11 @@ class TestPixels:
             other = pixels(1200, 1300)
             assert address(other) != at
             other[...] = 9
-            assert (np.asarray(kept.pop()) == 7).all()
+            last = kept.pop()
+            assert (np.asarray(last) == 7).all()
             del other
-            heap._free.clear()
+            heap._free.clear()  # so that what is used again below is the block itself, which is still held
+            del last
         assert address(pixels(1200, 1300)) == at
 
     @settings(max_examples=20)
