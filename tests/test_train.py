@@ -240,6 +240,14 @@ def test_the_whole_of_crops_has_the_validation_patients(fake_data: Path, tmp_pat
         assert any((image[..., 2] - image[..., 0] > 100).mean() > 0.01 for image in images) == seen
 
 
+def test_the_threshold_is_chosen_where_figures_are_rare_too(fake_data: Path) -> None:
+    """Mosaics alone would have it so low that on tissue with few figures many detections are none."""
+    settings = TrainSettings(data=fake_data, share_phantom=0, share_bare=0, eval_images=2)
+    source = CropSource(settings.data, settings, settings.variants[0])
+    kinds = [image.kind for image in source.shown("validation")]
+    assert list(dict.fromkeys(kinds)) == ["field", "sparse", "mosaic"]
+
+
 def test_a_broken_checkpoint_is_named(fake_data: Path, tmp_path: Path) -> None:
     """It is not read as far as it goes."""
     (tmp_path / "losses-0.25.safetensors").write_bytes(b"broken")

@@ -140,7 +140,7 @@ class CropSource:
         return CropSource(self._data, self._settings, self._variant, ("train", "validation"))
 
     def shown(self, split: Split) -> Iterator[ShownImage]:
-        """Yield what is measured on; for validation, what calibration and threshold are chosen by."""
+        """Yield what is measured on; for validation, what the threshold is chosen by, and by its fields calibration."""
         maker, mpp, size = self._maker(split), self._variant.mpp, self._variant.input_px
         seed, n = self._settings.seed + (1 if split == "validation" else 2), self._settings.eval_images
         edge = 3 * len(maker.crops[0].image)
@@ -148,8 +148,7 @@ class CropSource:
         def seeded(kind: int, i: int, make: Callable[..., Sample], **more: Any) -> Callable[[], Sample]:
             return lambda: make(np.random.default_rng((seed, kind, i)), **more)
 
-        per_mm2 = {"field": _DENSE_PER_MM2} | ({"sparse": _SPARSE_PER_MM2} if split == "test" else {})
-        for k, (kind, density) in enumerate(per_mm2.items()):
+        for k, (kind, density) in enumerate({"field": _DENSE_PER_MM2, "sparse": _SPARSE_PER_MM2}.items()):
             # As many fields of either kind.
             survey = maker.survey(np.random.default_rng((seed, k)), size, density, density / _DENSE_PER_MM2)
             for i, (make, crop) in enumerate(islice(survey, n if self._settings.crops else None)):
