@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
+import os
 import subprocess
 import sys
 import uuid
@@ -303,6 +305,18 @@ def test_unwritable_targets_are_refused(tmp_path: Path) -> None:
         write_geojson(tmp_path / "missing" / "a.geojson", [])
     with pytest.raises(ConfigError, match="JSON can hold"):
         write_geojson(tmp_path / "a.geojson", [], properties={"x": object()})
+
+
+def test_a_full_disk_is_said_and_nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the words of every other file of a result."""
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(ResultError, match="the disk is full; free some space"):
+        write_geojson(tmp_path / "a.geojson", [])
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_classes_are_made_safe(tmp_path: Path) -> None:

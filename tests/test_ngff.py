@@ -146,7 +146,7 @@ def test_an_old_map_is_replaced_and_a_failure_keeps_it(tmp_path: Path, monkeypat
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(zarr.Group, "create_array", full)
-    with pytest.raises(ResultError, match="No space left"):
+    with pytest.raises(ResultError, match="the disk is full; free some space"):
         _write(path, _pyramid())
     assert read_ngff(path)[0][0].shape == (3, 4, 4)
     assert [p.name for p in tmp_path.iterdir()] == ["m.ome.zarr"]

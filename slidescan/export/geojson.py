@@ -28,7 +28,8 @@ import numpy as np
 import shapely
 from numpy.typing import NDArray
 
-from slidescan.errors import ConfigError, ResultError
+from slidescan.commit import disk_error
+from slidescan.errors import ConfigError
 from slidescan.export.features import Feature
 
 __all__ = ["write_geojson"]
@@ -125,7 +126,7 @@ class _Put:
         try:
             self.sink.write(text.encode("ascii"))
         except OSError as exc:
-            raise _refused(self.target, exc) from exc
+            raise disk_error(self.target, exc) from exc
 
     def finish(self) -> None:
         if self.sink is not self.raw:
@@ -143,13 +144,13 @@ def _replacing(target: Path) -> Iterator[_Put]:
     try:
         put = _Put(target, part)
     except OSError as exc:
-        raise _refused(target, exc) from exc
+        raise disk_error(target, exc) from exc
     try:
         yield put
         try:
             put.finish()
         except OSError as exc:
-            raise _refused(target, exc) from exc
+            raise disk_error(target, exc) from exc
     finally:
         # After a failure gzip may still want to write its tail, to a full disk.
         with contextlib.suppress(OSError, ValueError):
@@ -157,11 +158,6 @@ def _replacing(target: Path) -> Iterator[_Put]:
         with contextlib.suppress(OSError):
             put.raw.close()
         part.unlink(missing_ok=True)
-
-
-def _refused(target: Path, exc: OSError) -> ResultError:
-    reason = exc.strerror or "input/output error"
-    return ResultError(f"{target.name}: expected to write into {target.parent}, got {reason!r}; check folder and space")
 
 
 def _package_version() -> str:

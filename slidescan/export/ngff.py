@@ -32,6 +32,7 @@ import zarr
 from numpy.typing import NDArray
 from zarr.codecs import BytesCodec, ZstdCodec
 
+from slidescan.commit import disk_error
 from slidescan.errors import ConfigError, ResultError
 
 __all__ = ["Channel", "read_ngff", "write_ngff"]
@@ -166,10 +167,7 @@ def write_ngff(
             array[...] = level
         _swap(part, target)
     except OSError as exc:
-        reason = exc.strerror or "input/output error"
-        raise ResultError(
-            f"{target.name}: expected to write into {target.parent}, got {reason!r}; check folder and space"
-        ) from exc
+        raise disk_error(target, exc) from exc
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
