@@ -140,7 +140,7 @@ def bench_grid(smoke: bool) -> str:
     """Shift the tile grid and count the detections above threshold that reappear within 2 px and 0.05 score."""
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "slide.tiff"
-        size_px = 2048 if smoke else 6144
+        size_px = 1024 if smoke else 6144
         write_phantom(path, ss.Phantom((size_px, size_px), 0.25, n_figures=6 if smoke else 60))
         detector, slide = ss.load_detector("mitosis"), ss.open_slide(path)
         agreed = grid_shift_agreement(slide, detector, shifts=1 if smoke else 4, mask=True)

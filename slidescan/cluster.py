@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import ipaddress
 import logging
@@ -133,7 +134,20 @@ def cluster(client: Client | None, threads: int) -> Iterator[tuple[Client, int, 
         ) as cluster,
         Client(cluster) as local,
     ):
+        _hush(local)
         yield local, threads, 1
+
+
+def _hush(client: Client) -> None:
+    """Keep Dask's loop from telling the terminal of its own timer that ran out just when the loop was closed."""
+
+    def heed(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        is_timer = isinstance(context.get("exception"), TimeoutError) and "task" not in context
+        if not (is_timer and str(context.get("message")).endswith("never retrieved")):
+            loop.default_exception_handler(context)
+
+    inner: Any = client.loop
+    inner.asyncio_loop.set_exception_handler(heed)
 
 
 def _workers(client: Client) -> dict[str, int]:
@@ -232,6 +246,7 @@ def processes(
         ) as cluster,
         Client(cluster) as local,
     ):
+        _hush(local)
         yield local, n
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import os
@@ -288,6 +289,8 @@ class TestAccidents:
                 n_slides = len(list(out.glob("slides/*/manifest.json")))
                 if 8 * n_slides + len(list(out.glob("slides/*/parts-*/*.npz"))) >= regions:
                     break
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    run.wait(timeout=0.005)
             assert run.poll() is None
             os.killpg(run.pid, signal.SIGKILL)
             run.wait()

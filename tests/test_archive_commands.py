@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -40,6 +41,8 @@ class TestCommands:
         run = subprocess.Popen([*command, "--workers", "1"], stderr=subprocess.PIPE, text=True)
         until = time.monotonic() + 300
         while not list((tmp_path / "runs").glob("records/*.json")) and time.monotonic() < until:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                run.wait(timeout=0.02)
             assert run.poll() is None
         run.terminate()
         _, said = run.communicate(timeout=60)

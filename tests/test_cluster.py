@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import http.client
 import os
@@ -66,11 +67,25 @@ def seen_by_a_worker(*names: str) -> dict[str, str | None]:
     return {name: os.environ.get(name) for name in ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", *names)}
 
 
+async def left_alone(error: Exception) -> None:
+    """Leave a future with an error that nobody asks for."""
+    asyncio.get_running_loop().create_future().set_exception(error)
+    gc.collect()
+
+
 def with_its_parent() -> tuple[int, int]:
     return os.getpid(), os.getppid()
 
 
 class TestThisMachine:
+    def test_nothing_is_said_of_dasks_own_timers(self, caplog: pytest.LogCaptureFixture) -> None:
+        """What else goes wrong in its loop is said."""
+        with cluster.cluster(None, 1) as (client, _, _):
+            for error in (TimeoutError("Timeout"), OSError("a wire was cut")):
+                client.sync(left_alone, error)
+        assert "a wire was cut" in caplog.text
+        assert "Timeout" not in caplog.text
+
     def test_a_core_a_process_and_nobody_else_reaches_them(self) -> None:
         before = listening()
         with processes(None, 2, gpu=False) as (client, n):

@@ -52,7 +52,7 @@ def beside_a_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "slides.csv").write_text("slide_path,group\ntrain/a.tiff,north\ntest/c.tiff,south\n")
     (settings,) = blocks("yaml")
     short = settings.replace("steps: 2000", "steps: 2, tile_px: [256], mine_steps: 2")
-    (tmp_path / "my.yaml").write_text(f"{short}\nshifts: 1\n")
+    (tmp_path / "my.yaml").write_text(f"{short}\nbatch_mpx: 0.2\nshifts: 1\n")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

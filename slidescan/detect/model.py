@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from slidescan.detect.card import MODEL_FILES, Card, Colours, digest, read_card, read_json
 from slidescan.detections import Detections
 from slidescan.errors import ModelError, ResolutionError
-from slidescan.heap import keep_freed
+from slidescan.heap import keep_freed, without_collecting
 from slidescan.stages import stage
 
 if TYPE_CHECKING:
@@ -200,7 +200,8 @@ class Model:
 
     def _resolved(self) -> tuple[str, Literal["fp32", "bf16"]]:
         """Return the device and precision it computes in on this machine."""
-        from slidescan.detect.network import resolve
+        with without_collecting():
+            from slidescan.detect.network import resolve
 
         return resolve(self.name, str(self._config.get("model_type")), self.device, self.precision)
 
@@ -213,7 +214,7 @@ class Model:
         with _loading:
             if key not in _networks:
                 keep_freed()
-                with stage("load"):
+                with stage("load"), without_collecting():
                     forward, merge_iou = self._load(device, precision), self._card.merge_iou
                 _networks[key] = Network(forward, name=self.name, device=device, merge_iou=merge_iou)
             return _networks[key]
