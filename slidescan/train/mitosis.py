@@ -168,10 +168,11 @@ class CropSource:
             yield ShownImage("phantom", seeded(5, i, _window, image=image, figures=figures, size=size), mpp)
 
     def assembled(self, split: Split) -> Iterator[Rgb]:
-        """Yield fields of three by three tiles and more."""
-        maker, size = self._maker(split), 4 * self._variant.input_px
+        """Yield fields of three by three tiles and more; of few crops one, and smaller."""
+        maker, few = self._maker(split), self._settings.crops is not None
+        size = (2 if few else 4) * self._variant.input_px
         figures = round(_ASSEMBLED_PER_MM2 * (size * self._variant.mpp * 1e-3) ** 2)
-        for i in range(1 if self._settings.crops else 4):
+        for i in range(1 if few else 4):
             yield maker.field(np.random.default_rng((self._settings.seed, 6, i)), size, figures)[0]
 
     def annotated(self, split: Split) -> tuple[Annotated, ...]:
