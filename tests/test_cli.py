@@ -31,7 +31,7 @@ def failed(done: subprocess.CompletedProcess[str], code: int) -> str:
 @pytest.fixture(scope="module")
 def phantom(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("slides") / "case.tiff"
-    write_phantom(path, Phantom((2048, 1536), 0.25, seed=2, n_figures=12, n_look_alikes=8, tissue=0.6))
+    write_phantom(path, Phantom((1600, 1536), 0.25, seed=2, n_figures=12, n_look_alikes=8, tissue=0.6))
     return path
 
 
@@ -39,7 +39,7 @@ def test_info_scan_export_validate(phantom: Path, tmp_path: Path) -> None:
     """The commands of the README work one after the other and say what they did."""
     said = slidescan("info", phantom)
     assert said.returncode == 0, said.stderr
-    assert "2,048 × 1,536 px" in said.stdout
+    assert "1,600 × 1,536 px" in said.stdout
     assert "0.25 µm/px" in said.stdout
     assert "tiles in" in said.stdout
     done = slidescan("scan", phantom, "-o", tmp_path)
@@ -124,7 +124,7 @@ def _heed_sigint() -> None:
 def test_ctrl_c_stops_with_one_line_and_exit_code_3(tmp_path: Path) -> None:
     """SIGINT in the middle of a scan: no traceback, exit code 3, and the same command finishes it."""
     path = tmp_path / "case.tiff"
-    write_phantom(path, Phantom((1792, 1792), 0.25, n_figures=5, n_look_alikes=0, tissue=0.9))
+    write_phantom(path, Phantom((1600, 1600), 0.25, n_figures=5, n_look_alikes=0, tissue=0.9))
     command = [sys.executable, "-m", "slidescan.cli", "scan", path, "-o", tmp_path, "--set", "tiling.region_px=900"]
     running = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=_heed_sigint

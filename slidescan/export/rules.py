@@ -13,10 +13,9 @@ import re
 from collections.abc import Iterator
 from typing import Any, Final, Literal
 
-import numpy as np
-import shapely
+from slidescan.export.outlines import Outline, check_geometry, is_number
 
-__all__ = ["RULES", "Severity", "check_feature", "check_geometry", "class_of", "is_geometry", "kind_of"]
+__all__ = ["RULES", "Severity", "check_feature", "class_of", "kind_of"]
 
 Severity = Literal["error", "warning"]
 
@@ -85,20 +84,11 @@ _READ_KEYS = frozenset(
     | {"metadata", "childObjects"}
 )
 # How many arrays enclose a position.
-_DEPTH = {"Point": 0, "MultiPoint": 1, "LineString": 1, "MultiLineString": 2, "Polygon": 2, "MultiPolygon": 3}
 # Decimal forms of java.lang.Double.parseDouble, and QuPath's own two words.
 _JAVA_NUMBER = re.compile(r"\s*([+-]?(NaN|Infinity|(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?[fFdD]?)|-?inf)\s*", re.ASCII)
 _UUID = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 _LINE_END = re.compile(r"[\n\r]")
-_GRID_PX = 0.01  # QuPath reduces outlines to this step
-_LIMIT_PX = 1e9  # beyond it a coordinate is no pixel, and squaring it may leave float's range
 _DEEPEST = 50  # childObjects inside childObjects: a hierarchy has 3 or 4 levels, Python's stack about 400
-
-
-def is_geometry(value: Any) -> bool:
-    """Return whether `value` is an object that calls itself a geometry."""
-    kind = value.get("type") if isinstance(value, dict) else None
-    return isinstance(kind, str) and (kind in _DEPTH or kind == "GeometryCollection")
 
 
 def kind_of(feature: dict[str, Any]) -> str:
@@ -117,8 +107,10 @@ def class_of(feature: dict[str, Any]) -> str:
     return found if isinstance(found, str) else ""
 
 
-def check_feature(feature: Any, *, depth: int = 0) -> Iterator[str]:
+def check_feature(feature: Any, *, depth: int = 0, outlines: list[Outline] | None = None) -> Iterator[str]:
     """Yield the rules that an object and the objects inside it break; `depth` counts the objects it lies in.
+
+    Where `outlines` is given, it gets the well-formed ones, for `check_outlines` to check many at once.
 
     Examples
     --------
@@ -138,11 +130,11 @@ def check_feature(feature: Any, *, depth: int = 0) -> Iterator[str]:
     else:
         if "objectType" in feature or "object_type" in feature:
             yield "object-type-place"
-        yield from _check_properties(properties, depth)
+        yield from _check_properties(properties, depth, outlines)
     if kind != "root" or feature.get("geometry") is not None:
-        yield from check_geometry(feature.get("geometry"))
+        yield from check_geometry(feature.get("geometry"), outlines)
     if kind == "cell" and feature.get("nucleusGeometry") is not None:
-        yield from check_geometry(feature["nucleusGeometry"])
+        yield from check_geometry(feature["nucleusGeometry"], outlines)
 
 
 def _declared_kind(properties: Any) -> Any:
@@ -153,7 +145,7 @@ def _declared_kind(properties: Any) -> Any:
     return ""
 
 
-def _check_properties(properties: dict[str, Any], depth: int) -> Iterator[str]:
+def _check_properties(properties: dict[str, Any], depth: int, outlines: list[Outline] | None) -> Iterator[str]:
     kind = _declared_kind(properties)
     if kind is None or isinstance(kind, dict | list):
         yield "object-type-text"
@@ -186,7 +178,7 @@ def _check_properties(properties: dict[str, Any], depth: int) -> Iterator[str]:
         yield "children"
     else:
         for child in children:
-            yield from check_feature(child, depth=depth + 1)
+            yield from check_feature(child, depth=depth + 1, outlines=outlines)
 
 
 def _check_class(found: Any) -> Iterator[str]:
@@ -218,14 +210,10 @@ def _check_class_name(name: str) -> Iterator[str]:
 
 
 def _check_color(color: Any) -> Iterator[str]:
-    if not isinstance(color, list) or len(color) not in (3, 4) or not all(_is_number(c) for c in color):
+    if not isinstance(color, list) or len(color) not in (3, 4) or not all(is_number(c) for c in color):
         yield "color-form"
     elif not all(isinstance(c, int) and 0 <= c <= 255 for c in color):
         yield "color-range"
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _check_measurements(found: Any) -> Iterator[str]:
@@ -236,7 +224,7 @@ def _check_measurements(found: Any) -> Iterator[str]:
         yield "measurements"
         return
     for value in found.values():
-        if _is_number(value):
+        if is_number(value):
             continue
         if isinstance(value, str):
             if not _JAVA_NUMBER.fullmatch(value):
@@ -245,98 +233,3 @@ def _check_measurements(found: Any) -> Iterator[str]:
             yield "measurement-nested"
         else:
             yield "measurement-null"
-
-
-def check_geometry(geometry: Any) -> Iterator[str]:
-    """Yield the rules that a geometry breaks; for polygons the first of each outline.
-
-    Examples
-    --------
-    >>> list(check_geometry({"type": "Polygon", "coordinates": [[[0, 0], [1, 0], [1, 1]]]}))
-    ['ring-short']
-    """
-    if geometry is None:
-        yield "geometry-missing"
-        return
-    kind = geometry.get("type") if isinstance(geometry, dict) else None
-    if kind == "GeometryCollection":
-        yield "geometry-collection"
-    elif not isinstance(kind, str) or kind not in _DEPTH:
-        yield "geometry-type"
-    elif kind == "Polygon":
-        if not _is_rectangle(geometry.get("coordinates")):  # nearly every object there is; 20 times as fast
-            yield from _check_polygons([geometry.get("coordinates")])
-    elif kind == "MultiPolygon" and isinstance(geometry.get("coordinates"), list):
-        yield from _check_polygons(geometry["coordinates"])
-    elif not _are_positions(geometry.get("coordinates"), _DEPTH[kind]):
-        yield "geometry-coordinates"
-
-
-def _are_positions(found: Any, depth: int) -> bool:
-    if not isinstance(found, list) or not found:
-        return False
-    if depth:
-        return all(_are_positions(inner, depth - 1) for inner in found)
-    return len(found) >= 2 and all(_is_number(v) and abs(v) < _LIMIT_PX for v in found)
-
-
-def _points(ring: Any) -> np.ndarray[Any, Any] | None:
-    """Return a ring as (N, 2) px, None if it is not an array of positions."""
-    if not isinstance(ring, list):
-        return None
-    try:
-        points = np.asarray(ring)
-    except ValueError:  # positions of different length
-        return None
-    if points.ndim != 2 or points.shape[1] < 2 or points.dtype.kind not in "if":
-        return None
-    points = points[:, :2].astype(np.float64)
-    return points if (np.abs(points) < _LIMIT_PX).all() else None
-
-
-def _is_rectangle(rings: Any) -> bool:
-    """Return whether this is one closed upright rectangle, wide enough to stay one on QuPath's grid."""
-    if not isinstance(rings, list) or len(rings) != 1:
-        return False
-    try:
-        (ax, ay), (bx, by), (cx, cy), (dx, dy), end = rings[0]
-    except (TypeError, ValueError):
-        return False
-    if not all(_is_number(v) and abs(v) < _LIMIT_PX for v in (ax, ay, bx, by, cx, cy, dx, dy)):
-        return False
-    is_upright = (ay == by and bx == cx and cy == dy and dx == ax) or (ax == bx and by == cy and cx == dx and dy == ay)
-    return bool(is_upright and end == [ax, ay] and min(abs(cx - ax), abs(cy - ay)) >= 2 * _GRID_PX)
-
-
-def _check_polygons(found: list[Any]) -> Iterator[str]:
-    polygons = []
-    for rings in found:
-        arrays = [_points(ring) for ring in rings] if isinstance(rings, list) and rings else [None]
-        points = [a for a in arrays if a is not None]
-        if not found or len(points) < len(arrays):
-            yield "geometry-coordinates"
-        elif any(len(p) < 4 for p in points):
-            yield "ring-short"
-        elif any((p[0] != p[-1]).any() for p in points):
-            yield "ring-open"
-        else:
-            polygons.append(points)
-    if not found:
-        yield "geometry-coordinates"
-    elif len(polygons) == len(found):
-        yield from _check_area(polygons)
-
-
-# GEOS leaves floating-point flags behind on odd outlines, which NumPy would report as warnings.
-@np.errstate(all="ignore")
-def _check_area(polygons: list[list[np.ndarray[Any, Any]]]) -> tuple[str, ...]:
-    shapes = [shapely.polygons(rings[0], [shapely.linearrings(r) for r in rings[1:]] or None) for rings in polygons]
-    shape = shapes[0] if len(shapes) == 1 else shapely.multipolygons(shapes)
-    if not shapely.is_valid(shape):
-        return ("polygon-invalid",)
-    if shape.area >= 2 * _GRID_PX * shape.length:  # too wide to vanish, and reduction is ten times the work
-        return ()
-    try:
-        return ("polygon-collapses",) if shapely.set_precision(shape, _GRID_PX).is_empty else ()
-    except shapely.errors.GEOSException:
-        return ("polygon-invalid",)

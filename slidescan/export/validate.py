@@ -16,12 +16,14 @@ from typing import Any
 
 from slidescan.errors import ResultError
 from slidescan.export.jsonstream import JsonStream, Unreadable, open_text
-from slidescan.export.rules import RULES, Severity, check_feature, check_geometry, class_of, is_geometry, kind_of
+from slidescan.export.outlines import Outline, check_geometry, check_outlines, is_geometry
+from slidescan.export.rules import RULES, Severity, check_feature, class_of, kind_of
 
 __all__ = ["GeojsonReport", "Problem", "inspect_geojson", "validate_geojson"]
 
 _SUFFIXES = (".json", ".geojson", ".json.gz", ".geojson.gz", ".zip")
 _LISTED_PER_RULE = 100  # enough to see the pattern; a million lines help nobody
+_AT_ONCE, _POINTS_AT_ONCE = 1000, 100_000  # objects whose outlines are checked together: a few MB
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -154,6 +156,9 @@ class _Walk:
         self._breaches: Counter[str] = Counter()
         self._ids: set[bytes] = set()
         self._n_features = 0
+        # Line, number, rules broken and outlines yet to check of the last objects; then each is reported, in order.
+        self._last: list[tuple[int, int, list[str], list[Outline]]] = []
+        self._n_points = 0
 
     def document(self, text: JsonStream) -> None:
         first = text.peek()
@@ -174,7 +179,25 @@ class _Walk:
         if text.peek():
             self.report_rule("json", text.line, "there is more after the end")
 
-    def report_rule(self, rule: str, line: int, detail: str = "", *, feature: int | None = None) -> None:
+    def report_rule(self, rule: str, line: int, detail: str = "") -> None:
+        self._report_last()
+        self._report_of(None, rule, line, detail)
+
+    def _report_spelling(self, text: JsonStream, line: int) -> None:
+        for rule in _spelling(text):
+            self.report_rule(rule, line)
+
+    def _report_last(self) -> None:
+        outlines = [outline for _, _, _, some in self._last for outline in some]
+        found = iter(check_outlines(outlines))
+        for line, feature, rules, some in self._last:
+            broken = [rule for _ in some if (rule := next(found))]
+            for rule in dict.fromkeys(rules + broken):
+                self._report_of(feature, rule, line)
+        self._last.clear()
+        self._n_points = 0
+
+    def _report_of(self, feature: int | None, rule: str, line: int, detail: str = "") -> None:
         self._breaches[rule] += 1
         if self._breaches[rule] <= _LISTED_PER_RULE:
             severity, text = RULES[rule]
@@ -183,6 +206,7 @@ class _Walk:
             )
 
     def finish(self) -> GeojsonReport:
+        self._report_last()
         for rule, n in self._breaches.items():
             if n > _LISTED_PER_RULE:
                 last = max(i for i, p in enumerate(self._report.problems) if p.rule == rule)
@@ -201,67 +225,70 @@ class _Walk:
             if key == "features" and text.peek() == "[":
                 members[key] = []
                 for line in text.elements():
-                    self._feature(text.value(), line, text)
+                    self._feature(text.value(), line, _spelling(text))
             else:
                 members[key] = text.value()
-                self._spelling(text, start, None)
+                self._report_spelling(text, start)
         kind = members.get("type")
         if kind == "FeatureCollection":
             if members.get("features") != []:
                 self.report_rule("top-level", start, "features is not an array")
         elif kind == "Feature" and "features" not in members:
-            self._feature(members, start, None)
+            self._feature(members, start, [])
         elif is_geometry(members):
-            self._bare_geometry(members, start)
+            self._bare_geometry(members, start, [])
         else:
             self.report_rule("top-level", start)
 
     def _member_of_array(self, value: Any, line: int, text: JsonStream) -> None:
         if isinstance(value, dict) and value.get("type") == "FeatureCollection":
-            self._spelling(text, line, None)
+            self._report_spelling(text, line)
             features = value.get("features")
             if not isinstance(features, list):
                 self.report_rule("top-level", line, "features is not an array")
                 return
             for feature in features:
-                self._feature(feature, line, None)
+                self._feature(feature, line, [])
         elif is_geometry(value):
-            self._spelling(text, line, self._n_features)
-            self._bare_geometry(value, line)
+            self._bare_geometry(value, line, _spelling(text))
         else:
-            self._feature(value, line, text)
+            self._feature(value, line, _spelling(text))
 
-    def _bare_geometry(self, geometry: dict[str, Any], line: int) -> None:
+    def _bare_geometry(self, geometry: dict[str, Any], line: int, spelling: list[str]) -> None:
         self._report.counts["annotation", ""] += 1
-        for rule in check_geometry(geometry):
-            self.report_rule(rule, line, feature=self._n_features)
-        self._n_features += 1
+        outlines: list[Outline] = []
+        self._look_at(line, [*spelling, *check_geometry(geometry, outlines)], outlines)
 
-    def _feature(self, value: Any, line: int, text: JsonStream | None) -> None:
-        index = self._n_features
-        self._n_features += 1
-        if text is not None:
-            self._spelling(text, line, index)
-        for rule in dict.fromkeys(check_feature(value)):
-            self.report_rule(rule, line, feature=index)
+    def _feature(self, value: Any, line: int, spelling: list[str]) -> None:
+        outlines: list[Outline] = []
+        rules = [*spelling, *check_feature(value, outlines=outlines)]
         if isinstance(value, dict):
             self._report.counts[kind_of(value), class_of(value)] += 1
-            self._count_id(value.get("id"), line, index)
+            if self._is_repeated(value.get("id")):
+                rules.append("repeated-id")
+        self._look_at(line, rules, outlines)
 
-    def _count_id(self, id_: Any, line: int, index: int) -> None:
+    def _look_at(self, line: int, rules: list[str], outlines: list[Outline]) -> None:
+        self._last.append((line, self._n_features, rules, outlines))
+        self._n_features += 1
+        self._n_points += sum(len(ring) for polygons in outlines for polygon in polygons for ring in polygon)
+        if len(self._last) >= _AT_ONCE or self._n_points >= _POINTS_AT_ONCE:
+            self._report_last()
+
+    def _is_repeated(self, id_: Any) -> bool:
         try:
             octets = bytes.fromhex(id_.replace("-", "")) if isinstance(id_, str) else b""
         except ValueError:
-            return
+            return False
         if len(octets) != 16:
-            return
-        if octets in self._ids:
-            self.report_rule("repeated-id", line, feature=index)
+            return False
+        is_repeated = octets in self._ids
         self._ids.add(octets)
+        return is_repeated
 
-    def _spelling(self, text: JsonStream, line: int, feature: int | None) -> None:
-        # QuPath itself writes "metadata" twice, with the same content.
-        if any(key != "metadata" for key in text.repeated_keys):
-            self.report_rule("repeated-key", line, feature=feature)
-        if text.bare_numbers:
-            self.report_rule("bare-nan", line, feature=feature)
+
+def _spelling(text: JsonStream) -> list[str]:
+    """Return what rules the spelling of the value that was read last breaks."""
+    # QuPath itself writes "metadata" twice, with the same content.
+    rules = ["repeated-key"] if any(key != "metadata" for key in text.repeated_keys) else []
+    return [*rules, "bare-nan"] if text.bare_numbers else rules

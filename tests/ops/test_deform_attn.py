@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from types import SimpleNamespace
 
@@ -16,6 +17,23 @@ from torch import Tensor
 
 from slidescan.ops import deform_attn, reference
 from tests.ops.cases import DEVICE, EVERY, OURS, Shapes, all_gradients, inputs, needs_triton
+
+
+@contextlib.contextmanager
+def programs_of(blocks: int) -> Iterator[None]:
+    """Cut the kernels' work into programs of so many blocks where they are interpreted: time goes by programs."""
+    with pytest.MonkeyPatch.context() as patch:
+        if DEVICE == "cpu" and importlib.util.find_spec("triton") is not None:
+            from slidescan.ops import fused
+
+            patch.setattr(fused, "launch", lambda *_: fused.Launch(2, blocks, 2))
+        yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _several_programs() -> Iterator[None]:
+    with programs_of(4):
+        yield
 
 
 def by_hand(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor, points: Sequence[int]) -> Tensor:
@@ -52,18 +70,21 @@ def test_is_its_definition(backend: str) -> None:
     m=st.sampled_from([1, 2, 3, 8]),
     d=st.sampled_from([1, 3, 16, 24]),
     seed=st.integers(0, 1000),
+    blocks=st.sampled_from([1, 4, 16]),
 )
-@example(levels=[(2, 3, 2), (0, 5, 3)], n=1, q=2, m=2, d=4, seed=0)
-@example(levels=[(5, 3, 0)], n=1, q=2, m=1, d=4, seed=0)
-@example(levels=[(4, 4, 3), (2, 2, 6), (1, 1, 3)], n=2, q=17, m=8, d=32, seed=1)
+@example(levels=[(2, 3, 2), (0, 5, 3)], n=1, q=2, m=2, d=4, seed=0, blocks=1)
+@example(levels=[(5, 3, 0)], n=1, q=2, m=1, d=4, seed=0, blocks=1)
+@example(levels=[(4, 4, 3), (2, 2, 6), (1, 1, 3)], n=2, q=17, m=8, d=32, seed=1, blocks=4)
 @pytest.mark.parametrize("backend", OURS)
 def test_agrees_with_the_reference_for_any_shape(
-    backend: str, levels: list[tuple[int, int, int]], n: int, q: int, m: int, d: int, seed: int
+    backend: str, levels: list[tuple[int, int, int]], n: int, q: int, m: int, d: int, seed: int, blocks: int
 ) -> None:
-    """Result and all gradients are grid_sample's, whatever the levels, points, batch, queries, heads and channels."""
+    """Result and all gradients are grid_sample's, whatever the levels, points, batch, queries, heads, channels, cut."""
     shapes, points = [(h, w) for h, w, _ in levels], [k for _, _, k in levels]
     args = inputs(shapes, points, n, q, m, d, seed=seed)
-    for got, expected in zip(all_gradients(args, backend), all_gradients(args, "reference"), strict=True):
+    with programs_of(blocks):
+        got_all = all_gradients(args, backend)
+    for got, expected in zip(got_all, all_gradients(args, "reference"), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
 
 
