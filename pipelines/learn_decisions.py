@@ -37,7 +37,7 @@ _FIGURES, _LOOK_ALIKES = 40, 160  # a mm²: a proliferating tumour, with four ti
 def phantom(seed: int, size_px: int) -> Phantom:
     """Return a phantom with as many figures and look-alikes as its area asks for."""
     area_mm2 = (size_px * _MPP * 1e-3) ** 2
-    figures, look_alikes = (max(4, round(n * area_mm2)) for n in (_FIGURES, _LOOK_ALIKES))
+    figures, look_alikes = (max(2, round(n * area_mm2)) for n in (_FIGURES, _LOOK_ALIKES))
     return Phantom((size_px, size_px), mpp=_MPP, seed=seed, n_figures=figures, n_look_alikes=look_alikes, tissue=0.9)
 
 
@@ -79,7 +79,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--smoke", action="store_true", help="one small phantom of each, for tests")
     arguments = parser.parse_args()
-    n, size_px = (1, 800) if arguments.smoke else (_SLIDES, _SIZE_PX)
+    n, size_px = (1, 1024) if arguments.smoke else (_SLIDES, _SIZE_PX)
     before = load_detector(arguments.model).at(_MPP)
     assert isinstance(before, Model)
     with tempfile.TemporaryDirectory() as scratch:
