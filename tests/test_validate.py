@@ -6,7 +6,6 @@ import gzip
 import json
 import zipfile
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -381,35 +380,3 @@ def test_messages_keep_the_files_text_to_themselves(tmp_path: Path) -> None:
     )
     text = json.dumps([feature]) + secret
     assert all(secret not in str(p) for p in validate_geojson(_document(tmp_path / "a.geojson", text)))
-
-
-BOW_TIE = [[0, 0], [9, 9], [9, 0], [0, 9], [0, 0]]
-THREAD = [[0, 0], [9, 0], [9, 0.001], [0, 0]]
-SLANTED = [[0, 0], [9, 1], [8, 9], [0, 0]]
-HOLE = [[4, 2], [6, 2], [6, 4], [4, 2]]
-OUTLINES = [SLANTED, BOW_TIE, THREAD, [[0, 0], [1, 1]], [[0, 0], [9, 0], [9, 9], [1, 1]]]
-
-
-@given(
-    st.lists(
-        st.one_of(
-            st.sampled_from([_polygon(outline) for outline in OUTLINES]),
-            st.sampled_from([_polygon(SLANTED, HOLE), _polygon(SLANTED, BOW_TIE), _polygon(SQUARE), _feature(), 7]),
-            st.lists(st.sampled_from(OUTLINES), min_size=1, max_size=3).map(
-                lambda rings: _feature(geometry={"type": "MultiPolygon", "coordinates": [[ring] for ring in rings]})
-            ),
-            st.sampled_from(OUTLINES).map(lambda ring: _feature(childObjects=[_polygon(ring), _polygon(SLANTED)])),
-        ),
-        max_size=9,
-    ),
-    st.sampled_from([1, 2, 1000]),
-)
-def test_a_file_breaks_what_its_objects_break_one_by_one(objects: list[Any], at_once: int) -> None:
-    """In their order, however many outlines are checked together."""
-    with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr("slidescan.export.validate._AT_ONCE", at_once)
-        path = _document(Path(folder) / "a.geojson", objects)
-        found = [(problem.feature, problem.rule) for problem in validate_geojson(path)]
-    expected = [(n, rule) for n, one in enumerate(objects) for rule in dict.fromkeys(check_feature(one))]
-    assert [n for n, _ in found] == [n for n, _ in expected]
-    assert sorted(found) == sorted(expected)
