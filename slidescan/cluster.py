@@ -142,8 +142,9 @@ def _hush(client: Client) -> None:
     """Keep Dask's loop from telling the terminal of its own timer that ran out just when the loop was closed."""
 
     def heed(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        is_timer = isinstance(context.get("exception"), TimeoutError) and "task" not in context
-        if not (is_timer and str(context.get("message")).endswith("never retrieved")):
+        # Of a task, which does something, asyncio says "Task exception".
+        is_unheard = context.get("message") == "Future exception was never retrieved"
+        if not (is_unheard and isinstance(context.get("exception"), TimeoutError)):
             loop.default_exception_handler(context)
 
     inner: Any = client.loop

@@ -4,7 +4,8 @@ The system clears each page it hands out, and threads that ask for pages wait fo
 back when they are freed, so a network would have its pages cleared with every batch: with blocks kept the bundled
 detector is 1.5 times as fast on two cores (`python pipelines/benchmark.py heap`), with the memory it takes under
 glibc's defaults. What the heap keeps is given back between regions. Blocks of 32 MB and more, such as a region's
-pixels, glibc always maps apart: `pixels` uses those again itself. Another C library is left as it is.
+pixels, glibc always maps apart: `pixels` uses those again itself. Another C library is left as it is. And while a large
+library is loaded, Python looks for no garbage.
 """
 
 from __future__ import annotations

@@ -73,6 +73,18 @@ async def left_alone(error: Exception) -> None:
     gc.collect()
 
 
+async def ended_alone(error: Exception) -> None:
+    """Leave a task that ended with an error that nobody asks for."""
+
+    async def end() -> None:
+        raise error
+
+    task = asyncio.create_task(end())
+    await asyncio.wait([task])
+    del task
+    gc.collect()
+
+
 def with_its_parent() -> tuple[int, int]:
     return os.getpid(), os.getppid()
 
@@ -81,10 +93,12 @@ class TestThisMachine:
     def test_nothing_is_said_of_dasks_own_timers(self, caplog: pytest.LogCaptureFixture) -> None:
         """What else goes wrong in its loop is said."""
         with cluster.cluster(None, 1) as (client, _, _):
-            for error in (TimeoutError("Timeout"), OSError("a wire was cut")):
+            for error in (TimeoutError("its time is over"), OSError("a wire was cut")):
                 client.sync(left_alone, error)
+            client.sync(ended_alone, TimeoutError("a task's"))
         assert "a wire was cut" in caplog.text
-        assert "Timeout" not in caplog.text
+        assert "a task's" in caplog.text
+        assert "its time is over" not in caplog.text
 
     def test_a_core_a_process_and_nobody_else_reaches_them(self) -> None:
         before = listening()

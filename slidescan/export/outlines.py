@@ -17,6 +17,7 @@ __all__ = ["Outline", "check_geometry", "check_outlines", "is_geometry", "is_num
 
 Outline = list[list[NDArray[np.float64]]]  # polygons of rings (N, 2), px: the outer one, then holes
 
+# How many arrays enclose a position.
 _DEPTH = {"Point": 0, "MultiPoint": 1, "LineString": 1, "MultiLineString": 2, "Polygon": 2, "MultiPolygon": 3}
 _GRID_PX = 0.01  # QuPath reduces outlines to this step
 _LIMIT_PX = 1e9  # beyond it a coordinate is no pixel, and squaring it may leave float's range
@@ -34,7 +35,9 @@ def is_number(value: Any) -> bool:
 
 
 def check_geometry(geometry: Any, outlines: list[Outline] | None = None) -> Iterator[str]:
-    """Yield the rules that a geometry breaks; for polygons the first of each outline. For `outlines`: `check_feature`.
+    """Yield the rules that a geometry breaks; for polygons the first of each outline.
+
+    Where `outlines` is given, it gets the well-formed ones, for `check_outlines` to check many at once.
 
     Examples
     --------
@@ -66,7 +69,7 @@ def _are_positions(found: Any, depth: int) -> bool:
     return len(found) >= 2 and all(is_number(v) and abs(v) < _LIMIT_PX for v in found)
 
 
-def _points(ring: Any) -> np.ndarray[Any, Any] | None:
+def _points(ring: Any) -> NDArray[np.float64] | None:
     """Return a ring as (N, 2) px, None if it is not an array of positions."""
     if not isinstance(ring, list):
         return None
@@ -76,8 +79,8 @@ def _points(ring: Any) -> np.ndarray[Any, Any] | None:
         return None
     if points.ndim != 2 or points.shape[1] < 2 or points.dtype.kind not in "if":
         return None
-    points = points[:, :2].astype(np.float64)
-    return points if (np.abs(points) < _LIMIT_PX).all() else None
+    xy = points[:, :2].astype(np.float64)
+    return xy if (np.abs(xy) < _LIMIT_PX).all() else None
 
 
 def _is_rectangle(rings: Any) -> bool:

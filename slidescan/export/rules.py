@@ -83,7 +83,6 @@ _READ_KEYS = frozenset(
     {"objectType", "object_type", "type", "name", "color", "colorRGB", "classification", "isLocked", "measurements"}
     | {"metadata", "childObjects"}
 )
-# How many arrays enclose a position.
 # Decimal forms of java.lang.Double.parseDouble, and QuPath's own two words.
 _JAVA_NUMBER = re.compile(r"\s*([+-]?(NaN|Infinity|(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?[fFdD]?)|-?inf)\s*", re.ASCII)
 _UUID = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
@@ -110,7 +109,7 @@ def class_of(feature: dict[str, Any]) -> str:
 def check_feature(feature: Any, *, depth: int = 0, outlines: list[Outline] | None = None) -> Iterator[str]:
     """Yield the rules that an object and the objects inside it break; `depth` counts the objects it lies in.
 
-    Where `outlines` is given, it gets the well-formed ones, for `check_outlines` to check many at once.
+    For `outlines` see `slidescan.export.outlines.check_geometry`.
 
     Examples
     --------
