@@ -287,7 +287,7 @@ class TestPictures:
             give(tmp_path, record.slide_id, scanned)
         page = written(tmp_path, *good, *gaps, failed("lost"))
         assert {r["slide_id"] for r in page.rows if r["picture"]} == {"gap0", "gap1", "good3", "good2"}
-        assert "4 slides have a picture" in page.text
+        assert "density of figures and coverage: 4, at most" in page.text
         for row in page.rows:
             if row["picture"]:
                 kind, _, data = row["picture"].partition(",")

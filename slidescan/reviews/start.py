@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 
 from slidescan.archive import Archive, ArchiveRegion, open_archive, read_listing
-from slidescan.errors import ConfigError
+from slidescan.errors import ConfigError, ResultError
 from slidescan.result import ScanResult, load_result, read_manifest
 from slidescan.reviews.case import Case, SlideAt
 from slidescan.reviews.decisions import DECISIONS, What
@@ -94,7 +94,13 @@ def open_runs(path: str | Path) -> ScanResult | Archive:
     ResultError
         If it is neither.
     """
-    return load_result(path, verify=False) if read_manifest(Path(path)) is not None else open_archive(path)
+    out = Path(path)
+    if read_manifest(out) is not None:
+        return load_result(out, verify=False)
+    if not (out / "records").is_dir():
+        state = "if a scan writes there, it has not finished" if out.is_dir() else "there is no such directory"
+        raise ResultError(f"{out}: expected a result or the output directory of an archive, found neither; {state}")
+    return open_archive(out)
 
 
 def decided_cases(what: ScanResult | Archive, slides: Slides | None) -> list[Case]:

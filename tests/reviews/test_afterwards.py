@@ -11,6 +11,8 @@ import pytest
 
 import slidescan as ss
 from slidescan import cli
+from slidescan.errors import ResultError
+from slidescan.reviews.start import open_runs
 from slidescan.slides import Slide
 from tests.discs import ORACLE, config, discs
 from tests.reviewed import lines
@@ -123,3 +125,11 @@ def test_export_of_what_was_decided(
     assert "expected accepted, rejected or unsure, got 'maybe'" in refused("--decisions", "maybe")
     assert "decided here (ann, ben), got 'cat'" in refused("--decisions", "accepted", "--reviewer", "cat")
     assert "--reviewer goes with --decisions" in refused("--reviewer", "ann")
+
+
+def test_what_is_neither_a_result_nor_an_archive_is_said(tmp_path: Path) -> None:
+    """A scan that has not finished looks like an empty directory."""
+    with pytest.raises(ResultError, match="found neither; if a scan writes there, it has not finished"):
+        open_runs(tmp_path)
+    with pytest.raises(ResultError, match="found neither; there is no such directory"):
+        open_runs(tmp_path / "nowhere")
