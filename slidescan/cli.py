@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from slidescan import cli_archive, cli_review, cli_train
-from slidescan.cli_archive import assigned, with_reason
+from slidescan.cli_archive import PrecisionOpt, assigned, with_reason
+from slidescan.cli_progress import slide_scanned
 from slidescan.cli_report import chosen, duration, report, say_profile, seconds_of, warnings_in_a_line
 from slidescan.errors import ConfigError, ResultError, SlideError, SlidescanError, WorkerError
 
 if TYPE_CHECKING:
     from slidescan.config import ScanConfig
+    from slidescan.detect.model import Precision
     from slidescan.detections import Detector
-    from slidescan.prepare import Prepared
     from slidescan.result import ScanResult
-    from slidescan.scan_slide import Progress
     from slidescan.slides import Slide
 
 __all__ = ["app", "main"]
@@ -98,6 +98,7 @@ def info(
     slide: SlideArg,
     mpp: MppOpt = None,
     model: ModelOpt = "mitosis",
+    precision: PrecisionOpt = "auto",
     config: ConfigOpt = None,
     set_: SetOpt = None,
     allow_coarse: CoarseOpt = False,
@@ -117,7 +118,7 @@ def info(
 
     from slidescan.prepare import estimate_s, prepare
 
-    prepared = prepare(opened, _detector(model), settings, allow_coarse=allow_coarse)
+    prepared = prepare(opened, _detector(model, precision), settings, allow_coarse=allow_coarse)
     typer.echo(f"detector    {chosen(prepared)}")
     if prepared.tissue is not None:
         note = f"; {prepared.tissue.note}" if prepared.tissue.note else ""
@@ -135,6 +136,7 @@ def scan(
     out: Annotated[Path, typer.Option("--out", "-o", help="Directory that will hold <slide id>/.")] = Path("runs"),
     mpp: MppOpt = None,
     model: ModelOpt = "mitosis",
+    precision: PrecisionOpt = "auto",
     config: ConfigOpt = None,
     set_: SetOpt = None,
     slide_id: Annotated[str | None, typer.Option(help="Name in outputs, instead of the file's own.")] = None,
@@ -153,7 +155,7 @@ def scan(
     opened = _open(slide, mpp, backend, verify)
     result = _scan(
         opened,
-        model,
+        _detector(model, precision),
         out / (slide_id or opened.name),
         settings,
         title=slide_id,
@@ -225,6 +227,7 @@ def validate(path: Annotated[Path, typer.Argument(help="GeoJSON file, plain, .gz
 def detect(
     image: Annotated[Path, typer.Argument(help="A picture: PNG, JPEG, or a slide.")],
     model: ModelOpt = "mitosis",
+    precision: PrecisionOpt = "auto",
     min_score: Annotated[float | None, typer.Option(help="Lowest score; default: the operating threshold.")] = None,
     tile_px: Annotated[int | None, typer.Option(help="Edge of a tile; a picture no larger is scored whole.")] = None,
     mpp: Annotated[float | None, typer.Option(help="µm/px of the picture; default: the model's own.")] = None,
@@ -233,7 +236,7 @@ def detect(
     from slidescan.detect import load_detector
     from slidescan.picture import detect_image
 
-    detector = load_detector(model, mpp=1.0)  # where the model names no µm/px, a px is its unit
+    detector = load_detector(model, precision=precision, mpp=1.0)  # where the model names no µm/px, a px is its unit
     found = detect_image(image, detector, min_score=min_score, tile_px=tile_px, mpp=mpp)
     columns = (found.xyxy.tolist(), found.score.tolist(), found.label.tolist(), found.attributes.tolist())
     for box, score, label, said in zip(*columns, strict=True):
@@ -261,7 +264,7 @@ def demo(
     seconds = write(path, phantom)
     typer.echo(f"{path}: {size_px:,} × {size_px:,} px, {len(phantom.truth)} figures planted, {seconds:.1f} s to write")
     opened = _open(path, None, "auto")
-    result = _scan(opened, "mitosis", out / opened.name, settings, workers=workers, overwrite=True)
+    result = _scan(opened, detector, out / opened.name, settings, workers=workers, overwrite=True)
     outcome = compare(result, phantom)
     typer.echo(f"planted {outcome.planted}   found {outcome.found}   extra {outcome.extra}")
     typer.echo(f"on tile and region seams: planted {outcome.planted_on_seams}   found {outcome.found_on_seams}")
@@ -293,15 +296,15 @@ def _open(path: str | Path, mpp: float | None, backend: str, verify: bool = Fals
         return open_slide(path, mpp=mpp, backend=backend, verify=verify)  # type: ignore[arg-type]
 
 
-def _detector(model: str) -> Detector:
+def _detector(model: str, precision: Precision = "auto") -> Detector:
     from slidescan.detect import load_detector
 
-    return load_detector(model)
+    return load_detector(model, precision=precision)
 
 
 def _scan(
     opened: Slide,
-    model: str,
+    detector: Detector,
     out: Path,
     settings: ScanConfig,
     *,
@@ -312,44 +315,16 @@ def _scan(
     overwrite: bool = False,
 ) -> ScanResult:
     """Scan with a progress bar on stderr."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bar
-
     from slidescan.cluster import connect
     from slidescan.scan_slide import scan as scan_slide
 
     with warnings_in_a_line():
         client = connect(scheduler) if scheduler else None
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("regions  {task.fields[rate]}"),
-        TimeRemainingColumn(),
-    )
-    console = Console(stderr=True)
-    with Bar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(title or opened.name, total=None, rate="")
-
-        def prepared(what: Prepared) -> None:
-            frame = opened.frame
-            console.print(
-                f"{frame.mpp:.4g} µm/px (from {opened.mpp_source}): {chosen(what)}", highlight=False, soft_wrap=True
-            )
-            if what.tissue is not None and what.tissue.note:
-                console.print(f"tissue: {what.tissue.note}", highlight=False, soft_wrap=True)
-            bar.update(task, total=len(what.plan.regions))
-
-        def progress(state: Progress) -> None:
-            elapsed = bar.tasks[0].elapsed or 0.0
-            rate = f"{state.megapixels_done / elapsed:.1f} MP/s" if elapsed else ""
-            bar.update(task, completed=state.regions_done, total=state.regions, rate=rate)
-
+    with slide_scanned(opened, title or opened.name) as (prepared, progress):
         try:
             return scan_slide(
                 opened,
-                model,
+                detector,
                 out=out,
                 config=settings,
                 client=client,

@@ -6,14 +6,15 @@ import json
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 import yaml
 
+from slidescan.cli_progress import slides_done
 from slidescan.cli_report import duration, warnings_in_a_line
 from slidescan.errors import ConfigError
 from slidescan.timeouts import LONGEST_S
@@ -21,11 +22,18 @@ from slidescan.timeouts import LONGEST_S
 if TYPE_CHECKING:
     from distributed import Client
 
-    from slidescan.archive import ArchiveProgress
+    from slidescan.detections import Detector
     from slidescan.jobqueue import Queue
 
-__all__ = ["archive", "assigned", "heeded_signals", "status", "with_reason"]
+__all__ = ["PrecisionOpt", "archive", "assigned", "heeded_signals", "status", "with_reason"]
 
+PrecisionOpt = Annotated[
+    Literal["auto", "fp32", "bf16"],
+    typer.Option(
+        help="Of the network's convolutions. bf16 is faster on a GPU, and on a CPU that has it (AVX-512, AMX); auto: "
+        "bf16 on a GPU and fp32 on a CPU."
+    ),
+]
 _AGAIN_S = 0.05  # after which a signal that was lost comes again: finalizers end sooner
 
 
@@ -37,6 +45,7 @@ def archive(
     model: Annotated[
         str, typer.Option("--model", "-m", help="Detector: `mitosis`, a directory, or a Hugging Face id.")
     ] = "mitosis",
+    precision: PrecisionOpt = "auto",
     config: Annotated[
         Path | None, typer.Option("--config", "-c", help="YAML with settings; see configs/slurm.yaml.")
     ] = None,
@@ -63,22 +72,23 @@ def archive(
     """Scan many slides; run it again after anything and it continues."""
     from slidescan.archive import read_listing, scan_archive
     from slidescan.archive.record import REASONS
+    from slidescan.detect import load_detector
     from slidescan.jobqueue import load_settings
 
     if retry_failed and retry_failed not in REASONS:
         raise ConfigError(f"--retry-failed must be one of {', '.join(REASONS)}, or nothing, got {retry_failed!r}")
     settings, queue = load_settings(config, assigned(set_ or []))
-    part, entries = _shard(shard), read_listing(listing)
+    part, entries, detector = _shard(shard), read_listing(listing), load_detector(model, precision=precision)
     with heeded_signals(), _cluster(scheduler, queue) as client:
         n = queue.workers if queue is not None and client is not None else workers
         common: dict[str, Any] = {"config": settings, "client": client, "workers": n, "shard": part}
         if dry_run:
-            _estimate(entries, model, allow_coarse, common)
+            _estimate(entries, detector, allow_coarse, common)
             return
-        with _bar() as on_slide:
+        with slides_done() as on_slide:
             records = scan_archive(
                 entries,
-                model,
+                detector,
                 out=out,
                 allow_coarse=allow_coarse,
                 retry_failed=retry_failed or retry_failed is not None,
@@ -187,37 +197,12 @@ def _shard(shard: str | None) -> tuple[int, int] | None:
     return int(found[1]), int(found[2])
 
 
-@contextmanager
-def _bar() -> Iterator[Callable[[ArchiveProgress], None]]:
-    """Show a bar to a person; say what failed to everybody. Machines read log.jsonl."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    columns = (TextColumn("slides"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
-    with Progress(
-        *columns, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal
-    ) as bar:
-        task = bar.add_task("", total=None)
-
-        def on_slide(now: ArchiveProgress) -> None:
-            record = now.record
-            if record.reason is not None and record.reason != "no_tissue":
-                told = f"{record.slide_id}: {record.state}, {record.reason}: {record.message}"
-                console.print(told, markup=False, highlight=False, soft_wrap=True)
-            rate = f"{now.megapixels / now.seconds:.1f} MP/s" if now.seconds else ""
-            failed = f"{now.failed:,} failed  " if now.failed else ""
-            bar.update(task, completed=now.done + now.failed, total=now.slides, description=failed + rate)
-
-        yield on_slide
-
-
-def _estimate(entries: list[Any], model: str, allow_coarse: bool, common: dict[str, Any]) -> None:
+def _estimate(entries: list[Any], detector: Detector, allow_coarse: bool, common: dict[str, Any]) -> None:
     from slidescan.archive.engine import estimate_archive
 
     total: dict[str, float] = {"bytes": 0, "tissue_mm2": 0, "tiles": 0, "megapixels": 0, "seconds": 0}
     n = bad = 0
-    for entry, told in estimate_archive(entries, model, allow_coarse=allow_coarse, **common):
+    for entry, told in estimate_archive(entries, detector, allow_coarse=allow_coarse, **common):
         n += 1
         if "reason" in told:
             bad += 1

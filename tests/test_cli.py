@@ -35,6 +35,18 @@ def phantom(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def detector_of_photos(path: Path) -> None:
+    """Write what says that it is a DETR for 0.25 µm/px, a kind that has no bf16; its weights are never read."""
+    path.mkdir()
+    (path / "config.json").write_text(
+        '{"model_type": "detr", "architectures": ["DetrForObjectDetection"], "id2label": {"0": "cat"}}'
+    )
+    (path / "slidescan.json").write_text(
+        '{"name": "photos", "classes": ["cat"], "mpp": 0.25, "input_px": 512, "object_um": 20.0}'
+    )
+    (path / "model.safetensors").write_bytes(b"")
+
+
 def test_info_scan_export_validate(phantom: Path, tmp_path: Path) -> None:
     """The commands of the README work one after the other and say what they did."""
     said = slidescan("info", phantom)
@@ -94,6 +106,11 @@ def test_validate_names_the_line_that_breaks(tmp_path: Path) -> None:
         (["scan", "{case}", "--set", "tiling.tile_size=5"], 2, "tiling.tile_size"),
         (["scan", "{case}", "--set", "tiling"], 2, "section.key=value"),
         (["scan", "{case}", "--backend", "vips"], 2, "vips"),
+        (["scan", "{case}", "--precision", "fp8"], 2, "fp8"),
+        (["scan", "{case}", "--model", "photos", "--precision", "bf16"], 2, "got bf16"),
+        (["info", "{case}", "--model", "photos", "--precision", "bf16"], 2, "got bf16"),
+        (["detect", "{case}", "--model", "photos", "--precision", "bf16"], 2, "got bf16"),
+        (["archive", ".", "--model", "photos", "--precision", "bf16"], 2, "got bf16"),
         (["scan", "{case}", "--scheduler", "tcp://127.0.0.1:9"], 2, "127.0.0.1:9"),
         (["scan"], 2, "'slide'"),
         (["scann", "x"], 2, "scann"),
@@ -106,6 +123,7 @@ def test_a_wrong_command_is_one_line(phantom: Path, tmp_path: Path, arguments: l
     """Bad input: one line that names it, the right exit code, no traceback, and nothing that looks like a result."""
     (tmp_path / "empty.svs").touch()
     (tmp_path / "text.svs").write_text("not a slide")
+    detector_of_photos(tmp_path / "photos")
     done = slidescan(*(a.replace("{case}", str(phantom)) for a in arguments), cwd=tmp_path)
     if arguments[0] == "validate":
         assert done.returncode in (1, 3)
