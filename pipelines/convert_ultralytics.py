@@ -7,15 +7,14 @@ no connection. DIR is then a model: slidescan scan case.svs --model ultralytics:
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 from slidescan.detect import convert_yolo
-from slidescan.errors import SlidescanError
+from slidescan.errors import ends_in_a_line
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the pipeline; return the exit status."""
+def main() -> None:
+    """Run the pipeline."""
     parser = argparse.ArgumentParser(
         description="Write a model directory from a YOLO26 or YOLOv10 of ultralytics.",
         epilog="A .pt is a pickle, which can run code. It is opened so that it rebuilds known layers and nothing else; "
@@ -27,18 +26,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--object-um", type=float, default=15.0, help="edge of the largest object, µm")
     parser.add_argument("--threshold", type=float, default=0.5, help="operating score")
     parser.add_argument("--smoke", action="store_true", help="random weights instead, to see that all parts fit")
-    args = parser.parse_args(argv)
+    args = parser.parse_args()
     source = "yolo26n.yaml" if args.smoke else args.source
     if source is None:
         parser.error("expected a .pt or .yaml file, got none")
-    try:
-        model = convert_yolo(source, args.out, mpp=args.mpp, object_um=args.object_um, threshold=args.threshold)
-    except SlidescanError as exc:
-        print(f"convert_ultralytics: {exc}", file=sys.stderr)
-        return 2
+    model = convert_yolo(source, args.out, mpp=args.mpp, object_um=args.object_um, threshold=args.threshold)
     print(f"ultralytics:{args.out}: {len(model.classes)} classes, tiles of {model.input_px} px at {model.mpp:g} µm/px")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with ends_in_a_line("convert_ultralytics"):
+        main()

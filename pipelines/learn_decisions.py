@@ -19,6 +19,7 @@ from pathlib import Path
 import slidescan as ss
 from slidescan.detect import load_detector
 from slidescan.detect.model import Model
+from slidescan.errors import ends_in_a_line
 from slidescan.export.features import Feature
 from slidescan.export.geojson import write_geojson
 from slidescan.phantom import Phantom, write_phantom
@@ -123,4 +124,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":  # the workers are processes that import this file
-    main()
+    with ends_in_a_line("learn_decisions"):
+        main()

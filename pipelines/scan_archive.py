@@ -10,6 +10,7 @@ from pathlib import Path
 
 import slidescan as ss
 from slidescan.archive import ArchiveProgress, archive_status
+from slidescan.errors import ends_in_a_line
 
 
 def say(now: ArchiveProgress) -> None:
@@ -35,4 +36,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":  # the workers are processes that import this file
-    main()
+    with ends_in_a_line("scan_archive", "stopped; run it again to continue"):
+        main()

@@ -1,14 +1,13 @@
 """The command line: parse, call, say what came of it. Heavy imports wait until a command needs them.
 
-Exit codes: 0 done; 1 the slide (or file) is at fault; 2 the command, a setting or the model is; 3 stopped before
-the end.
+Exit codes: 0 done; others as in `slidescan.errors.ends_in_a_line`.
 """
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,7 +15,7 @@ from slidescan import cli_archive, cli_review, cli_train
 from slidescan.cli_archive import PrecisionOpt, assigned, with_reason
 from slidescan.cli_progress import slide_scanned
 from slidescan.cli_report import chosen, duration, report, say_profile, seconds_of, warnings_in_a_line
-from slidescan.errors import ConfigError, ResultError, SlideError, SlidescanError, WorkerError
+from slidescan.errors import ConfigError, ends_in_a_line
 
 if TYPE_CHECKING:
     from slidescan.config import ScanConfig
@@ -51,29 +50,22 @@ VerifyOpt = Annotated[
 
 def main() -> None:
     """Run the command line; a foreseen failure is one line on stderr."""
-    try:
-        # Typer returns the code of a command that ended by `Exit`, and 130 for Ctrl-C.
-        code = app(with_reason(sys.argv[1:]), standalone_mode=False)
-    except (typer.Abort, KeyboardInterrupt):
-        code = 130
-    except SlidescanError as exc:
-        _fail(str(exc), 1 if isinstance(exc, SlideError) else 3 if isinstance(exc, ResultError | WorkerError) else 2)
-    except BrokenPipeError:
-        sys.exit(0)
-    except Exception as exc:
-        # Typer raises Click's own usage errors through here; anything else is a bug and keeps its traceback.
-        if not hasattr(exc, "exit_code") or not hasattr(exc, "format_message"):
-            raise
-        _fail(exc.format_message(), 2)
-    if code == 130:
-        _fail("stopped; what was scored is kept: run the same command to continue", 3)
+    with ends_in_a_line("slidescan", "stopped; what was scored is kept: run the same command to continue"):
+        try:
+            # Typer returns the code of a command that ended by `Exit`, and 130 for Ctrl-C.
+            code = app(with_reason(sys.argv[1:]), standalone_mode=False)
+        except typer.Abort:
+            code = 130
+        except BrokenPipeError:
+            code = 0
+        except Exception as exc:
+            # Typer raises Click's own usage errors through here; anything else is a bug and keeps its traceback.
+            if not hasattr(exc, "exit_code") or not hasattr(exc, "format_message"):
+                raise
+            raise ConfigError(exc.format_message()) from exc
+        if code == 130:
+            raise KeyboardInterrupt
     sys.exit(code or 0)
-
-
-def _fail(message: str, code: int) -> NoReturn:
-    """Say one line on stderr and leave."""
-    sys.stderr.write(f"slidescan: {message}\n")
-    sys.exit(code)
 
 
 def _version(wanted: bool) -> None:
@@ -315,8 +307,8 @@ def _scan(
     overwrite: bool = False,
 ) -> ScanResult:
     """Scan with a progress bar on stderr."""
-    from slidescan.cluster import connect
     from slidescan.scan_slide import scan as scan_slide
+    from slidescan.scheduler import connect
 
     with warnings_in_a_line():
         client = connect(scheduler) if scheduler else None

@@ -171,8 +171,8 @@ def assigned(assignments: list[str]) -> dict[str, Any]:
 @contextmanager
 def _cluster(scheduler: str | None, queue: Queue | None) -> Iterator[Client | None]:
     """Give a client of the cluster that was asked for; None: of this machine's processes, which the run starts."""
-    from slidescan.cluster import connect
     from slidescan.jobqueue import from_queue
+    from slidescan.scheduler import connect
 
     if scheduler is not None:
         if queue is not None:

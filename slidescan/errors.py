@@ -25,6 +25,10 @@ Each takes exactly that one message, so that it survives the trip between Dask w
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 __all__ = [
     "ConfigError",
     "MissingExtraError",
@@ -43,6 +47,7 @@ __all__ = [
     "SlidescanError",
     "WorkerError",
     "WorkerTimeoutError",
+    "ends_in_a_line",
 ]
 
 
@@ -119,3 +124,23 @@ class ResultInTheWayError(ResultError):
 
 class MissingExtraError(SlidescanError, ImportError):
     """An optional dependency is needed and not installed."""
+
+
+@contextmanager
+def ends_in_a_line(program: str, stopped: str = "stopped") -> Iterator[None]:
+    """End the program with one line on stderr where the block ends in a foreseen failure or, as `stopped`, by Ctrl-C.
+
+    The exit code is 1 where the slide (or file) is at fault, 2 where the command, a setting or the model is, and 3
+    where it stopped before the end.
+    """
+    try:
+        yield
+    except SlidescanError as exc:
+        code = 1 if isinstance(exc, SlideError) else 3 if isinstance(exc, ResultError | WorkerError) else 2
+        said = str(exc)
+    except KeyboardInterrupt:
+        said, code = stopped, 3
+    else:
+        return
+    sys.stderr.write(f"{program}: {said}\n")
+    sys.exit(code)

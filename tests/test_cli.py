@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import signal
 import subprocess
 import sys
@@ -11,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from slidescan.phantom import Phantom, write_phantom
+
+ROOT = Path(__file__).parents[1]
 
 
 def slidescan(*arguments: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -132,6 +135,16 @@ def test_a_wrong_command_is_one_line(phantom: Path, tmp_path: Path, arguments: l
     else:
         assert said in failed(done, code)
     assert not list(tmp_path.rglob("manifest.json"))
+
+
+@pytest.mark.parametrize("command", [["scan_archive", "nowhere.csv"], ["learn_decisions", "--model", "nowhere"]])
+def test_a_pipeline_that_is_told_nonsense_ends_in_a_line(tmp_path: Path, command: list[str]) -> None:
+    """Its line begins with the pipeline's name and says what was not found; the exit code is that of the commands."""
+    program = [sys.executable, ROOT / "pipelines" / f"{command[0]}.py", *command[1:]]
+    done = subprocess.run(program, capture_output=True, text=True, check=False, timeout=300, cwd=tmp_path)
+    assert re.fullmatch(rf"{command[0]}: nowhere.*\n", done.stderr), done.stderr
+    assert done.returncode == 2
+    assert not list(tmp_path.iterdir())
 
 
 def _heed_sigint() -> None:

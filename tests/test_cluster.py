@@ -19,11 +19,12 @@ import psutil
 import pytest
 import yaml
 
-from slidescan import cluster, jobqueue
-from slidescan.cluster import connect, processes, visible_gpus
+from slidescan import cluster, jobqueue, scheduler
+from slidescan.cluster import processes, visible_gpus
 from slidescan.config import ScanConfig
 from slidescan.errors import ConfigError, MissingExtraError
 from slidescan.jobqueue import Queue, from_queue, load_settings, prepared
+from slidescan.scheduler import connect
 
 if TYPE_CHECKING:
     from distributed import LocalCluster
@@ -234,7 +235,7 @@ class TestCertificates:
         ],
     )
     def test_code_sent_in_the_open(self, address: str, exposed: bool) -> None:
-        assert cluster._is_exposed(address) is exposed
+        assert scheduler._is_exposed(address) is exposed
 
     def test_is_warned_of(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def nobody(*_: object, **__: object) -> None:
