@@ -15,7 +15,7 @@ __all__ = ["evaluate", "train"]
 def train(
     config: Annotated[Path, typer.Argument(help="YAML with settings; see configs/train_mitosis.yaml.")],
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Directory of the run; default: runs/<name of the settings>.")
+        Path | None, typer.Option("--out", "-o", help="Directory of the run; default: runs/<name>[-smoke].")
     ] = None,
     data: Annotated[
         Path | None, typer.Option(help="COCO directory, or slides with QuPath GeoJSON; default: the settings' own.")
@@ -49,8 +49,10 @@ def train(
     if settings.decisions is None and settings.decision_slides is not None:
         raise ConfigError("--slides: expected --add-decisions with it, whose pixels these are, got none; add it")
     mined = [open_slide(path, mpp=mine_mpp) for path in mine or []]
-    out = out or Path("runs") / settings.name
-    train_detector(settings.smoke() if smoke else settings, out, typer.echo, mine_slides=mined)
+    if smoke:
+        settings = settings.smoke()
+    out = out or Path("runs") / (f"{settings.name}-smoke" if smoke else settings.name)
+    train_detector(settings, out, typer.echo, mine_slides=mined)
     typer.echo(f"model       {out}; use it with --model {out}")
 
 

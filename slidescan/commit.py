@@ -19,7 +19,7 @@ from pathlib import Path
 
 from slidescan.errors import ResultError
 
-__all__ = ["commit", "disk_error", "machine", "sweep"]
+__all__ = ["commit", "disk_error", "flush", "machine", "sweep"]
 
 # Seconds after which nobody writes a file any more, wherever: the largest takes a minute. Clocks differ by less.
 _ABANDONED_S = 24 * 3600
@@ -51,6 +51,14 @@ def commit(path: Path, write: Callable[[Path], None]) -> None:
     finally:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
+
+
+def flush(tree: Path) -> None:
+    """Have the disk hold every file below a directory, before a name says that it is whole."""
+    for file in tree.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as written:
+                os.fsync(written.fileno())
 
 
 def sweep(folder: Path) -> None:

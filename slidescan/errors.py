@@ -30,6 +30,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 __all__ = [
+    "OUT_OF_MEMORY",
     "ConfigError",
     "MissingExtraError",
     "ModelError",
@@ -48,7 +49,10 @@ __all__ = [
     "WorkerError",
     "WorkerTimeoutError",
     "ends_in_a_line",
+    "is_short_of_memory",
 ]
+
+OUT_OF_MEMORY = "there was not enough memory; a smaller tiling.region_px or detect.batch_tiles may help"
 
 
 class SlidescanError(Exception):
@@ -126,6 +130,12 @@ class MissingExtraError(SlidescanError, ImportError):
     """An optional dependency is needed and not installed."""
 
 
+def is_short_of_memory(error: Exception) -> bool:
+    """Return whether memory ran out: numpy's, a GPU's, or torch's on the CPU, which has no error of its own."""
+    name = type(error).__name__
+    return isinstance(error, MemoryError) or name == "OutOfMemoryError" or "not enough memory" in str(error)
+
+
 @contextmanager
 def ends_in_a_line(program: str, stopped: str = "stopped") -> Iterator[None]:
     """End the program with one line on stderr where the block ends in a foreseen failure or, as `stopped`, by Ctrl-C.
@@ -140,6 +150,10 @@ def ends_in_a_line(program: str, stopped: str = "stopped") -> Iterator[None]:
         said = str(exc)
     except KeyboardInterrupt:
         said, code = stopped, 3
+    except Exception as exc:
+        if not is_short_of_memory(exc):  # a bug, which keeps its traceback
+            raise
+        said, code = OUT_OF_MEMORY, 3
     else:
         return
     sys.stderr.write(f"{program}: {said}\n")

@@ -28,7 +28,9 @@ def run_key(slide: Slide, detector: Detector, config: ScanConfig) -> str:
         slide.fingerprint,
         slide.frame.mpp,
         slide.color,
+        slide.backend,
         detector.sha256,
+        detector.mpp,
         detector.runs_on,
     ]
     text = json.dumps([*identity, config.model_dump(mode="json")], sort_keys=True)

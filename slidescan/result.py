@@ -193,7 +193,8 @@ class ScanResult:
     ) -> int:
         """Write detections as CSV (level-0 px), best first, of `only` these ids; return the number of rows."""
         lowest = self.threshold if min_score is None else min_score
-        rows = self._table().filter(pc.greater_equal(pc.field("score"), lowest))
+        # In float32, as everywhere: a score that is the threshold counts.
+        rows = self._table().filter(pc.greater_equal(pc.field("score"), pa.scalar(np.float32(lowest), pa.float32())))
         if only is not None:
             rows = rows.filter(pc.field("id").isin(pa.array(sorted(only), pa.string())))
         rows = rows.slice(0, top_k)

@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from slidescan.anomaly import anomaly_map, coverage_map
+from slidescan.commit import sweep
 from slidescan.config import ScanConfig
 from slidescan.detections import Detections, Detector
-from slidescan.errors import ConfigError, ResultInTheWayError, SlideReadError
+from slidescan.errors import ConfigError, ResultError, ResultInTheWayError, SlideReadError
 from slidescan.geometry import Box, Frame
 from slidescan.heap import give_back_freed, give_back_pixels, keep_freed
 from slidescan.lease import claimed
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 __all__ = ["Progress", "scan"]
 
 _PARTS = "parts"
+_HEX = "[0-9a-f]"
 
 
 def scan(
@@ -130,7 +132,10 @@ def scan(
         held.enter_context(claimed(directory))
         if _is_done(directory, key, overwrite=overwrite):
             _sweep(directory)
-            return load_result(directory)
+            try:
+                return load_result(directory)
+            except ResultError as exc:
+                raise ResultInTheWayError(str(exc)) from exc
         started = time.perf_counter()
         keep_freed()
         prepared = _prepare(opened, variant, config, directory / "thumbnail")
@@ -236,11 +241,9 @@ def _is_done(out: Path, key: str, *, overwrite: bool) -> bool:
 
 def _sweep(out: Path) -> None:
     """Remove what scans left that were stopped: parts of regions and files half written."""
-    for left in [*out.glob(f"{_PARTS}-*"), *out.glob(".*.part*")]:
-        if left.is_dir():
-            shutil.rmtree(left, ignore_errors=True)
-        else:
-            left.unlink(missing_ok=True)
+    for left in [*out.glob(f"{_PARTS}-{_HEX * 16}"), *out.glob(f".*.{_HEX * 12}.part")]:
+        shutil.rmtree(left, ignore_errors=True)
+    sweep(out)
 
 
 def _stitch_parts(

@@ -36,7 +36,7 @@ def write_slide(path: Path, seed: int, *, mpp: float | None = MPP, mark: Color |
 
 def write_cohort(folder: Path) -> Path:
     """Write four slides that can be scanned, two of one name; one without scale, one broken, one that is not there."""
-    folder = folder / "Doe^Jane 1970-01-01"
+    folder = folder / "Doe^Jane  1970-01-01"  # two spaces
     write_slide(folder / "north/case.tiff", 1)
     write_slide(folder / "south/case.tiff", 2)
     write_slide(folder / "south/other.tiff", 3)

@@ -36,6 +36,12 @@ class TestListing:
         assert entries[3].mpp == 0.5
         assert [e.group for e in entries][:3] == ["north", "south", "south"]
 
+    def test_a_home_directory_in_a_table(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A shell would have said what ~ is; in a table nobody did."""
+        monkeypatch.setenv("HOME", str(tmp_path / "home"))
+        (tmp_path / "a.csv").write_text("slide_path\n~/case.svs\n")
+        assert [entry.path for entry in read_listing(tmp_path / "a.csv")] == [str(tmp_path / "home/case.svs")]
+
     def test_a_folder_and_a_pattern(self, cohort: Path) -> None:
         (cohort.parent / ".trash").mkdir()
         write_slide(cohort.parent / ".trash/gone.tiff", 1)

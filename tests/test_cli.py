@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from slidescan import cli
+from slidescan.errors import OUT_OF_MEMORY
 from slidescan.phantom import Phantom, write_phantom
 
 ROOT = Path(__file__).parents[1]
@@ -135,6 +137,26 @@ def test_a_wrong_command_is_one_line(phantom: Path, tmp_path: Path, arguments: l
     else:
         assert said in failed(done, code)
     assert not list(tmp_path.rglob("manifest.json"))
+
+
+@pytest.mark.parametrize("error", [MemoryError("Unable to allocate 12.9 GiB"), RuntimeError("not enough memory: 9 GB")])
+def test_too_little_memory_is_one_line(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of numpy and of torch; what else is raised is a bug and keeps its traceback."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("slidescan.slides.open_slide", fail)
+    monkeypatch.setattr(sys, "argv", ["slidescan", "scan", "case.svs"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 3
+    assert capsys.readouterr().err == f"slidescan: {OUT_OF_MEMORY}\n"
+    error = RuntimeError("something else")
+    with pytest.raises(RuntimeError, match="something else"):
+        cli.main()
 
 
 @pytest.mark.parametrize("command", [["scan_archive", "nowhere.csv"], ["learn_decisions", "--model", "nowhere"]])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from itertools import pairwise
 
 import numpy as np
@@ -84,6 +85,21 @@ def test_hotspot_is_exact(seed: int, n: int, area_mm2: float) -> None:
     held = (x >= box.x0 - 1e-6) & (x <= box.x1 + 1e-6) & (y >= box.y0 - 1e-6) & (y <= box.y1 + 1e-6)
     assert (most, most) == (hotspot.count, int(held.sum()))
     assert box.clip(frame.bounds) == box
+
+
+def test_the_hotspot_of_a_large_slide_takes_little_memory() -> None:
+    """60 x 25 mm and a square of a high-power field, of which thousands lie side by side there: still the best one."""
+    rng = np.random.default_rng(0)
+    frame = Frame((240_000, 100_000), 0.25)
+    crowd = rng.normal((200_000, 60_000), 300, (30, 2))
+    centers = np.concatenate((rng.uniform((100, 100), (239_900, 99_900), (20_000, 2)), crowd))
+    tracemalloc.start()
+    hotspot = mitotic_hotspot(table(centers, np.ones(len(centers))), frame, threshold=0.5, area_mm2=0.237)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert hotspot.count >= 30
+    assert abs((hotspot.box_l0.x0 + hotspot.box_l0.x1) / 2 - 200_000) < 2000
+    assert peak < 400e6
 
 
 def test_hotspot_of_nothing_is_none() -> None:

@@ -63,6 +63,29 @@ def test_a_border_counts_neither_way() -> None:
     assert (at.found, at.missed, at.false) == (1, 0, 0)
 
 
+def test_only_its_own_class_finds_an_object() -> None:
+    """A right place with a wrong class is a miss and a false detection; both classes said there, one is false."""
+    truth, label = np.array([[10.0, 10.0], [50.0, 50.0]]), np.array([0, 1])
+    said = Detections.build([[9, 9, 11, 11], [49, 49, 51, 51], [49, 49, 51, 51]], [0.9, 0.8, 0.7], [0, 0, 1])
+    image = metrics.Image(said, truth, 5.0, 100, label=label)
+    assert metrics.score([image], 0.5) == metrics.Scores(2, 0, 1)
+    assert metrics.score([image], 0.75) == metrics.Scores(1, 1, 1)
+    assert metrics.judge([image]).right.tolist() == [True, False, True]
+    false, missed = metrics.mistakes([image], 0.75)
+    assert [(m.x_px, m.score) for m in false] == [(50.0, pytest.approx(0.8))]
+    assert [(m.x_px, m.score) for m in missed] == [(50.0, pytest.approx(0.7))]
+
+
+def test_what_is_excused_may_be_right_and_is_never_false() -> None:
+    """An object in an ignored region is found; what else is said there does not count."""
+    found = boxes_at(np.array([[10.0, 10.0], [30.0, 30.0], [70.0, 70.0]]), np.array([0.9, 0.8, 0.7]))
+    truth, excused = np.array([[10.0, 10.0]]), np.array([True, True, False])
+    image = metrics.Image(found, truth, 5.0, 100, excused=excused)
+    assert metrics.score([image], 0.5) == metrics.Scores(1, 0, 1)
+    assert metrics.judge([image]).right.tolist() == [True, False]
+    assert [m.x_px for m in metrics.mistakes([image], 0.5)[0]] == [70.0]
+
+
 def test_average_precision_of_known_lists() -> None:
     """Right, wrong, right among three truths: 1/3·1 + 1/3·2/3; perfect is 1 and nothing is 0."""
     truth = np.array([[10.0, 10.0], [50.0, 50.0], [90.0, 90.0]])

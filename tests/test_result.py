@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -64,3 +65,16 @@ def test_ids_are_stable_and_unique(tmp_path: Path) -> None:
     b = ss.scan(slide, ORACLE, config=config(tiling__region_px=5000, tiling__shift_px=[31, 7]))
     assert set(a.ids) == set(b.ids)
     assert len(set(a.ids)) == len(a.ids)
+
+
+def test_a_score_that_is_the_threshold_counts_in_every_format(tmp_path: Path) -> None:
+    """0.45 and 0.7 are no float32: the table must not say other rows than the rest."""
+    slide, _ = discs(n=10)
+    ss.scan(slide, ORACLE, out=tmp_path / "case", config=config())
+    result = ss.load_result(tmp_path / "case")
+    for threshold in (0.45, 0.7):
+        scores = np.full(len(result.detections), threshold, np.float32)
+        scores[:3] = threshold - 0.1, threshold + 0.1, threshold - 1e-4
+        same = replace(result, detections=replace(result.detections, score=scores))
+        kept = same.to_csv(tmp_path / "case.csv", min_score=threshold)
+        assert kept == same.to_geojson(tmp_path / "case.geojson", min_score=threshold, what="detections") == 8

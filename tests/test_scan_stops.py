@@ -7,11 +7,14 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import slidescan as ss
 from slidescan.errors import ResultError, SlideReadError
+from slidescan.phantom import write_phantom
+from slidescan.provenance import run_key
 from slidescan.region import RegionTask
 from slidescan.slides import Slide
 from tests.discs import MPP, ORACLE, config, discs
@@ -108,6 +111,28 @@ def test_settings_changed_after_a_stop_start_anew(tmp_path: Path) -> None:
     stopped_after_one_region(slide, tmp_path / "case")
     result = ss.scan(slide, ORACLE, out=tmp_path / "case", config=config(tiling__region_px=5000))
     assert len(result.detections) == len(centers)
+
+
+def test_a_scan_is_one_of_a_reader_and_of_a_scale(tmp_path: Path) -> None:
+    """What another reader, or the same weights taken to be of other µm/px, found is another scan."""
+    path = tmp_path / "case.tiff"
+    write_phantom(path, ss.Phantom((512, 512), 0.25, n_figures=2, n_look_alikes=0))
+    slides = [ss.open_slide(path, backend=backend) for backend in ("tiff", "openslide")]
+    detectors = [SimpleNamespace(sha256="same", runs_on="cpu, fp32", mpp=mpp) for mpp in (0.25, 0.5)]
+    keys = {run_key(slide, detector, config()) for slide in slides for detector in detectors}  # type: ignore[arg-type]
+    assert len(keys) == 4
+
+
+def test_what_is_not_of_a_scan_stays(tmp_path: Path) -> None:
+    """A scan into a directory in use removes what scans leave behind, and nothing that looks a little like it."""
+    slide, _ = discs(n=10)
+    mine = ["parts-2024/notes.txt", "parts-list.csv", ".draft.partial.txt", ".mask.part"]
+    left = ["parts-0123456789abcdef/r00000_c00000.npz", ".anomaly.ome.zarr.0123456789ab.part/zarr.json"]
+    for name in [*mine, *left]:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    ss.scan(slide, ORACLE, out=tmp_path, config=config())
+    assert [name for name in [*mine, *left] if (tmp_path / name).exists()] == mine
 
 
 def test_two_scans_do_not_write_into_one_directory(tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ def test_the_whole_of_slides_has_the_validation_patients() -> None:
         name: [one(memory_slide(np.full((300, 300, 3), colour, np.uint8), 0.25), [(100, 100, 150, 150)], name)]
         for name, colour in zip(("train", "validation", "test"), COLOURS, strict=False)
     }
-    source = OwnSource(splits, VariantSettings(steps=1), kind="pictures")
+    source = OwnSource(splits, VariantSettings(steps=1), kinds={})
     rng = np.random.default_rng(0)
     for whole, names in ((source, {0}), (source.whole(), {0, 1})):
         centres = [whole.example(rng, 128).image[64, 64].astype(int) for _ in range(60)]

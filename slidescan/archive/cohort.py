@@ -14,6 +14,7 @@ from slidescan.archive.record import Record, records_of, table_of
 from slidescan.archive.status import ArchiveStatus, standing
 from slidescan.errors import ConfigError
 from slidescan.flagged import FlaggedRegion
+from slidescan.manifest import MANIFEST
 from slidescan.result import ScanResult, load_result
 
 __all__ = ["Archive", "ArchiveRegion", "open_archive"]
@@ -78,11 +79,15 @@ class Archive:
             raise ConfigError(f"slide_id: expected a slide that is done, got {slide_id!r}: {state}")
         return load_result(self.path / "slides" / slide_id, verify=False)
 
+    def under_way(self, slide_id: str) -> bool:
+        """Return whether a slide that was done is being scanned anew, so that there is no result of it just now."""
+        return not (self.path / "slides" / slide_id / MANIFEST).is_file()
+
     def top(self, k: int, *, group: str | None = None) -> list[ArchiveRegion]:
         """Return the `k` flagged regions with most evidence on all slides, of one group if you like.
 
         Slides are opened by falling best evidence, which their records tell, and no more of them than hold one of the
-        `k`. Equal evidence is ordered by slide id and rank.
+        `k`. Equal evidence is ordered by slide id and rank. A slide that is being scanned anew has none.
         """
         if k < 0:
             raise ConfigError(f"k: expected a number of regions, got {k}")
@@ -97,6 +102,8 @@ class Archive:
         while waiting and len(best) < k:
             _, slide_id, i = heapq.heappop(waiting)
             if slide_id not in opened:
+                if self.under_way(slide_id):
+                    continue
                 opened[slide_id] = self.result(slide_id).regions
             regions = opened[slide_id]
             best.append(

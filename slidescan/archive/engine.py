@@ -218,7 +218,8 @@ class _Run:
 
             detector = load_detector(detector)
         self.detector, self._config, self._coarse, self._timeout_s = detector, config, allow_coarse, timeout_s
-        settings = [_VERSION, detector.sha256, detector.runs_on, config.model_dump(mode="json"), allow_coarse]
+        identity = detector.sha256, detector.mpp, detector.runs_on
+        settings = [_VERSION, *identity, config.model_dump(mode="json"), allow_coarse]
         self._settings = json.dumps(settings, sort_keys=True)
         self.records: dict[str, Record] = {}
         self.out = Path() if out is None else out

@@ -147,9 +147,13 @@ def _entry(table: Path, number: int, row: Mapping[str, Any]) -> Entry:
             override(mpp)
     except ValueError as exc:  # a ConfigError is one
         raise ConfigError(f"{where}: mpp must be µm/px such as 0.25, or empty, got {told['mpp']!r}") from exc
-    at = locate(told["slide_path"]) if "://" in told["slide_path"] else table.absolute().parent / told["slide_path"]
-    path = at.url if isinstance(at, Remote) else os.path.abspath(Path(at).expanduser())  # noqa: PTH100
+    at = locate(told["slide_path"]) if "://" in told["slide_path"] else _beside(table, told["slide_path"])
+    path = at.url if isinstance(at, Remote) else os.path.abspath(at)  # noqa: PTH100
     return Entry(slide_id, path, mpp, told["group"], told["sha256"].lower() or None)
+
+
+def _beside(table: Path, told: str) -> Path:
+    return table.absolute().parent / Path(told).expanduser()
 
 
 def _named(entries: list[Entry]) -> list[Entry]:

@@ -28,6 +28,7 @@ Kind = Literal["retry", "next_run", "crash", "stays", "caveat"]
 # alone. "stays": only with another file, other settings or --retry-failed. "caveat": of a slide that is done.
 REASONS: Mapping[str, tuple[Kind, str]] = {
     "not_found": ("next_run", "no slide at this place"),
+    "missing_package": ("next_run", "reading it needs a package that is not installed"),
     "read_error": ("retry", "its bytes or pixels could not be had"),
     "out_of_memory": ("retry", "the model did not fit into memory"),
     "killed": ("crash", "its worker died more than once, most likely out of memory"),

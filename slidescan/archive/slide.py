@@ -20,7 +20,9 @@ from slidescan.cluster import from_within
 from slidescan.config import ScanConfig
 from slidescan.detections import Detector
 from slidescan.errors import (
+    OUT_OF_MEMORY,
     ConfigError,
+    MissingExtraError,
     ModelError,
     ResolutionError,
     ResultBusyError,
@@ -33,6 +35,7 @@ from slidescan.errors import (
     SlideUnsupportedError,
     WorkerError,
     WorkerTimeoutError,
+    is_short_of_memory,
 )
 from slidescan.lease import LASTS_S
 from slidescan.prepare import Prepared, estimate_s, prepare
@@ -163,9 +166,8 @@ def _explained(task: SlideTask, do: Callable[[], T], failed: Callable[[str, str]
     except ModelError as exc:
         return failed("model_error", str(exc))
     except Exception as exc:  # noqa: BLE001  # a fault of ours must not end a night's run, and is reported
-        if _is_short_of_memory(exc):
-            message = "there was not enough memory; a smaller tiling.region_px or detect.batch_tiles may help"
-            return failed("out_of_memory", message)
+        if is_short_of_memory(exc):
+            return failed("out_of_memory", OUT_OF_MEMORY)
         return failed("internal_error", f"{type(exc).__name__} in {_place(exc)}")
 
 
@@ -185,7 +187,12 @@ def _opened(task: SlideTask) -> Slide:
         raise _ExplainedError("read_error", f"{where.name}: the file changed since it was listed; it is tried again")
     if entry.sha256 is not None and _sha256(where) != entry.sha256:
         raise _ExplainedError("wrong_digest", f"{where.name}: expected the file of the list's sha256; copy it again")
-    slide = open_slide(entry.path, mpp=entry.mpp)
+    try:
+        slide = open_slide(entry.path, mpp=entry.mpp)
+    except ConfigError as exc:  # of this row, such as a URL of no known kind
+        raise _ExplainedError("unsupported", _without_paths(exc, task)) from exc
+    except MissingExtraError as exc:
+        raise _ExplainedError("missing_package", _without_paths(exc, task)) from exc
     if slide.mpp is None:
         reason = "no_mpp" if slide.mpp_source == "none" else "implausible_mpp"
         raise _ExplainedError(reason, f"{where.name}: µm/px: {slide.mpp_problem}; give it in the list's column mpp")
@@ -263,15 +270,17 @@ def _told(result: ScanResult) -> dict[str, Any]:
     }
 
 
-def _is_short_of_memory(error: Exception) -> bool:
-    """Return whether memory ran out: numpy's, a GPU's, or torch's on the CPU, which has no error of its own."""
-    name = type(error).__name__
-    return isinstance(error, MemoryError) or name == "OutOfMemoryError" or "not enough memory" in str(error)
-
-
 def _without_paths(error: Exception, task: SlideTask) -> str:
-    """Return an error's text with the slide's path cut to its name: where an archive lies is nobody's business."""
-    return str(error).replace(task.entry.path, locate(task.entry.path).name)
+    """Return an error's text with paths of the slide and of what lies beside it cut to their names.
+
+    Where an archive lies is nobody's business, and folders are named after patients.
+    """
+    said, where = str(error), locate(task.entry.path)
+    places = [where, where.absolute(), where.resolve()] if isinstance(where, Path) else []
+    folders = sorted({f"{place.parent}{os.sep}" for place in places} - {os.sep, f".{os.sep}"}, key=len, reverse=True)
+    for told, short in ((task.entry.path, where.name), *((folder, "") for folder in folders)):
+        said = said.replace(" ".join(told.split()), short)  # an error's text has lost its double spaces, too
+    return said
 
 
 def _place(error: BaseException) -> str:

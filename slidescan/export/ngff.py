@@ -32,7 +32,7 @@ import zarr
 from numpy.typing import NDArray
 from zarr.codecs import BytesCodec, ZstdCodec
 
-from slidescan.commit import disk_error
+from slidescan.commit import disk_error, flush
 from slidescan.errors import ConfigError, ResultError
 
 __all__ = ["Channel", "read_ngff", "write_ngff"]
@@ -165,6 +165,7 @@ def write_ngff(
                 config={"write_empty_chunks": False},
             )
             array[...] = level
+        flush(part)
         _swap(part, target)
     except OSError as exc:
         raise disk_error(target, exc) from exc

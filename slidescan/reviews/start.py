@@ -76,7 +76,7 @@ def review(
     elif isinstance(what, Archive) and kind == "region" and top is not None:
         cases, shown = _of_regions(what.top(top), kind)  # opens no more slides than it must
     elif isinstance(what, Archive):
-        cases = [_of_slide(what, slide_id, kind) for slide_id in what]
+        cases = [_of_slide(what, slide_id, kind) for slide_id in what if not what.under_way(slide_id)]
         shown = [item for case in cases for item in case.items.values()]
     else:
         cases, shown = _of_regions(what, kind)

@@ -8,7 +8,8 @@ with sizes, and by its metadata files.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import chain, islice
 from pathlib import Path
 
 from slidescan.errors import SlideReadError
@@ -21,6 +22,8 @@ _WHOLE_BYTES = 4 << 20  # bytes; up to here everything is read
 _END_BYTES = 256 << 10  # bytes at each end; holds the directories of most TIFF files
 _PIECE_BYTES = 32 << 10  # bytes
 _PIECES = 17  # 0.5 MB in all: a few ms on a local disk, 19 reads on a mount
+_INI_BYTES = 64 << 10  # bytes; such a file names a few dozen others
+_MOST_DIRECTORIES = 256
 _META = ("zarr.json", ".zattrs", ".zgroup", ".zarray")
 
 
@@ -44,9 +47,9 @@ def fingerprint(path: Where, size_wh: tuple[int, int], pieces: Iterable[bytes] |
             _directory(digest, path)
         else:
             _file(digest, open_file(path))
-            # MIRAX keeps its pixels in a directory beside the file that is opened.
-            if isinstance(path, Path) and path.suffix.lower() == ".mrxs" and path.with_suffix("").is_dir():
-                _directory(digest, path.with_suffix(""))
+            beside = _beside(path) if isinstance(path, Path) else []
+            if isinstance(path, Path) and beside:  # MIRAX names the directory after the slide, which is no content
+                _files(digest, path.with_suffix("") if path.suffix.lower() == ".mrxs" else path.parent, beside)
     except SlideReadError:
         raise
     except OSError as exc:
@@ -55,12 +58,37 @@ def fingerprint(path: Where, size_wh: tuple[int, int], pieces: Iterable[bytes] |
 
 
 def stamp(path: Where) -> tuple[int, ...]:
-    """Return size and time of change of a file or directory; nothing where there is none, or behind a URL."""
+    """Return size and time of change of a slide, of all its files; nothing where there is none, or behind a URL.
+
+    Of a directory with a file a chunk, only the directories near its top are asked.
+    """
+    if not isinstance(path, Path):
+        return ()
     try:
-        told = path.stat() if isinstance(path, Path) else None
+        own = path.stat()
+        near_top = chain.from_iterable(path.glob(pattern) for pattern in ("*/", "*/*/", "*/*/*/"))
+        parts = list(islice(near_top, _MOST_DIRECTORIES)) if path.is_dir() else _beside(path)
+        told = [part.stat() for part in parts]
     except OSError:
         return ()
-    return () if told is None else (told.st_size, told.st_mtime_ns)
+    more = (len(told), sum(part.st_size for part in told), max(part.st_mtime_ns for part in told)) if told else ()
+    return (own.st_size, own.st_mtime_ns, *more)
+
+
+def _beside(path: Path) -> list[Path]:
+    """Return the files that hold the pixels of a slide whose named file does not, sorted.
+
+    MIRAX keeps them in a directory of its own, Hamamatsu's VMS and VMU in files that they name.
+    """
+    suffix = path.suffix.lower()
+    if suffix == ".mrxs":
+        return sorted(item for item in path.with_suffix("").rglob("*") if item.is_file())
+    if suffix not in (".vms", ".vmu"):
+        return []
+    with path.open("rb") as file:
+        lines = file.read(_INI_BYTES).decode("latin-1").splitlines()
+    names = {line.partition("=")[2].strip() for line in lines}
+    return sorted(item for item in path.parent.iterdir() if item.name in names and item.is_file())
 
 
 def _file(digest: hashlib._Hash, file: File | RemoteFile) -> None:
@@ -76,9 +104,12 @@ def _file(digest: hashlib._Hash, file: File | RemoteFile) -> None:
 
 
 def _directory(digest: hashlib._Hash, path: Path) -> None:
-    files = sorted(item for item in path.rglob("*") if item.is_file())
+    _files(digest, path, sorted(item for item in path.rglob("*") if item.is_file()))
+
+
+def _files(digest: hashlib._Hash, root: Path, files: Sequence[Path]) -> None:
     for item in files:
-        digest.update(f"{item.relative_to(path).as_posix()} {item.stat().st_size}\n".encode())
+        digest.update(f"{item.relative_to(root).as_posix()} {item.stat().st_size}\n".encode())
         if item.name in _META:
             digest.update(item.read_bytes())
     # Chunks that are not compressed all have one size: names and sizes alone do not tell two slides apart.

@@ -1,8 +1,8 @@
 """Choosing the reader for a path, and keeping a few slides open in each process.
 
-Hides detection by content (never by suffix) and the pool. Invariants: "auto" reads a TIFF itself where it is sure of
-the layout and asks OpenSlide otherwise; what is damaged or unsafe for one reader is not tried on another; the pool
-never closes a slide under a reader: an evicted slide lives until its last user lets go.
+Hides detection by content (by suffix only MIRAX, whose named file is a preview) and the pool. Invariants: "auto" reads
+a TIFF itself where it is sure of the layout and asks OpenSlide otherwise; what is damaged or unsafe for one reader is
+not tried on another; the pool never closes a slide under a reader: an evicted slide lives until its last user lets go.
 """
 
 from __future__ import annotations
@@ -196,6 +196,8 @@ class _FileOpener:
                 return self._directory(path)
             with path.open("rb") as file:
                 head = file.read(16)
+        except SlideError:
+            raise
         except FileNotFoundError as exc:
             raise SlideNotFoundError(f"{path}: no such slide; check the path") from exc
         except OSError as exc:
@@ -207,6 +209,13 @@ class _FileOpener:
         if self.backend == "tiff":
             return self._tiff(path)
         if self.backend == "openslide":
+            return self._openslide(path)
+        if path.suffix.lower() == ".mrxs":
+            if not path.with_suffix("").is_dir():
+                raise SlideFormatError(
+                    f"{name}: expected the folder of a MIRAX slide beside it, {path.stem}, found none; this file holds "
+                    "but a preview: copy both"
+                )
             return self._openslide(path)
         if is_image(head):
             return image_source(path)

@@ -9,6 +9,7 @@ to half a level-0 px and smooths; the TIFF reader does not.
 
 from __future__ import annotations
 
+import os
 import threading
 from pathlib import Path
 
@@ -247,5 +248,6 @@ def _pixels(image: Image.Image) -> NDArray[np.uint8]:
 
 
 def _short(exc: openslide.OpenSlideError, path: Path) -> str:
-    """Return OpenSlide's reason without the path, and not at length."""
-    return str(exc).replace(f"Reading {path}: ", "").replace(str(path), path.name)[:160]
+    """Return OpenSlide's reason without a path, of the slide's other files neither, and not at length."""
+    said = str(exc).replace(f"Reading {path}: ", "").replace(f"{path.parent}{os.sep}", "")
+    return said.replace(f"{path.parent.absolute()}{os.sep}", "")[:160]

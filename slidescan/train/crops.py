@@ -7,6 +7,7 @@ train, validation and test is shared.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -64,6 +65,18 @@ class Crop:
     """Figures of the same slide whose centre lies beyond the edge and of which a part is seen."""
 
 
+def index_digest(data: Path) -> str:
+    """Return the sha256 of the file that lists the crops."""
+    return hashlib.sha256(_index(data).read_bytes()).hexdigest()
+
+
+def _index(data: Path) -> Path:
+    index = data / "midog21" / "annotations.coco.json"
+    if not index.is_file():
+        raise ConfigError(f"{data}: expected the folder midog21 with annotations.coco.json in it; set --data")
+    return index
+
+
 def load_crops(
     data: Path, split: str, *, mpp: float = CROP_MPP, validation_share: float = 0.2, limit: int | None = None
 ) -> list[Crop]:
@@ -87,11 +100,8 @@ def load_crops(
     ConfigError
         If the data are not there.
     """
-    root = data / "midog21"
-    index = root / "annotations.coco.json"
-    if not index.is_file():
-        raise ConfigError(f"{data}: expected the folder midog21 with annotations.coco.json in it; set --data")
-    table = json.loads(index.read_text(encoding="utf-8"))
+    index = _index(data)
+    root, table = index.parent, json.loads(index.read_text(encoding="utf-8"))
     figures, on_slide = _figures(table)
     rows = [row for row in table["images"] if (row["benchmark_split"] == "test") == (split == "test")]
     if split != "test":

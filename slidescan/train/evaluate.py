@@ -178,11 +178,11 @@ def _answers(
     for image in images:
         if image.attributes is None or image.attributes.shape[1] <= column:
             continue
-        kept = image.found[image.found.score >= threshold]
-        pairs = metrics.match(kept.centers, image.truth, image.radius)
+        kept = image.found.score >= threshold
+        pairs = metrics.match(image.found_xyc[kept], image.truth_xyc, image.radius)
         if not len(pairs):  # without detections there is no column either
             continue
-        said.append(kept.attributes[pairs[:, 0], column].astype(np.float64))
+        said.append(image.found[kept].attributes[pairs[:, 0], column].astype(np.float64))
         true.append(image.attributes[pairs[:, 1], column])
     answers, truth = np.concatenate(said), np.concatenate(true)
     known = ~np.isnan(truth)

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment, minimize
 from scipy.spatial.distance import cdist
 
-from slidescan.detections import Detections
 from slidescan.train.curves import Curve, Judged
+from slidescan.train.image import Image
 
 __all__ = [
     "RADIUS_UM",
@@ -44,58 +44,6 @@ __all__ = [
 
 RADIUS_UM = 7.5  # a detection this near a figure's centre has found it: the MIDOG challenges' rule
 _LEAST_SCORE = 0.05  # below, a list of queries is nearly all negatives and would make any calibration error look small
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Image:
-    """What was found and what is there in one image, in the same px.
-
-    Parameters
-    ----------
-    found : Detections
-    truth : ndarray, shape (n, 2)
-        Centres x, y.
-    radius : float
-        Largest distance of a match, px.
-    size : int
-        Edge of the square image, px.
-    margin : float
-        Width of the border in which nothing counts, px.
-    patient : str
-        Whose image it is; empty if nobody knows.
-    scanner : str
-        What scanned it; empty if nobody knows.
-    mpp : float
-        µm per px, for areas.
-    attributes : ndarray, shape (n, A), optional
-        What is known of each truth besides its class: 1 yes, 0 no, NaN unknown.
-    area_mm2 : float, optional
-        Area that was looked at, where it is not the square within the margin.
-    """
-
-    found: Detections
-    truth: NDArray[np.float64]
-    radius: float
-    size: int
-    margin: float = 0.0
-    patient: str = ""
-    scanner: str = ""
-    mpp: float = 1.0
-    attributes: NDArray[np.float64] | None = None
-    area_mm2: float | None = None
-
-    @property
-    def mm2(self) -> float:
-        """Area in which things count, mm²."""
-        if self.area_mm2 is not None:
-            return self.area_mm2
-        return (max(0.0, self.size - 2 * self.margin) * self.mpp * 1e-3) ** 2
-
-    def counted(self, xy: NDArray[np.float64]) -> NDArray[np.bool_]:
-        """Return which points lie inside the margin."""
-        x, y = xy[:, 0], xy[:, 1]
-        low, high = self.margin, self.size - self.margin
-        return (x >= low) & (x <= high) & (y >= low) & (y <= high)
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +96,8 @@ def match(found_xy: NDArray[np.float64], truth_xy: NDArray[np.float64], radius: 
 
     Parameters
     ----------
-    found_xy, truth_xy : ndarray, shape (n, 2) and (m, 2)
+    found_xy, truth_xy : ndarray, shape (n, d) and (m, d)
+        Two coordinates, or more.
     radius : float
         In the units of the points.
 
@@ -176,14 +125,14 @@ def score(images: Sequence[Image], threshold: float) -> Scores:
     """Count found, missed and false at `threshold` over all images."""
     found = missed = false = 0
     for image in images:
-        kept = image.found[image.found.score >= threshold]
-        pairs = match(kept.centers, image.truth, image.radius)
-        true_in, kept_in = image.counted(image.truth), image.counted(kept.centers)
+        kept = image.found.score >= threshold
+        pairs = match(image.found_xyc[kept], image.truth_xyc, image.radius)
+        true_in, wrong = image.counted(image.truth), image.wrong_if_unmatched()[kept]
         hit = int(true_in[pairs[:, 1]].sum())
         found += hit
         missed += int(true_in.sum()) - hit
-        kept_in[pairs[:, 0]] = False
-        false += int(kept_in.sum())
+        wrong[pairs[:, 0]] = False
+        false += int(wrong.sum())
     return Scores(found, missed, false)
 
 
@@ -243,7 +192,7 @@ def mistakes(images: Sequence[Image], threshold: float) -> tuple[list[Mistake], 
         false += [Mistake(i, float(centres[k, 0]), float(centres[k, 1]), float(image.found.score[k])) for k in wrong]
         lost = image.counted(image.truth)
         lost[taken[kept & (taken >= 0)]] = False
-        near = cdist(image.truth, centres) <= image.radius
+        near = cdist(image.truth_xyc, image.found_xyc) <= image.radius
         best = np.where(near, image.found.score, 0.0).max(1, initial=0.0)
         unseen = np.flatnonzero(lost)
         missed += [Mistake(i, float(image.truth[j, 0]), float(image.truth[j, 1]), float(best[j])) for j in unseen]
@@ -332,10 +281,9 @@ def calibrate(images: Sequence[Image], temperature: float, offset: float) -> lis
 
 def _outcome(image: Image) -> tuple[NDArray[np.intp], NDArray[np.bool_]]:
     """Return of each detection the truth it found (-1: none, it is false) and whether it counts; best scored first."""
-    centres = image.found.centers
-    taken, counts = np.full(len(centres), -1, np.intp), image.counted(centres)
-    if len(centres) and len(image.truth):
-        distance = cdist(centres, image.truth)
+    taken, counts = np.full(len(image.found), -1, np.intp), image.wrong_if_unmatched()
+    if len(image.found) and len(image.truth):
+        distance = cdist(image.found_xyc, image.truth_xyc)
         true_in = image.counted(image.truth)
         for i in np.argsort(-image.found.score, kind="stable"):
             j = int(distance[i].argmin())

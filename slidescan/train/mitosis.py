@@ -28,7 +28,7 @@ from slidescan.detections import Detector
 from slidescan.phantom import Phantom
 from slidescan.train.annotated import Annotated
 from slidescan.train.augment import Rgb
-from slidescan.train.crops import CROP_MPP, NO_FIGURES, OBJECT_UM, Figures, load_crops
+from slidescan.train.crops import CROP_MPP, NO_FIGURES, OBJECT_UM, Figures, index_digest, load_crops
 from slidescan.train.fields import FieldMaker, Sample
 from slidescan.train.metrics import RADIUS_UM, Image
 from slidescan.train.negatives import load_negatives, show
@@ -116,6 +116,11 @@ class CropSource:
     ) -> None:
         self._data, self._settings, self._variant, self._trained = data, settings, variant, trained
         self._training: _Mix | None = None
+
+    @property
+    def identity(self) -> str:
+        """Digest of the crops' index; how it is split, the settings say."""
+        return index_digest(self._data)
 
     def example(self, rng: np.random.Generator, size: int) -> Example:
         """Draw one training image: a field, a mosaic, glass, a phantom or tissue from elsewhere."""

@@ -20,6 +20,7 @@ from slidescan.picture import detect_image
 from slidescan.scan_slide import scan
 from slidescan.train.annotated import Annotated, refuse_leaks, split
 from slidescan.train.augment import Rgb
+from slidescan.train.begun import digest_of
 from slidescan.train.coco import load_coco
 from slidescan.train.metrics import RADIUS_UM, Image
 from slidescan.train.qupath import load_slides
@@ -41,7 +42,7 @@ class ShownSlide:
     kind: str
 
     def find(self, detector: Detector) -> Image:
-        """Return what a scan finds, in level-0 px; what lies in an ignored box counts neither way."""
+        """Return what a scan finds, in level-0 px; what lies in an ignored box and is no object counts neither way."""
         one = self.annotated
         frame = one.slide.frame
         if self.kind == "pictures":  # of tissue alone: no mask
@@ -49,7 +50,7 @@ class ShownSlide:
         else:
             found, area_mm2 = self._scanned(detector)
         return Image(
-            found[~_within(found.centers, one.ignored_xyxy_l0)],
+            found,
             (one.xyxy_l0[:, :2] + one.xyxy_l0[:, 2:]) / 2,
             RADIUS_UM / frame.mpp,
             max(frame.size_wh),
@@ -58,6 +59,8 @@ class ShownSlide:
             mpp=frame.mpp,
             attributes=one.attributes,
             area_mm2=area_mm2,
+            label=one.label,
+            excused=_within(found.centers, one.ignored_xyxy_l0),
         )
 
     def _scanned(self, detector: Detector) -> tuple[Detections, float]:
@@ -79,8 +82,8 @@ class OwnSource:
     splits : mapping of str to list of Annotated
         ``train``, ``validation`` and ``test``; what is not there is empty.
     variant : VariantSettings
-    kind : {"pictures", "slides"}
-        Pictures are taken to be tissue all over.
+    kinds : mapping of str to str
+        ``pictures`` or ``slides``, of each split. Pictures are taken to be tissue all over.
     seed : int
 
     Raises
@@ -90,10 +93,15 @@ class OwnSource:
     """
 
     def __init__(
-        self, splits: Mapping[str, list[Annotated]], variant: VariantSettings, *, kind: str, seed: int = 0
+        self,
+        splits: Mapping[str, list[Annotated]],
+        variant: VariantSettings,
+        *,
+        kinds: Mapping[str, str],
+        seed: int = 0,
     ) -> None:
         refuse_leaks(**splits)
-        self._splits, self._variant, self._kind, self._seed = splits, variant, kind, seed
+        self._splits, self._variant, self._kinds, self._seed = splits, variant, kinds, seed
 
     @classmethod
     def open(cls, settings: TrainSettings, variant: VariantSettings) -> OwnSource:
@@ -110,8 +118,15 @@ class OwnSource:
         else:
             validation = load_annotated(settings.validation, settings, variant.mpp)
         test = load_annotated(settings.test, settings, variant.mpp) if settings.test else []
-        kind = kind_of(settings.data)
-        return cls({"train": train, "validation": validation, "test": test}, variant, kind=kind, seed=settings.seed)
+        splits = {"train": train, "validation": validation, "test": test}
+        places = {"validation": settings.validation or settings.data, "test": settings.test or settings.data}
+        kinds = {name: kind_of(path) for name, path in places.items()}
+        return cls(splits, variant, kinds=kinds, seed=settings.seed)
+
+    @property
+    def identity(self) -> str:
+        """Digest of the slides trained on and of those chosen by."""
+        return " ".join(digest_of(self._splits.get(name, ())) for name in ("train", "validation"))
 
     @cached_property
     def _windows(self) -> Windows:
@@ -125,7 +140,7 @@ class OwnSource:
         """Return the source whose windows show the validation patients as well."""
         train, validation, test = (self._splits.get(name, []) for name in ("train", "validation", "test"))
         splits = {"train": [*train, *validation], "test": test}
-        return OwnSource(splits, self._variant, kind=self._kind, seed=self._seed)
+        return OwnSource(splits, self._variant, kinds=self._kinds, seed=self._seed)
 
     def assembled(self, split: Split) -> Iterator[Rgb]:
         """Yield a square around an object of the first few slides."""
@@ -142,7 +157,7 @@ class OwnSource:
 
     def shown(self, split: Split) -> Iterator[ShownSlide]:
         """Yield the slides and pictures of a split."""
-        return (ShownSlide(one, self._kind) for one in self._splits.get(split, ()))
+        return (ShownSlide(one, self._kinds[split]) for one in self._splits.get(split, ()))
 
     def annotated(self, split: Split) -> Sequence[Annotated]:
         """Return what `shown` scans."""

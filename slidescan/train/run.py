@@ -25,6 +25,7 @@ from slidescan.errors import ConfigError, ModelError
 from slidescan.ops import accelerate
 from slidescan.slides import Slide
 from slidescan.train import metrics
+from slidescan.train.begun import keep_begun
 from slidescan.train.decided import keep_decided, load_decided
 from slidescan.train.evaluate import best_cut, describe, evaluate, find_all
 from slidescan.train.loop import train
@@ -147,7 +148,7 @@ def train_detector(
     Raises
     ------
     ConfigError
-        If data are missing, a patient is in two splits, or the run was begun with other decisions.
+        If data are missing, a patient is in two splits, or the run was begun with other data, settings or decisions.
     ModelError
         If training diverges, or the device is not there.
     """
@@ -163,6 +164,7 @@ def train_detector(
     run, learned = _Run(settings, out, log), []
     for variant in settings.variants:
         source, around = open_source(settings, variant), None
+        keep_begun(settings, variant, source.identity, out)
         if decided is not None:
             decided.refuse_leaks(validation=source.annotated("validation"), test=source.annotated("test"))
             around = Windows(decided.annotated, variant.mpp, seed=settings.seed)
@@ -202,7 +204,7 @@ def open_test(data: Path, model: Model, images: int) -> Source:
     )
     if (data / "midog21").is_dir():
         return CropSource(data, settings, variant)
-    return OwnSource({"test": load_annotated(data, settings, model.mpp)}, variant, kind=kind_of(data))
+    return OwnSource({"test": load_annotated(data, settings, model.mpp)}, variant, kinds={"test": kind_of(data)})
 
 
 def settle(network: torch.nn.Module, card: Card, directory: Path, source: Source, log: Callable[[str], None]) -> Card:

@@ -51,6 +51,11 @@ class Shown(Protocol):
 class Source(Protocol):
     """Training images and what to measure."""
 
+    @property
+    def identity(self) -> str:
+        """Digest of what is trained on and of what is chosen by."""
+        ...
+
     def example(self, rng: np.random.Generator, size: int) -> Example:
         """Draw one training image of `size` px at the variant's µm/px."""
         ...

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import pickle
+import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -168,6 +169,16 @@ class TestWhatIsNoSlide:
         monkeypatch.setattr(Path, "open", deny)
         with pytest.raises(SlideReadError, match=r"cannot be opened .Permission denied"):
             open_slide(files["tiff"])
+
+    def test_a_zarr_whose_metadata_cannot_be_read(self, files: dict[str, Path], tmp_path: Path) -> None:
+        """The reason is told: here a link that leads nowhere but to itself."""
+        path = Path(shutil.copytree(files["ngff-0.5"], tmp_path / "case.zarr"))
+        metadata = path / "0" / "zarr.json"
+        metadata.unlink()
+        metadata.symlink_to(metadata)
+        with pytest.raises(SlideError, match=r"zarr\.json") as refused:
+            open_slide(path)
+        assert "None" not in str(refused.value)
 
     def test_options_are_checked(self, files: dict[str, Path]) -> None:
         """Unknown backends, and readers that do not fit the file, are said."""

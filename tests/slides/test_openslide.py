@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from pathlib import Path
 
@@ -13,7 +14,35 @@ from PIL import Image
 from slidescan.errors import SlideFormatError, SlideReadError
 from slidescan.geometry import Box
 from slidescan.slides import Slide, open_slide
+from slidescan.slides.fingerprint import fingerprint, stamp
 from slidescan.slides.openslide import OpenSlideSource
+
+# Of a MIRAX slide of 2 x 2 tiles whose index is not there.
+_SLIDEDAT = """[GENERAL]
+SLIDE_ID = A
+IMAGENUMBER_X = 2
+IMAGENUMBER_Y = 2
+[HIERARCHICAL]
+HIER_COUNT = 1
+NONHIER_COUNT = 0
+INDEXFILE = Index.dat
+HIER_0_NAME = Slide zoom level
+HIER_0_COUNT = 1
+HIER_0_VAL_0_SECTION = LEVEL_0
+[DATAFILE]
+FILE_COUNT = 1
+FILE_0 = Data0000.dat
+[LEVEL_0]
+OVERLAP_X = 0
+OVERLAP_Y = 0
+MICROMETER_PER_PIXEL_X = 0.25
+MICROMETER_PER_PIXEL_Y = 0.25
+IMAGE_FORMAT = JPEG
+IMAGE_FILL_COLOR_BGR = 16777215
+DIGITIZER_WIDTH = 64
+DIGITIZER_HEIGHT = 64
+IMAGE_CONCAT_FACTOR = 0
+"""
 
 
 class _Fake:
@@ -43,6 +72,14 @@ class _Fake:
         return Image.fromarray(rgba)
 
 
+def mirax(path: Path) -> Path:
+    """Write what a MIRAX slide looks like from outside: the file that is opened is a JPEG, a preview of the slide."""
+    Image.new("RGB", (60, 40), (200, 180, 190)).save(path, format="JPEG")
+    path.with_suffix("").mkdir()
+    (path.with_suffix("") / "Slidedat.ini").write_text("[GENERAL]\n")
+    return path
+
+
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Slide:
     """A slide over `_Fake`, with a background colour, bounds and storage tiles of 128 px."""
@@ -57,9 +94,7 @@ def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Slide:
         "openslide.bounds-height": "800",
     }
     monkeypatch.setattr(openslide, "OpenSlide", lambda path: _Fake(path, said))
-    path = tmp_path / "case.mrxs"
-    path.write_bytes(b"any")
-    return open_slide(path)
+    return open_slide(mirax(tmp_path / "case.mrxs"))
 
 
 def test_facts_are_taken_over(fake: Slide) -> None:
@@ -120,8 +155,7 @@ def test_unsafe_tiles_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     """OpenSlide has no guard of its own: a giant tile is refused before the first read."""
     said = {"openslide.level[0].tile-width": "20000", "openslide.level[0].tile-height": "20000"}
     monkeypatch.setattr(openslide, "OpenSlide", lambda path: _Fake(path, said))
-    path = tmp_path / "a.mrxs"
-    path.write_bytes(b"any")
+    path = mirax(tmp_path / "a.mrxs")
     with pytest.raises(SlideFormatError, match="found 20000 × 20000 px"):
         OpenSlideSource(path)
 
@@ -133,11 +167,47 @@ def test_implausible_scale_is_not_passed_on(
     """OpenSlide hands nonsense through; here it becomes a problem in words."""
     said = {"openslide.mpp-x": mpp, "openslide.mpp-y": mpp}
     monkeypatch.setattr(openslide, "OpenSlide", lambda path: _Fake(path, said))
-    path = tmp_path / "a.mrxs"
-    path.write_bytes(b"any")
+    path = mirax(tmp_path / "a.mrxs")
     slide = open_slide(path)
     assert (slide.mpp is not None) is known
     assert "not plausible" in str(slide.mpp_problem)
+
+
+def test_a_mirax_slide_is_never_its_preview(tmp_path: Path) -> None:
+    """It goes to OpenSlide, whose words name no folder; without its own folder it is refused."""
+    path = mirax(tmp_path / "DOE_JANE.mrxs")
+    (path.with_suffix("") / "Slidedat.ini").write_text(_SLIDEDAT)
+    with pytest.raises(SlideFormatError, match="OpenSlide cannot open it") as refused:
+        open_slide(path)
+    assert "Index.dat" in str(refused.value)
+    assert str(tmp_path) not in str(refused.value)
+    shutil.rmtree(path.with_suffix(""))
+    with pytest.raises(SlideFormatError, match="copy both"):
+        open_slide(path, mpp=0.25)
+
+
+@pytest.mark.parametrize("kind", ["mrxs", "vms", "zarr"])
+def test_what_changes_beside_the_named_file_is_a_change(tmp_path: Path, kind: str) -> None:
+    """Of MIRAX, VMS and Zarr the pixels lie elsewhere; a file of another slide beside it is none of its own."""
+    path = tmp_path / f"case.{kind}"
+    pixels = {"mrxs": "case/Data0000.dat", "vms": "map.jpg", "zarr": "case.zarr/0/zarr.json"}[kind]
+    (tmp_path / pixels).parent.mkdir(parents=True, exist_ok=True)
+    if kind == "vms":
+        path.write_text("[Virtual Microscope Specimen]\nMapFile=map.jpg\n")
+    elif kind == "mrxs":
+        path.write_bytes(b"preview")
+    before, digest = stamp(path), fingerprint(path, (8, 8))
+    (tmp_path / "other.jpg").write_bytes(b"of another slide")
+    assert (stamp(path), fingerprint(path, (8, 8))) == (before, digest)
+    (tmp_path / pixels).write_bytes(b"arrives late")
+    assert stamp(path) != before
+    assert fingerprint(path, (8, 8)) != digest
+
+
+def test_the_fingerprint_of_mirax_knows_no_name(tmp_path: Path) -> None:
+    """Renamed, file and folder, it is the same slide."""
+    first, second = mirax(tmp_path / "a.mrxs"), mirax(tmp_path / "b.mrxs")
+    assert fingerprint(first, (8, 8)) == fingerprint(second, (8, 8))
 
 
 def test_real_dicom(shared: Path) -> None:
