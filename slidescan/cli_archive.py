@@ -82,18 +82,17 @@ def archive(
     with heeded_signals(), _cluster(scheduler, queue) as client:
         n = queue.workers if queue is not None and client is not None else workers
         common: dict[str, Any] = {"config": settings, "client": client, "workers": n, "shard": part}
+        common |= {"allow_coarse": allow_coarse, "timeout_s": timeout}
         if dry_run:
-            _estimate(entries, detector, allow_coarse, common)
+            _estimate(entries, detector, common)
             return
         with slides_done() as on_slide:
             records = scan_archive(
                 entries,
                 detector,
                 out=out,
-                allow_coarse=allow_coarse,
                 retry_failed=retry_failed or retry_failed is not None,
                 max_failures=1 if fail_fast else max_failures,
-                timeout_s=timeout,
                 on_slide=on_slide,
                 **common,
             )
@@ -197,12 +196,12 @@ def _shard(shard: str | None) -> tuple[int, int] | None:
     return int(found[1]), int(found[2])
 
 
-def _estimate(entries: list[Any], detector: Detector, allow_coarse: bool, common: dict[str, Any]) -> None:
+def _estimate(entries: list[Any], detector: Detector, common: dict[str, Any]) -> None:
     from slidescan.archive.engine import estimate_archive
 
     total: dict[str, float] = {"bytes": 0, "tissue_mm2": 0, "tiles": 0, "megapixels": 0, "seconds": 0}
     n = bad = 0
-    for entry, told in estimate_archive(entries, detector, allow_coarse=allow_coarse, **common):
+    for entry, told in estimate_archive(entries, detector, **common):
         n += 1
         if "reason" in told:
             bad += 1

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import slidescan as ss
+from slidescan.archive.engine import estimate_archive
 from slidescan.errors import WorkerTimeoutError
 from slidescan.geometry import Box
 from slidescan.slides import Slide, memory_slide
@@ -20,7 +21,7 @@ from slidescan.slides.memory import MemorySource
 from slidescan.slides.open import _Held
 from slidescan.slides.resolution import override
 from slidescan.timeouts import what_ended, within
-from tests.archives import HANGING, TROUBLED
+from tests.archives import HANGING, TROUBLED, write_slide
 from tests.discs import MPP, ORACLE, config, discs, tissue
 
 if TYPE_CHECKING:
@@ -72,6 +73,20 @@ def test_a_region_that_is_not_scored_in_time_ends_the_scan(tmp_path: Path, clien
             memory_slide(pixels, MPP), TROUBLED, out=tmp_path / "out", config=config(), client=client,
             timeout_s=LIMIT_S,
         )  # fmt: skip
+
+
+def test_a_slide_that_an_estimate_hangs_on_costs_itself(tmp_path: Path, client: Client) -> None:
+    """Before the night, too: it is named, and the one after it is looked at."""
+    for name, mark in (("a", HANGING), ("b", None)):
+        write_slide(tmp_path / f"in/{name}.tiff", 1, mark=mark)
+    whole = config(tiling__region_px=5000)
+    told = {
+        entry.slide_id: said
+        for entry, said in estimate_archive(tmp_path / "in", TROUBLED, config=whole, client=client, timeout_s=LIMIT_S)
+    }
+    assert told["a"]["reason"] == "timeout"
+    assert f"longer than {LIMIT_S} s" in told["a"]["message"]
+    assert told["b"]["tiles"] > 4
 
 
 def _overlapping(folder: str) -> None:

@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import importlib.metadata
 import json
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -191,15 +192,29 @@ def estimate_archive(
     workers: int | None = None,
     shard: tuple[int, int] | None = None,
     allow_coarse: bool = False,
+    timeout_s: float | None = None,
 ) -> Iterator[tuple[Entry, dict[str, Any]]]:
     """Open every slide of a list and yield what a scan would do with it, or why it would fail; nothing is written."""
     entries = _share(listing if isinstance(listing, list) else read_listing(listing), shard)
-    run = _Run(None, detector, config or ScanConfig(), allow_coarse)
-    todo = Worklist(run.new_task(entry) for entry in entries)
-    with run.processes(client, workers) as (running, n):
-        died = {"reason": "killed", "message": "opening it killed its worker"}
-        for task, told in in_flight(running, estimate_slide, todo.due, 2 * n, lambda _: died):
-            yield task.entry, told
+    run = _Run(None, detector, config or ScanConfig(), allow_coarse, timeout_s)
+    with tempfile.TemporaryDirectory(prefix="slidescan-") as scratch:  # for marks of what does not open in time
+        tasks = (run.new_task(entry) for entry in entries)
+        todo = Worklist(replace(task, out=Path(scratch, task.entry.slide_id)) for task in tasks)
+        with run.processes(client, workers) as (running, n):
+            suspects = []
+            for task, told in in_flight(running, estimate_slide, todo.due, 2 * n, lambda _: {}):
+                if told:
+                    yield task.entry, told
+                else:
+                    suspects.append(task)
+            alone = iter(suspects)  # one by one it is seen which of them ended the worker of all
+            for task, told in in_flight(running, estimate_slide, lambda: next(alone, None), 1, _would_be_killed):
+                yield task.entry, told
+
+
+def _would_be_killed(task: SlideTask) -> dict[str, Any]:
+    record = killed(task)
+    return {"reason": record.reason, "message": record.message}
 
 
 class _Run:

@@ -6,8 +6,8 @@ import hashlib
 import os
 import time
 import traceback
-from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -141,7 +141,8 @@ def estimate_slide(task: SlideTask) -> dict[str, Any]:
             "seconds": round(estimate_s(slide, prepared, task.config), 2) if prepared.plan.n_tiles else 0.0,
         }
 
-    return _explained(task, look, lambda reason, message: {"reason": reason, "message": message})
+    with _in_time(task):
+        return _explained(task, look, lambda reason, message: {"reason": reason, "message": message})
 
 
 def _explained(task: SlideTask, do: Callable[[], T], failed: Callable[[str, str], T]) -> T:
@@ -215,10 +216,17 @@ def _sha256(where: Any) -> str:
 
 def _scanned(task: SlideTask) -> ScanResult:
     with ExitStack() as opening:
-        with suppress(OSError):  # is said when the scan begins to write
-            task.out.mkdir(parents=True, exist_ok=True)
-        opening.enter_context(within(task.timeout_s, task.late))
+        opening.enter_context(_in_time(task))
         return _scan(task, _opened(task), lambda _: opening.close())
+
+
+@contextmanager
+def _in_time(task: SlideTask) -> Iterator[None]:
+    """End this process if the block, which opens the slide, takes too long."""
+    with suppress(OSError):  # is said when the scan begins to write
+        task.out.mkdir(parents=True, exist_ok=True)
+    with within(task.timeout_s, task.late):
+        yield
 
 
 def _scan(task: SlideTask, slide: Slide, on_prepared: Callable[[Prepared], None]) -> ScanResult:
