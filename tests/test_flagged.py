@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.sparse import csr_array
+from scipy.sparse.csgraph import connected_components
 from scipy.spatial import ConvexHull
 from scipy.spatial.distance import cdist
 
@@ -69,6 +71,18 @@ def test_area_is_in_mm2_and_outline_stays_on_the_slide() -> None:
     region = flag(table(np.array([[25.0, 25.0]]), np.array([0.8])))[0]
     assert abs(region.area_mm2 - (110 * 0.25e-3) ** 2) < 1e-12
     assert region.polygon_l0.min() == 0
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 300), st.floats(5, 2000), st.booleans())
+def test_clusters_are_those_of_all_pairs(seed: int, n: int, width: float, on_a_grid: bool) -> None:
+    """From sparse to so crowded that nobody lists all pairs; on a grid many are exactly 20 px apart."""
+    rng = np.random.default_rng(seed)
+    centers = 100 + (10 * rng.integers(0, 1 + width // 10, (n, 2)) if on_a_grid else rng.uniform(0, width, (n, 2)))
+    found = table(centers.astype(float), np.full(n, 0.9))
+    regions = flag(found, link_um=20 * FRAME.mpp, max_um=1e9)
+    apart = cdist(found.centers, found.centers)
+    _, cluster = connected_components(csr_array(apart <= 20), directed=False)
+    assert sorted(r.n for r in regions) == sorted(np.bincount(cluster))
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 25), st.sampled_from([0.001, 0.01, 0.05]))
