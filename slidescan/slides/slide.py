@@ -218,10 +218,15 @@ class Slide:
     def thumbnail(self, max_px: int) -> tuple[Pixels, Frame]:
         """Return the whole slide with at most `max_px` on the longer side, and the plane those px are in.
 
-        Level-0 px = thumbnail px × ``plane.factor_to(slide.frame)``. Never larger than level 0. A slide without smaller
-        levels is streamed: memory stays bounded.
+        Level-0 px = thumbnail px × ``plane.factor_to(slide.frame)``. Never larger than level 0. A level of the slide is
+        taken as it is where one has half as many px or more: to read a finer one takes up to sixteen times as long. A
+        slide without smaller levels is streamed: memory stays bounded.
         """
         frame = self.frame
+        for level in self.levels:
+            if max_px / 2 <= max(level.size_wh) <= max_px:
+                plane = Frame(level.size_wh, frame.mpp * level.downsample)
+                return self.read(0, 0, *plane.size_wh, plane), plane
         shrink = max(frame.size_wh) / max(1, max_px)
         plane = frame if shrink <= 1 else frame.at(frame.mpp * shrink)
         return self.read(0, 0, *plane.size_wh, plane), plane

@@ -82,6 +82,15 @@ class TestEveryBackend:
         assert 100 * plane.factor_to(slide.frame) == pytest.approx(701)
         assert slide.thumbnail(5000)[1] == slide.frame
 
+    def test_a_thumbnail_is_a_level_where_one_fits(self, slide: Slide) -> None:
+        """It is not made anew from finer ones; a level of less than half the px would be too coarse."""
+        size_wh = slide.levels[1].size_wh
+        for asked_px in (max(size_wh), 2 * max(size_wh) - 1):
+            pixels, plane = slide.thumbnail(asked_px)
+            assert np.array_equal(pixels.rgb, slide.read_level(1, 0, 0, *size_wh).rgb)
+            assert max(size_wh) * plane.factor_to(slide.frame) == pytest.approx(701, rel=0.01)
+        assert max(slide.thumbnail(2 * max(size_wh) + 1)[1].size_wh) > max(size_wh)
+
     def test_pickles_and_reads_the_same(self, slide: Slide) -> None:
         """A slide survives the trip to a worker, where it reads the same pixels."""
         twin = pickle.loads(pickle.dumps(slide))
