@@ -185,17 +185,18 @@ def export(
     result = load_result(run)
     if reviewer is not None and decisions is None:
         raise ConfigError(f"--reviewer goes with --decisions, got {reviewer!r} alone")
-    only = None
+    only, named = None, None
     if decisions is not None:
-        from slidescan.reviews import decided_ids
+        from slidescan.reviews import decided_classes, decided_ids
 
         only = decided_ids(result, decisions, reviewer=reviewer)
+        named = decided_classes(result, reviewer=reviewer)
     if what not in ("all", "detections", "regions"):
         raise ConfigError(f"--what must be all, detections or regions, got {what!r}")
     if format_ == "geojson":
-        n = result.to_geojson(out, origin=origin, min_score=min_score, top_k=top_k, what=what, only=only)  # type: ignore[arg-type]
+        n = result.to_geojson(out, origin=origin, min_score=min_score, top_k=top_k, what=what, only=only, named=named)  # type: ignore[arg-type]
     elif format_ == "csv":
-        n = result.to_csv(out, min_score=min_score, top_k=top_k, only=only)
+        n = result.to_csv(out, min_score=min_score, top_k=top_k, only=only, named=named)
     else:
         raise ConfigError(f"--format must be geojson or csv, got {format_!r}")
     typer.echo(f"{out}: {n:,} objects")

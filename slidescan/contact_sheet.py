@@ -23,6 +23,7 @@ __all__ = ["FlaggedRegions", "View", "contact_sheet", "field_of_view"]
 
 _GREY = "#6E6E76"
 _TILE_IN, _HEADING_IN = 1.7, 0.3  # inches of a field of view, and of the line above it
+_LINE_IN, _MOST_CHARACTERS = 0.13, 24  # of 8 points: the height of one more line, and what a field is wide
 _MOST_PX = 4096  # edge of a field: 50 MB of RGB, more than any screen shows
 
 
@@ -150,10 +151,11 @@ def contact_sheet(views: Sequence[View], *, columns: int = 6, fov_um: float = 64
         raise ConfigError(f"columns: expected 1 or more, got {columns}")
     columns = min(columns, max(1, len(views)))
     rows = max(1, math.ceil(len(views) / columns))
-    width_in, height_in = columns * (_TILE_IN + 0.1), rows * (_TILE_IN + _HEADING_IN)
+    heading_in = _HEADING_IN + _LINE_IN * max((view.said.count("\n") for view in views), default=0)
+    width_in, height_in = columns * (_TILE_IN + 0.1), rows * (_TILE_IN + heading_in)
     figure = Plot(figsize=(width_in, height_in))
-    share = _HEADING_IN / (_TILE_IN + _HEADING_IN)
-    grid = figure.add_gridspec(rows, columns, left=0, right=1, bottom=0.1 / height_in, top=1 - _HEADING_IN / height_in)
+    share = heading_in / (_TILE_IN + heading_in)
+    grid = figure.add_gridspec(rows, columns, left=0, right=1, bottom=0.1 / height_in, top=1 - heading_in / height_in)
     grid.update(wspace=0.06, hspace=share / (1 - share))
     mark = [part / 255 for part in MARK]
     for place, view in enumerate(views):
@@ -164,11 +166,19 @@ def contact_sheet(views: Sequence[View], *, columns: int = 6, fov_um: float = 64
         axes.set(xlim=(0, fov_um), ylim=(fov_um, 0), xticks=[], yticks=[])
         for spine in axes.spines.values():
             spine.set(color=view.color, linewidth=2.5)
-        axes.set_title(view.said, fontsize=8, color=view.color, pad=4)
+        axes.set_title("\n".join(map(_fitting, view.said.splitlines())), fontsize=8, color=view.color, pad=4)
         scale_bar(axes, fov_um, fov_um, um_per_unit=1)
     if not views:
         figure.text(0.5, 0.5, "nothing to show", ha="center", va="center")
     return figure
+
+
+def _fitting(line: str) -> str:
+    """Cut the middle out of a line that would run over its neighbours'."""
+    if len(line) <= _MOST_CHARACTERS:
+        return line
+    half = _MOST_CHARACTERS // 2
+    return f"{line[:half]}…{line[-half:]}"
 
 
 def _around(polygon_l0: NDArray[np.float64], box_l0: Box, mpp: float, fov_um: float) -> NDArray[np.float64]:

@@ -147,6 +147,7 @@ class ScanResult:
         top_k: int | None = None,
         what: Literal["all", "detections", "regions"] = "all",
         only: Collection[str] | None = None,
+        named: Mapping[str, str] | None = None,
     ) -> int:
         """Write detections and flagged regions for QuPath and other viewers; return the number of objects.
 
@@ -164,20 +165,26 @@ class ScanResult:
             Which objects.
         only : collection of str, optional
             Ids of the detections and regions that may be written; default: any.
+        named : mapping of str to str, optional
+            By id the class of those whose class is not to be the detector's.
         """
         offset = self.origin_l0(origin)
         lowest = self.threshold if min_score is None else min_score
 
         def features() -> Iterator[Any]:
             if what != "detections":
-                all_ = region_features(self.regions, run_namespace=self._namespace, offset_l0=offset)
+                told = zip(self.region_ids, self.regions, strict=True)
+                regions = [replace(each, label=(named or {}).get(id_, each.label)) for id_, each in told]
+                namespace, classes = self._namespace, self._renamed(named)[1]
+                all_ = region_features(regions, run_namespace=namespace, offset_l0=offset, classes=classes)
                 yield from islice((each for each in all_ if only is None or each.id in only), top_k)
             if what != "regions":
                 at_least = np.flatnonzero(self.detections.score >= lowest).tolist()
                 rows = np.array([i for i in at_least if only is None or self.ids[i] in only][:top_k], np.intp)
                 ids, more = [self.ids[i] for i in rows], {name: column[rows] for name, column in self._said.items()}
+                found, classes = self._renamed(named)
                 yield from detection_features(
-                    self.detections[rows], classes=self.classes, ids=ids, offset_l0=offset, measurements=more
+                    found[rows], classes=classes, ids=ids, offset_l0=offset, measurements=more
                 )
 
         properties = {"origin": origin, "offset_l0": list(offset), "mpp": self.frame.mpp, "min_score": lowest}
@@ -190,11 +197,14 @@ class ScanResult:
         min_score: float | None = None,
         top_k: int | None = None,
         only: Collection[str] | None = None,
+        named: Mapping[str, str] | None = None,
     ) -> int:
-        """Write detections as CSV (level-0 px), best first, of `only` these ids; return the number of rows."""
+        """Write detections as CSV (level-0 px), best first, as `to_geojson` would; return the number of rows."""
         lowest = self.threshold if min_score is None else min_score
         # In float32, as everywhere: a score that is the threshold counts.
-        rows = self._table().filter(pc.greater_equal(pc.field("score"), pa.scalar(np.float32(lowest), pa.float32())))
+        found, classes = self._renamed(named)
+        table = to_table(found, self.ids, classes, self._said)
+        rows = table.filter(pc.greater_equal(pc.field("score"), pa.scalar(np.float32(lowest), pa.float32())))
         if only is not None:
             rows = rows.filter(pc.field("id").isin(pa.array(sorted(only), pa.string())))
         rows = rows.slice(0, top_k)
@@ -303,6 +313,17 @@ class ScanResult:
     def _said(self) -> dict[str, np.ndarray[Any, np.dtype[np.float32]]]:
         """Return the attributes by name."""
         return attribute_columns(self.detections, self.attributes)
+
+    def _renamed(self, named: Mapping[str, str] | None) -> tuple[Detections, tuple[str, ...]]:
+        """Return the detections with the classes that `named` gives some by id, and the names of all classes."""
+        if not named:
+            return self.detections, self.classes
+        given = {row: named[id_] for row, id_ in enumerate(self.ids) if id_ in named}
+        classes = tuple(dict.fromkeys((*self.classes, *named.values())))
+        label = self.detections.label.copy()
+        for row, name in given.items():
+            label[row] = classes.index(name)
+        return replace(self.detections, label=label), classes
 
     def _table(self) -> pa.Table:
         """Return the detections as an Arrow table, best first."""

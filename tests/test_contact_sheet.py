@@ -10,6 +10,7 @@ import pytest
 from matplotlib.patches import Polygon
 
 import slidescan as ss
+from slidescan.contact_sheet import View, contact_sheet
 from slidescan.errors import ConfigError
 from slidescan.geometry import Frame
 from slidescan.slides import Slide, memory_slide
@@ -54,6 +55,21 @@ def test_regions_are_a_tuple_that_travels(result: ss.ScanResult, slide: Slide) -
     assert len(again.plot(slide).axes) == 2
     nothing = result.flagged(0).plot(slide)
     assert [text.get_text() for text in nothing.texts] == ["nothing to show"]
+
+
+def test_a_long_line_stays_above_its_own_field() -> None:
+    """A slide's id of forty letters, above rank and score, is no wider than the field."""
+    field = np.zeros((8, 8, 3), np.uint8)
+    said = "TCGA-A2-A0T2-01Z-00-DX1.29A5C4B1-0F\n12 · 0.97 · accept"
+    views = [View.of_box(field, (1, 1, 2, 2), said)] * 3
+    figure = contact_sheet(views, fov_um=64.0, columns=3)
+    figure.canvas.draw()
+    for axes in figure.axes:
+        heading, field_box = axes.title.get_window_extent(), axes.get_window_extent()
+        assert heading.width < 1.06 * field_box.width  # a tenth of an inch is between them
+        assert heading.y1 <= figure.bbox.height
+        assert axes.get_title().endswith("12 · 0.97 · accept")
+        assert axes.get_title().startswith("TCGA-A2")
 
 
 def test_what_cannot_be_shown_is_one_line(result: ss.ScanResult, slide: Slide) -> None:

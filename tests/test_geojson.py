@@ -364,6 +364,21 @@ def _export_nuclei(shared: Path, path: Path, limit: int) -> tuple[int, int]:
 
 
 @pytest.mark.data
+def test_a_class_has_one_colour() -> None:
+    """Of its regions and of its detections, or a viewer that keeps the first it sees shows two classes alike."""
+    classes = ["mitotic figure", "apoptotic body"]
+    square = np.array([[0.0, 0], [9, 0], [9, 9]])
+    regions = [FlaggedRegion(rank, name, square, 1, 0.9, 0.9, 2.0, 0.1) for rank, name in enumerate(classes, 1)]
+    found = Detections.build([[0, 0, 9, 9]] * 2, [0.9, 0.9], [0, 1])
+    shown = [
+        *region_features(regions, run_namespace="a:b", classes=classes),
+        *detection_features(found, classes=classes, ids=["x", "y"]),
+    ]
+    colours = {name: {each.color for each in shown if each.class_name == name} for name in classes}
+    assert [len(each) for each in colours.values()] == [1, 1]
+    assert colours[classes[0]] != colours[classes[1]]
+
+
 def test_a_whole_slide_of_nuclei(shared: Path, tmp_path: Path) -> None:
     """All 592,349 nuclei of a real slide stream to GeoJSON, in hardly more memory than a part of them, and import."""
     path = tmp_path / "nuclei.geojson.gz"

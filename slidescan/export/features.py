@@ -224,7 +224,7 @@ def region_features(
     *,
     run_namespace: str,
     offset_l0: tuple[float, float] = (0.0, 0.0),
-    color: Color = PALETTE[0],
+    classes: Sequence[str] = (),
 ) -> Iterator[Feature]:
     """Make one locked `annotation` of every flagged region, named like ``1: mitotic figure ×7``.
 
@@ -236,8 +236,8 @@ def region_features(
         As for `detection_ids`; with rank and outline it makes the id.
     offset_l0 : tuple of float
         Position of the viewer's origin, level-0 px.
-    color : Color
-        Colour of the class.
+    classes : sequence of str
+        The detector's: each has the colour that its detections have.
 
     Yields
     ------
@@ -248,6 +248,7 @@ def region_features(
     ConfigError
         If an outline has fewer than 3 points.
     """
+    colors = {name: PALETTE[i % len(PALETTE)] for i, name in enumerate(classes)}
     for region in regions:
         outline = np.asarray(region.polygon_l0, np.float64)
         if outline.ndim != 2 or outline.shape[1] != 2 or len(outline) < 3:
@@ -257,7 +258,7 @@ def region_features(
             "annotation",
             shapely.Polygon(outline - np.asarray(offset_l0)),
             region.label,
-            color,
+            colors.get(region.label, PALETTE[0]),
             name=f"{region.rank}: {region.label} ×{region.n}",
             measurements={
                 "rank": region.rank,

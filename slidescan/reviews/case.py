@@ -72,8 +72,14 @@ class Case:
             decision = next(standing.of(region))
             if decision.slide_fingerprint == self._fingerprint:
                 by_run[decision.run_key][region] = decision.box_l0
-        for boxes_l0 in by_run.values():
-            self._attached |= reattach(boxes_l0, self.items.values())
+        # What was decided on under its own id in that scan was there beside the stranger, and is not it.
+        own: dict[str, set[str]] = defaultdict(set)
+        for region in standing.regions:
+            for decision in standing.of(region) if region in self.items else ():
+                own[decision.run_key].add(region)
+        for run, boxes_l0 in by_run.items():
+            free = [item for item in self.items.values() if item.id not in own[run]]
+            self._attached |= reattach(boxes_l0, free)
         for old, item_id in self._attached.items():
             self._former[item_id].append(old)
 

@@ -149,7 +149,8 @@ class DecisionLog:
         self.standing = Standing()
         self.unreadable = 0
         """Lines that are no event: cut off by a power failure or a full disk, or edited by hand."""
-        self._read_bytes = 0
+        self.read_bytes = 0
+        """How much of the file was read: it grows with each event."""
 
     def refresh(self) -> None:
         """Read what was added since.
@@ -162,9 +163,9 @@ class DecisionLog:
         with self._lock:
             try:
                 with self.path.open("rb") as file:
-                    if os.fstat(file.fileno()).st_size < self._read_bytes:  # an older copy was put back
+                    if os.fstat(file.fileno()).st_size < self.read_bytes:  # an older copy was put back
                         self._forget()
-                    file.seek(self._read_bytes)
+                    file.seek(self.read_bytes)
                     data = file.read()
             except FileNotFoundError:
                 return
@@ -181,7 +182,7 @@ class DecisionLog:
             for event in _events(begun):
                 if event is not None:
                     self.standing.add(event)
-            self._read_bytes += len(data) - len(begun)
+            self.read_bytes += len(data) - len(begun)
 
     def append(self, event: Decision | Undo) -> None:
         """Write an event to the disk and take it into account, with all that others wrote before it.

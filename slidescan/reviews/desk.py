@@ -55,7 +55,6 @@ class Desk:
         self._number = {name: n for n, name in enumerate(self._slides)}
         self._listings: OrderedDict[int, list[ReviewItem]] = OrderedDict()
         self._listed = 0
-        self._left = review.left
         self._layers: OrderedDict[int, Layers] = OrderedDict()
         self._tilings: dict[int, Tiling] = {}
         items = review.items()
@@ -112,7 +111,7 @@ class Desk:
         review = self._review
         with self._lock:
             review.refresh()
-            self._left = review.left
+            left = review.left
         sorts = [sort for sort in get_args(Sort) if not (review.blinded and sort in TELL_SCORES)]
         slides = [{"n": n, "name": name} for n, name in enumerate(self._slides) if name in self._on_slide]
         of = next(iter(review.cases.values())).what if review.cases else "region"
@@ -121,7 +120,7 @@ class Desk:
             "blinded": review.blinded,
             "of": of,
             "total": len(review),
-            "left": self._left,
+            "left": left,
             "labels": self._labels,
             "slides": slides,
             "sorts": sorts[::-1] if review.blinded else sorts,
@@ -132,7 +131,6 @@ class Desk:
         asked.nothing_else()
         with self._lock:
             self._review.refresh()
-            self._left = self._review.left
             return summary_of(self._review)
 
     def _items(self, asked: Asked) -> dict[str, Any]:
@@ -196,13 +194,11 @@ class Desk:
         note = asked.text("note", _MOST_TEXT, default="")
         asked.nothing_else()
         with self._lock:
-            undecided = self._review.decision(item.id) is None
             try:
                 self._review.decide(item.id, decision, label=label, note=note)
             except ResultError as exc:
                 raise self._without_path(exc, item.slide_id) from exc
-            self._left -= undecided
-            return {"left": self._left, "item": self._told(item)}
+            return {"left": self._review.left, "item": self._told(item)}
 
     def _undo(self, asked: Asked) -> dict[str, Any]:
         asked.nothing_else()
@@ -211,10 +207,8 @@ class Desk:
                 id_ = self._review.undo()
             except ResultError as exc:
                 raise ResultError("the undo was not saved; the terminal says why") from exc
-            if id_ is None:
-                return {"left": self._left, "item": None}
-            self._left += self._review.decision(id_) is None
-            return {"left": self._left, "item": self._told(self._review.item(id_))}
+            item = None if id_ is None else self._told(self._review.item(id_))
+            return {"left": self._review.left, "item": item}
 
     def _crop(self, asked: Asked) -> Picture:
         item = self._item(asked)

@@ -26,13 +26,12 @@ def views(review: Review, items: Sequence[ReviewItem], fov_um: float, px: int) -
     shown = []
     for place, item in enumerate(items, 1):
         said = [str(place if item.rank is None else item.rank)]
-        if several and not review.blinded:  # a rank is one of its slide
-            said = [f"{item.slide_id} {item.rank}"]
+        of = f"{item.slide_id}\n" if several and not review.blinded else ""  # a rank is one of its slide
         if item.score is not None:
             said.append(f"{item.score:.2f}")
         made = review.decision(item.id)
         if made is not None:
             said.append(made.decision)
-        view = View.of_box(review.crop(item.id, fov_um, px), review.box_um(item.id, fov_um), " · ".join(said))
+        view = View.of_box(review.crop(item.id, fov_um, px), review.box_um(item.id, fov_um), of + " · ".join(said))
         shown.append(view if made is None else view._replace(color=_COLORS[made.decision]))
     return shown

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+
+import numpy as np
+import shapely
 
 from slidescan.errors import ConfigError, ResultError
 from slidescan.result import ScanResult
@@ -11,28 +13,29 @@ from slidescan.reviews.case import Case
 from slidescan.reviews.decisions import DECISIONS, Decision, Verdict
 from slidescan.reviews.items import inside
 
-__all__ = ["decided_ids"]
+__all__ = ["decided_classes", "decided_ids"]
 
 _DECIDED: Mapping[str, Verdict] = {"accepted": "accept", "rejected": "reject", "unsure": "unsure"}
 
 
-@dataclass(frozen=True, slots=True)
 class _Last:
     """The last decision on an item, of anyone or of one reviewer."""
 
-    reviewer: str | None
-
-    def of(self, said: Mapping[str, Decision]) -> Verdict | None:
-        if self.reviewer is not None:
-            return said[self.reviewer].decision if self.reviewer in said else None
-        return list(said.values())[-1].decision if said else None
+    def __init__(self, case: Case, reviewer: str | None) -> None:
+        said = {item_id: case.decisions(item_id) for item_id in case.items}
+        self.case = case
+        self.by_id: dict[str, Decision] = {
+            item_id: made[reviewer] if reviewer is not None else list(made.values())[-1]
+            for item_id, made in said.items()
+            if made and (reviewer is None or reviewer in made)
+        }
 
 
 def decided_ids(result: ScanResult, decisions: str, *, reviewer: str | None = None) -> frozenset[str]:
     """Return the ids of the regions that were decided so, and of the detections in them.
 
-    Where reviewers differ, the later decision counts. A detection is in a region if its centre is in the outline; where
-    it was decided on by itself, that counts.
+    Where reviewers differ, the later decision counts. A detection is in a region if its centre is in the outline, of
+    several in the smallest; where it was decided on by itself, that counts.
 
     Parameters
     ----------
@@ -51,18 +54,44 @@ def decided_ids(result: ScanResult, decisions: str, *, reviewer: str | None = No
     """
     if decisions not in _DECIDED:
         raise ConfigError(f"decisions: expected accepted, rejected or unsure, got {decisions!r}")
-    wanted, last = _DECIDED[decisions], _Last(reviewer)
+    wanted = _DECIDED[decisions]
+    regions, detections = _decided(result, reviewer)
+    chosen = {id_ for id_, decision in regions.by_id.items() if decision.decision == wanted}
+    alone = {id_ for id_, decision in detections.by_id.items() if decision.decision == wanted}
+    parts = {id_ for id_, region in _homes(result, regions.case).items() if region in chosen}
+    return frozenset(chosen | (parts - detections.by_id.keys()) | alone)
+
+
+def decided_classes(result: ScanResult, *, reviewer: str | None = None) -> dict[str, str]:
+    """Return by id the class that a reviewer gave a region or detection, where it is not the detector's.
+
+    A detection that is alone in its region has the region's. Parameters and errors are those of `decided_ids`.
+    """
+    regions, detections = _decided(result, reviewer)
+    named = {id_: decision.label for id_, decision in regions.by_id.items() if decision.label is not None}
+    alone = {
+        id_: named[region]
+        for id_, region in _homes(result, regions.case).items()
+        if region in named and regions.case.items[region].n == 1 and id_ not in detections.by_id
+    }
+    return named | alone | {id_: made.label for id_, made in detections.by_id.items() if made.label is not None}
+
+
+def _decided(result: ScanResult, reviewer: str | None) -> tuple[_Last, _Last]:
+    """Return what was decided last on regions and on detections."""
     regions = Case(result, "region")
     if not regions.log.path.is_file():
         raise ResultError(f"{regions.path}: no {DECISIONS} there; review the result first")
     names = sorted({decision.reviewer for decision in regions.log.standing.latest_first()})
     if reviewer is not None and reviewer not in names:
         raise ConfigError(f"reviewer: expected one who decided here ({', '.join(names) or 'nobody'}), got {reviewer!r}")
-    chosen = {id_ for id_ in regions.items if last.of(regions.decisions(id_)) == wanted}
-    pairs = inside([regions.items[id_] for id_ in sorted(chosen)], result.detections.centers)
-    parts = {result.ids[row] for _, row in pairs.tolist()}
-    if any(decision.what == "detection" for decision in regions.log.standing.latest_first()):
-        detections = Case(result, "detection")
-        alone = {id_: verdict for id_ in detections.items if (verdict := last.of(detections.decisions(id_)))}
-        parts = (parts - alone.keys()) | {id_ for id_, verdict in alone.items() if verdict == wanted}
-    return frozenset(chosen | parts)
+    return _Last(regions, reviewer), _Last(Case(result, "detection"), reviewer)
+
+
+def _homes(result: ScanResult, regions: Case) -> dict[str, str]:
+    """Return by detection the region it is in: outlines overlap, and the smallest is that of its own cluster."""
+    items = list(regions.items.values())
+    areas = np.array([shapely.Polygon(item.polygon_l0).area for item in items])
+    pairs = inside(items, result.detections.centers)
+    largest_first = pairs[np.argsort(-areas[pairs[:, 0]], kind="stable")] if len(pairs) else pairs
+    return {result.ids[row]: items[region].id for region, row in largest_first.tolist()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
@@ -45,6 +46,11 @@ class Review:
         self._items: dict[str, ReviewItem] = {}
         for item in shown:  # a slide that is in an archive twice, under two names, is reviewed once
             self._items.setdefault(item.id, replace(item, score=None, evidence=None, rank=None) if blinded else item)
+        self._on_slide: dict[str, list[str]] = defaultdict(list)
+        for item in self._items.values():
+            self._on_slide[item.slide_id].append(item.id)
+        self._left: dict[str, tuple[int, int]] = {}
+        """By slide how long its log was when they were counted, and how many were not decided."""
         self._sorted: dict[Sort, list[ReviewItem]] = {}
         self._widget: ReviewWidget | None = None
         self._made: dict[str, int] = {}
@@ -135,8 +141,12 @@ class Review:
 
     @property
     def left(self) -> int:
-        """How many items this reviewer has not decided on."""
-        return sum(self.decision(item_id) is None for item_id in self._items)
+        """How many items this reviewer has not decided on; of a slide counted again where its log has grown."""
+        for slide_id, ids in self._on_slide.items():
+            length = self._cases[slide_id].log.read_bytes
+            if self._left.get(slide_id, (-1, 0))[0] != length:
+                self._left[slide_id] = length, sum(self.decision(id_) is None for id_ in ids)
+        return sum(n for _, n in self._left.values())
 
     def decide(self, item_id: str, decision: Verdict, *, label: str | None = None, note: str = "") -> Decision:
         """Decide on an item; it is on the disk when this returns.
@@ -192,8 +202,13 @@ class Review:
         return self.decisions(item_id).get(reviewer or self.reviewer)
 
     def decisions(self, item_id: str) -> dict[str, Decision]:
-        """Return what stands for an item by reviewer, who decided last at the end."""
+        """Return what stands for an item by reviewer, who decided last at the end.
+
+        A blinded review tells what others said of what this reviewer has decided on, and of nothing else.
+        """
         said = self._cases[self.item(item_id).slide_id].decisions(item_id)
+        if self.blinded and self.reviewer not in said:
+            return {}
         if self.blinded:  # what another was shown, or the same reviewer before
             said = {name: replace(decision, score=None, evidence=None) for name, decision in said.items()}
         return said

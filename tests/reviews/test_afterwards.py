@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 
 import slidescan as ss
 from slidescan import cli
 from slidescan.errors import ResultError
+from slidescan.geometry import Box
+from slidescan.reviews.case import Case
+from slidescan.reviews.items import ReviewItem
+from slidescan.reviews.selection import _homes
 from slidescan.reviews.start import open_runs
 from slidescan.slides import Slide
 from tests.discs import ORACLE, config, discs
@@ -61,6 +69,59 @@ def test_decisions_without_a_place_are_counted_and_kept(result: ss.ScanResult, s
     assert (looked.reattached, looked.orphaned) == (0, 12)
     assert looked.left == len(looked)
     assert len(lines(result)) == 12
+
+
+def test_a_decision_on_something_else_is_not_taken_for_one_on_what_stayed(result: ss.ScanResult) -> None:
+    """A region kept its id, and a place within it, decided on by itself then, is gone: that decision has no place."""
+    ann = ss.review(result, reviewer="ann")
+    stayed, other = ann.items()[:2]
+    ann.decide(stayed.id, "accept")
+    ann.decide(other.id, "reject", note="debris")
+    first, second = lines(result)
+    second |= {"region": "00000000-0000-5000-8000-000000000000", "box_l0": first["box_l0"]}
+    assert result.path is not None
+    told = [json.dumps(line | {"run_key": "of another scan"}) + "\n" for line in (first, second)]
+    (result.path / "decisions.jsonl").write_text("".join(told))
+    looked = ss.review(result, reviewer="ann")
+    assert looked.decision(stayed.id).decision == "accept"
+    assert (looked.reattached, looked.orphaned) == (0, 1)
+
+
+def test_a_reviewers_class_is_exported(result: ss.ScanResult, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the region, of the detection alone in it, and of one decided on by itself; the others keep the detector's."""
+    ann, run = ss.review(result, reviewer="ann"), result.path
+    assert run is not None
+    ids = [item.id for item in ann.items()][:3]
+    for id_, label in zip(ids, ("apoptotic body", None, None), strict=True):
+        ann.decide(id_, "accept", label=label)
+    alone = ss.review(result, of="detections", reviewer="ann")
+    homes = {region: id_ for id_, region in _homes(result, Case(result, "region")).items()}
+    alone.decide(homes[ids[2]], "accept", label="lymphocyte")
+    regions, found = exported(monkeypatch, run, "--decisions", "accepted")
+    assert (regions, found) == (set(ids), {homes[id_] for id_ in ids})
+    told = {f["id"]: f["properties"] for f in json.loads((run / "out.geojson").read_text())["features"]}
+    names = {id_: each["classification"]["name"] for id_, each in told.items()}
+    assert [names[id_] for id_ in ids] == ["apoptotic body", "disc", "disc"]
+    assert [names[homes[id_]] for id_ in ids] == ["apoptotic body", "disc", "lymphocyte"]
+    assert "apoptotic body" in told[ids[0]]["name"]
+    monkeypatch.setattr(sys, "argv", f"slidescan export {run} -f csv -o {run}/x.csv --decisions accepted".split())
+    with pytest.raises(SystemExit):
+        cli.main()
+    rows = {row["id"]: row["label"] for row in csv.DictReader((run / "x.csv").read_text().splitlines())}
+    assert rows == {homes[id_]: names[homes[id_]] for id_ in ids}
+
+
+def test_where_outlines_overlap_a_detection_is_in_the_smallest() -> None:
+    """A ring's outline holds what lies in its middle, and that is a region of its own."""
+    square = np.array([[0.0, 0], [1, 0], [1, 1], [0, 1]])
+    outlines = {"ring": 100 * square, "middle": 45 + 10 * square}
+    items = {
+        name: ReviewItem(name, "region", "a", "", "disc", 0.9, 1.0, 3, 1, Box(0, 0, 1, 1), outline)
+        for name, outline in outlines.items()
+    }
+    centers = np.array([[5.0, 5], [50, 50], [95, 95], [500, 500]])
+    result: Any = SimpleNamespace(ids=list("abcd"), detections=SimpleNamespace(centers=centers))
+    assert _homes(result, SimpleNamespace(items=items)) == {"a": "ring", "b": "middle", "c": "ring"}  # type: ignore[arg-type]
 
 
 def exported(monkeypatch: pytest.MonkeyPatch, run: Path, *options: str) -> tuple[set[str], set[str]]:

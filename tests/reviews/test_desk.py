@@ -52,6 +52,20 @@ def test_a_list_stays_while_its_items_are_decided(desk: Desk) -> None:
         desk.answer("items", {"listing": first["listing"], "page": 0, "size": 6})
 
 
+def test_what_is_left_counts_whoever_decided(case: Path, slide: Slide) -> None:
+    """The same reviewer decides in a notebook's cell, or in another window, and then with a key of the page."""
+    review = looked_at(case, slide)
+    desk, elsewhere = Desk(review), looked_at(case, slide)
+    ids = [item.id for item in review.items()]
+    assert desk.answer("state", {})["left"] == 12
+    review.decide(ids[0], "accept")
+    elsewhere.decide(ids[1], "reject")
+    assert desk.answer("decide", {"id": ids[2], "decision": "unsure"})["left"] == 9
+    assert desk.answer("undo", {})["left"] == 10
+    elsewhere.undo()
+    assert desk.answer("state", {})["left"] == 11
+
+
 def test_filters(desk: Desk) -> None:
     score = desk.answer("items", {"page": 0, "size": 100, "sort": "score"})["items"][5]["score"]
     for values, n in (

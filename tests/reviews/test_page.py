@@ -111,6 +111,46 @@ class TestDeciding:
         assert json.loads((case / "decisions.jsonl").read_text().splitlines()[1])["label"] is None
         assert HOSTILE in tab.run("document.querySelector('.ss-card').textContent")
 
+    def test_what_was_typed_stays_with_its_item(self, opened: Callable[..., Desk], tab: Tab, case: Path) -> None:
+        """A larger field, or a click on the item's own card, shows it again: note and class are as they were."""
+
+        def two_classes(desk: Desk) -> None:
+            desk._labels = ["disc", HOSTILE]
+
+        opened(change=two_classes)
+        press(tab, "n")
+        for letter in "arz":
+            tab.press(letter)
+        tab.press("Escape")
+        tab.press("2")
+        tab.run("document.getElementById('review').review.resize(256)")
+        tab.run("document.querySelector('.ss-card').click()")
+        press(tab, "a")
+        at(tab, 2)
+        (line,) = (json.loads(text) for text in (case / "decisions.jsonl").read_text().splitlines())
+        assert (line["note"], line["label"]) == ("arz", HOSTILE)
+
+    def test_nothing_is_decided_that_is_not_shown(self, opened: Callable[..., Desk], tab: Tab, case: Path) -> None:
+        """While a new list is there and its first item is not yet: the picture is of the old one."""
+        opened()
+        tab.run(
+            """(() => {
+              const { review } = document.getElementById('review');
+              const ask = review.transport.request.bind(review.transport);
+              review.transport.request = (kind, ...rest) => {
+                if (kind === 'next') return new Promise((answer) => { review.answerNext = answer; });
+                return kind === 'items' ? ask(kind, ...rest).then((told) => ({ ...told, items: told.items.reverse() }))
+                  : ask(kind, ...rest);
+              };
+              review.list();
+            })()"""
+        )
+        tab.wait("document.getElementById('review').review.answerNext !== undefined")
+        press(tab, "a")
+        assert "Wait for the picture" in tab.run("document.querySelector('[role=status]').textContent")
+        assert not (case / "decisions.jsonl").exists()
+        tab.run("document.getElementById('review').review.answerNext({ index: 0 })")
+
     def test_a_key_held_down_decides_once(self, opened: Callable[..., Desk], tab: Tab, case: Path) -> None:
         opened()
         press(tab, "a")

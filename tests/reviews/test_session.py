@@ -138,6 +138,21 @@ def test_a_blinded_review_tells_no_scores(result: ss.ScanResult, slide: Slide) -
             looked.items(**hidden)
 
 
+def test_a_blinded_reviewer_decides_before_others_are_heard(result: ss.ScanResult) -> None:
+    """In whatever way it is asked, nothing tells what others said of what this reviewer has not decided on."""
+    ben = ss.review(result, reviewer="ben")
+    first, second = [item.id for item in ben.items()][:2]
+    for id_ in (first, second):
+        ben.decide(id_, "reject", note="debris")
+    ann = ss.review(result, reviewer="ann", blinded=True)
+    assert (ann.decisions(first), ann.decision(first, "ben"), ann.ratings(), ann.agreement()) == ({}, None, {}, ())
+    assert "debris" not in ann.table(everyone=True).to_csv()
+    ann.decide(first, "accept")
+    assert set(ann.decisions(first)) == {"ann", "ben"}
+    assert ann.ratings() == {first: {"ann": "accept", "ben": "reject"}}
+    assert [kappa.n for kappa in ann.agreement()] == [1]
+
+
 def test_two_reviewers_at_once(result: ss.ScanResult) -> None:
     """Each sees the other's decisions after refresh, and both agree as far as they do."""
     ann, ben = (ss.review(result, reviewer=name) for name in ("ann", "ben"))

@@ -93,6 +93,7 @@ export class SlideView {
       element: this.stage, showNavigationControl: false, drawer: "canvas", animationTime: 0.5, springStiffness: 10,
       maxZoomPixelRatio: MOST_ENLARGED, visibilityRatio: 0.3, imageLoaderLimit: MOST_LOADING, maxImageCacheCount: MOST_TILES,
       gestureSettingsMouse: { clickToZoom: false, dblClickToZoom: true }, tabIndex: 0, preload: false,
+      tileRetryMax: 3, tileRetryDelay: 2000, // a laptop that slept, a tunnel that broke
     });
     // The page has keys of its own; OpenSeadragon's would turn and flip the slide.
     this.viewer.addHandler("canvas-key", (event) => { event.preventDefaultAction = true; });

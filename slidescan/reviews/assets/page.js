@@ -92,7 +92,7 @@ class Page {
         this.root.dataset.ready = `${this.listing}`;
         return;
       }
-      const { index } = await this.transport.request("next", { listing: told.listing, start: 0 });
+      const { index } = await this.transport.request("next", { listing: told.listing, start: 0 }).catch(() => ({}));
       await this.go(index ?? 0);
       this.root.dataset.ready = `${this.listing}`;
     } catch (error) {
@@ -172,7 +172,7 @@ class Page {
   async decide(decision) {
     const item = this.current;
     if (this.busy || !item) return;
-    if (!this.panel.seen) {
+    if (this.panel.item?.id !== item.id || !this.panel.seen) { // a list is there before its first item is shown
       this.panel.say("Wait for the picture, then decide.");
       return;
     }
@@ -212,7 +212,7 @@ class Page {
       this.panel.say(`Undone: ${counted(number * PER_PAGE + i + 1)} of ${counted(this.total)}.`);
       return;
     }
-    this.panel.say(`Undone: one on ${answer.item.slide_name} that is not listed here.`);
+    this.panel.say(`Undone: one on ${answer.item.slide_name} that is not on a page shown so far.`);
   }
 
   async #write(kind, values) {
@@ -222,7 +222,7 @@ class Page {
     try {
       return await this.transport.request(kind, values);
     } catch (error) {
-      this.panel.say(`Not saved: ${error.message}`, { wrong: true });
+      this.panel.say(`${error.lost ? "Perhaps not saved" : "Not saved"}: ${error.message}`, { wrong: true });
       return null;
     } finally {
       this.busy = false;

@@ -35,6 +35,7 @@ export class Panel {
   }
 
   show(item, number, total, crops) {
+    const same = this.item?.id === item.id; // shown again, larger or from elsewhere: what was typed stays
     this.item = item;
     this.title.textContent = `${counted(number)} of ${counted(total)}`;
     const [x0, y0, x1, y1] = item.box_l0;
@@ -46,8 +47,10 @@ export class Panel {
       ["Rank on slide", item.rank === null ? "" : `${item.rank}`], ["Slide", item.slide_name], ["Group", item.group]];
     this.facts.replaceChildren(...facts.filter(([, value]) => value).map(([name, value]) =>
       element("div", {}, element("dt", { text: name }), element("dd", { text: value }))));
-    this.note.value = item.decided?.note ?? "";
-    this.#choose(item.decided?.label ?? item.label);
+    if (!same) {
+      this.note.value = item.decided?.note ?? "";
+      this.#choose(item.decided?.label ?? item.label);
+    }
     this.update(item);
     return this.field.fill(item, crops);
   }

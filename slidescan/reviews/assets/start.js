@@ -17,7 +17,8 @@ class HttpCarrier {
         ? fetch(`api/${kind}`, { method: "POST", body: text, headers: { ...this.headers, "Content-Type": "application/json" } })
         : fetch(`api/${kind}?q=${encodeURIComponent(text)}`, { headers: this.headers, signal }));
     } catch {
-      throw new Error("slidescan review does not answer; start it again.");
+      const error = new Error("slidescan review does not answer. If it runs, load this page again: it shows what was saved.");
+      throw Object.assign(error, { lost: true }); // what was asked for may have been done
     }
     const isJson = answer.headers.get("Content-Type")?.startsWith("application/json");
     if (!answer.ok) throw new Error(isJson ? (await answer.json()).error : `failed (${answer.status})`);
