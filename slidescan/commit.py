@@ -24,6 +24,7 @@ __all__ = ["commit", "disk_error", "flush", "machine", "sweep"]
 # Seconds after which nobody writes a file any more, wherever: the largest takes a minute. Clocks differ by less.
 _ABANDONED_S = 24 * 3600
 _TRIES = 3
+_LONG_BYTES = 160  # of a name that still has room for what is added to it: file systems end at 255
 
 
 def commit(path: Path, write: Callable[[Path], None]) -> None:
@@ -34,7 +35,10 @@ def commit(path: Path, write: Callable[[Path], None]) -> None:
     ResultError
         If the disk is full or cannot be written.
     """
-    partial = path.with_name(f".{path.name}.{_place()}-{os.getpid()}-{threading.get_ident()}.partial")
+    name = (
+        path.name if len(os.fsencode(path.name)) < _LONG_BYTES else hashlib.sha256(os.fsencode(path.name)).hexdigest()
+    )
+    partial = path.with_name(f".{name}.{_place()}-{os.getpid()}-{threading.get_ident()}.partial")
     try:
         for left in reversed(range(_TRIES)):
             try:

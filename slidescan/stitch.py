@@ -4,14 +4,14 @@ The rule, in any one frame:
 
 0. A box cut by its tile's read window, but not by the slide's edge, is dropped: a neighbour sees it whole.
 1. A box stays with a tile if its centre lies less than `slack` outside the tile's core.
-2. Of two boxes from *different* tiles, both with their centre within 3·`slack` of their own core's edge, whose
-   centres are less than 2·`slack` apart and which overlap by more than `iou`, the lower one goes.
+2. Of two boxes of one class from *different* tiles, both with their centre within 3·`slack` of their own core's edge,
+   whose centres are less than 2·`slack` apart and which overlap by more than `iou`, the lower one goes.
 3. "Lower" is the order by (-score, x0, y0, x1, y1, label), so the result does not depend on the order of the input.
 
 If the centre of an object moves by less than `slack` between two tiles that see it, each object survives exactly
-once: some tile finds it within slack of its own core, and its twins lie at most slack + 2·jitter < 3·slack inside
-theirs and less than 2·slack away. Duplicates within one tile are the detector's business; tissue away from the
-seams is never touched.
+once in each class it is said to be: some tile finds it within slack of its own core, and its twins lie at most slack +
+2·jitter < 3·slack inside theirs and less than 2·slack away. Duplicates within one tile, and several classes for one
+object, are the detector's business; tissue away from the seams is never touched.
 """
 
 from __future__ import annotations
@@ -105,7 +105,8 @@ def stitch(
         return ranked
     pairs = cKDTree(centers[seam]).query_pairs(2 * slack, p=np.inf, output_type="ndarray")
     pairs = seam[np.sort(pairs, axis=1)]
-    pairs = pairs[tile[pairs[:, 0]] != tile[pairs[:, 1]]]
+    one, other = pairs.T
+    pairs = pairs[(tile[one] != tile[other]) & (ranked.label[one] == ranked.label[other])]
     pairs = pairs[iou_pairs(ranked.xyxy[pairs[:, 0]], ranked.xyxy[pairs[:, 1]]) > iou]
     keep = [True] * len(ranked)
     # By the time a box is the upper one of a pair, every box above it has had its say: greedy suppression in one pass.

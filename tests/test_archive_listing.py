@@ -36,6 +36,16 @@ class TestListing:
         assert entries[3].mpp == 0.5
         assert [e.group for e in entries][:3] == ["north", "south", "south"]
 
+    def test_links_to_folders_are_followed_once(self, tmp_path: Path) -> None:
+        """Slides on another mount are found; a link that leads back ends nowhere."""
+        for name in ("slides/a.svs", "mount/b.svs"):
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).touch()
+        (tmp_path / "slides/batch2").symlink_to(tmp_path / "mount")
+        (tmp_path / "slides/again").symlink_to(tmp_path / "mount")
+        (tmp_path / "mount/back").symlink_to(tmp_path / "slides")
+        assert [entry.slide_id for entry in read_listing(tmp_path / "slides")] == ["a", "b"]
+
     def test_a_home_directory_in_a_table(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """A shell would have said what ~ is; in a table nobody did."""
         monkeypatch.setenv("HOME", str(tmp_path / "home"))

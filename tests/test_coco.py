@@ -167,3 +167,13 @@ def test_pictures_are_decoded_late_and_travel_small(
         assert slide.read(0, 0, 1, 1, slide.frame).rgb.tolist() == [[[i, 0, 0]]]
     assert len(held) == 2
     assert len(pickle.dumps(found[0].slide)) < 1000
+
+
+def test_patient_0_is_one_patient(tmp_path: Path) -> None:
+    """A number that a program counted from 0: not nobody, whose pictures are each a patient of its own."""
+
+    def of_patient_0(table: dict[str, Any]) -> None:
+        first = table["images"][0]
+        table["images"] = [first | {"patient": 0}, first | {"id": 8, "patient": 0}, first | {"id": 9, "patient": ""}]
+
+    assert [one.patient for one in load(coco(tmp_path, of_patient_0))] == ["0", "0", "a"]

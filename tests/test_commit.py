@@ -109,3 +109,13 @@ def test_an_archive_sweeps_before_it_begins(tmp_path: Path) -> None:
     left = [killed(tmp_path / "index.parquet"), killed(tmp_path / "records" / "case.json")]
     ss.scan_archive([], ORACLE, out=tmp_path)
     assert not any(file.exists() for file in left)
+
+
+@pytest.mark.parametrize("name", ["漢" * 66 + ".json", "a" * 240 + ".json"])
+def test_a_long_name_is_written_and_swept(tmp_path: Path, name: str) -> None:
+    """Any name that the file system takes: what is added to it while it is written does not count."""
+    commit(tmp_path / name, whole)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    left = killed(tmp_path / name)
+    sweep(tmp_path)
+    assert not left.exists()

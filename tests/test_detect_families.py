@@ -18,6 +18,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import nn
 
 from slidescan.detect import load_detector
+from slidescan.detect.card import Colours
 from slidescan.detections import Detections
 from slidescan.errors import ModelError
 from tests.families import (
@@ -25,11 +26,13 @@ from tests.families import (
     HEIGHT,
     WIDTH,
     Case,
+    deformable_detr,
     grounding,
     lw_detr,
     network,
     picture,
     pixels,
+    rf_detr,
     saved,
     stages,
 )
@@ -146,6 +149,104 @@ def test_a_detector_finds_what_transformers_finds(tmp_path: Path, family: str, n
     assert (np.diff(found.score) <= 0).all()
     assert len(found) == detector.max_per_tile == 10
     assert list(detector.classes) == list(model.config.id2label.values())
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        partial(lw_detr, patch_size=16, num_windows=16),
+        partial(rf_detr, hf.RfDetrForObjectDetection),
+        partial(deformable_detr, two_stage=True, with_box_refine=True),
+    ],
+    ids=["LW-DETR", "RF-DETR", "Deformable DETR"],
+)
+def test_a_tile_with_fewer_cells_than_queries_is_filled_up(tmp_path: Path, make: Callable[[], Case]) -> None:
+    """Of families that choose their queries among cells; each asks for 300 of them here."""
+    model = make().model
+    config: Any = model.config
+    config.num_queries = config.two_stage_num_proposals = 300
+    made = type(model)(config)
+    found = load_detector(saved(made, tmp_path), mpp=1.0, device="cpu").detect(picture()[None], 0.0)[0]
+    assert len(found) == 300
+    assert (found.xyxy <= [WIDTH, HEIGHT, WIDTH, HEIGHT]).all()
+
+
+def test_anchors_of_one_size_of_image_serve_others(tmp_path: Path) -> None:
+    """Those that a configuration asks to be kept are of the images it was made for, and no tile's."""
+    config = DETECTORS["RT-DETR"]().model.config
+    config.anchor_image_size = [64, 64]
+    found = load_detector(saved(hf.RTDetrForObjectDetection(config), tmp_path), mpp=1.0).detect(picture()[None], 0.0)
+    assert len(found[0]) == config.num_queries
+
+
+@pytest.mark.parametrize(
+    ("told", "scale", "normalised"),
+    [
+        ({"image_processor_type": "DetrImageProcessor"}, 1 / 255, True),
+        ({"feature_extractor_type": "DetrFeatureExtractor", "rescale_factor": 0.5}, 0.5, True),
+        ({"image_processor_type": "RTDetrImageProcessor"}, 1 / 255, False),
+        ({"image_processor_type": "DetrImageProcessor", "do_normalize": False}, 1 / 255, False),
+        ({"size": {"shortest_edge": 800}}, 1 / 255, False),
+    ],
+)
+def test_what_a_processor_leaves_out_is_its_classes_default(
+    tmp_path: Path, told: dict[str, Any], scale: float, normalised: bool
+) -> None:
+    """DETR and its kin normalise by ImageNet's mean and spread, RT-DETR does not."""
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(told))
+    expected = Colours(scale, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)) if normalised else Colours(scale)
+    assert Colours.read(tmp_path) == expected
+
+
+@pytest.mark.parametrize("factor", [0, -1])
+def test_a_scale_that_cannot_be_is_refused(tmp_path: Path, factor: float) -> None:
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"rescale_factor": factor}))
+    with pytest.raises(ModelError, match="rescale_factor above 0"):
+        Colours.read(tmp_path)
+
+
+def test_an_older_processors_size_is_a_number(tmp_path: Path) -> None:
+    model = network(partial(plain, hf.DetrForObjectDetection, hf.DetrConfig))
+    saved(model, tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(
+        '{"feature_extractor_type": "DetrFeatureExtractor", "size": 800}'
+    )
+    assert load_detector(tmp_path, mpp=1.0).input_px == 800
+
+
+def test_code_in_a_directory_is_never_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody is asked whether it may be."""
+    told = {"model_type": "mine", "architectures": ["MyForObjectDetection"], "id2label": {"0": "cat"}}
+    code = {"AutoConfig": "mine.Mine", "AutoModelForObjectDetection": "mine.MyForObjectDetection"}
+    (tmp_path / "config.json").write_text(json.dumps(told | {"auto_map": code}))
+    (tmp_path / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(ModelError):
+        load_detector(tmp_path, mpp=1.0).detect(picture()[None], 0.5)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"classes": ["x"]}, "config.json has 3 classes"),
+        ({"classes": "abc"}, "a list of names"),
+        ({"classes": []}, "out of range"),
+        ({"attributes": ["large"]}, "classes and attributes are 4"),
+        ({"temperature": float("nan")}, "out of range"),
+        ({"anchor_px": 20.0}, "model that has anchors"),
+    ],
+)
+def test_a_card_that_does_not_fit_its_network_is_refused(tmp_path: Path, change: dict[str, Any], said: str) -> None:
+    """Before a detection has a class that has no name."""
+    saved(network(partial(plain, hf.DetrForObjectDetection, hf.DetrConfig)), tmp_path)
+    card = {"name": "x", "classes": ["a", "b", "c"], "mpp": 1.0, "input_px": 96, "object_um": 10.0}
+    (tmp_path / "slidescan.json").write_text(json.dumps(card))
+    assert len(load_detector(tmp_path).detect(picture()[None], 0.0)[0]) == 10
+    (tmp_path / "slidescan.json").write_text(json.dumps(card | change))
+    with pytest.raises(ModelError, match=said):
+        load_detector(tmp_path).detect(picture()[None], 0.0)
 
 
 def test_a_directory_says_its_classes_and_its_tile(tmp_path: Path) -> None:

@@ -253,3 +253,9 @@ def test_random_centers_refuse_to_overlap() -> None:
     """More places than fit are refused."""
     with pytest.raises(ConfigError, match="ask for fewer"):
         random_centers(np.random.default_rng(0), (50, 50), 30, apart_px=20)
+
+
+def test_a_seed_may_be_numpys() -> None:
+    seed = np.random.default_rng(0).integers(100)
+    ours, theirs = (Phantom((600, 600), tissue=1.0, seed=n).render(0, 0, 64, 64) for n in (int(seed), seed))
+    np.testing.assert_array_equal(ours, theirs)

@@ -238,3 +238,11 @@ def test_a_real_slide(shared: Path, tmp_path: Path) -> None:
     assert found.xyxy_l0.tolist() == [[600, 700, 640, 740]]
     example = Windows([found], 0.5).window(np.random.default_rng(0), 96)
     assert example.image.shape == (96, 96, 3)
+
+
+@pytest.mark.parametrize("classes", [("cell",), ("mitosis", "cell")])
+def test_cores_of_a_tissue_array_are_no_objects(tmp_path: Path, classes: tuple[str, ...]) -> None:
+    """QuPath exports them beside what is annotated, without a class."""
+    core = feature("Polygon", [SQUARE]) | {"properties": {"objectType": "tmaCore", "name": "A-1"}}
+    (found,) = load_qupath(slides(tmp_path, [core, POINT]), classes)
+    assert len(found.xyxy_l0) == 1

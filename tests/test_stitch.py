@@ -165,3 +165,12 @@ def test_distinct_keeps_the_best_of_each_heap(seed: int, n: int, iou: float) -> 
         above = [k for k in rows if k < i and said.label[k] == said.label[i]]
         hidden = any(iou_pairs(said.xyxy[[k]], said.xyxy[[i]])[0] > iou for k in above)
         assert hidden == (i not in rows)
+
+
+def test_objects_of_two_classes_in_one_place_both_stay() -> None:
+    """A tile that sees but one of them does not overrule the other, which sees both: no grid has a say in that."""
+    cores = np.array([[0, 0, 100, 100], [100, 0, 200, 100]], float)
+    boxes = [[88, 40, 108, 60], [92, 40, 112, 60], [88, 40, 108, 60]]
+    found = Detections.build(boxes, [0.9, 0.8, 0.7], [0, 1, 0])
+    kept = stitch(found, np.array([0, 1, 1]), cores, slack=4.0, iou=0.3)
+    assert (kept.score.tolist(), kept.label.tolist()) == ([pytest.approx(0.9), pytest.approx(0.8)], [0, 1])

@@ -102,8 +102,21 @@ def read_listing(source: str | Path) -> list[Entry]:
 
 
 def _found(folder: Path) -> Iterable[Path]:
-    """Yield the slides below a folder, sorted; a Zarr directory is one slide, and hidden ones are nobody's."""
-    for directory, below, files in os.walk(folder.absolute()):
+    """Yield the slides below a folder, sorted; a Zarr directory is one slide, and hidden ones are nobody's.
+
+    Links to folders are followed, each folder once.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise ConfigError(f"{folder}: a folder below it cannot be read ({error.strerror}); check who may read it")
+
+    seen: set[str] = set()
+    for directory, below, files in os.walk(folder.absolute(), onerror=refuse, followlinks=True):
+        place = os.path.realpath(directory)
+        if place in seen:
+            below.clear()
+            continue
+        seen.add(place)
         zarrs = [name for name in below if name.lower().endswith(".zarr")]
         below[:] = sorted(name for name in below if name not in zarrs and not name.startswith("."))
         for name in sorted([*zarrs, *files]):

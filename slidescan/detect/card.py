@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 __all__ = ["MODEL_FILES", "Card", "Colours", "digest", "read_card", "read_json", "write_card", "write_model"]
 
 MODEL_FILES = ("config.json", "model.safetensors", "slidescan.json", "preprocessor_config.json")
+# transformers' defaults where a processor's file leaves them out; all of DETR's kin normalise but these.
+_IMAGENET = {"image_mean": (0.485, 0.456, 0.406), "image_std": (0.229, 0.224, 0.225)}
+_PLAIN = ("RTDetr",)
 _PHOTO_PX = 640  # edge of the images most DETR-type models are trained on, where nothing says so
 
 
@@ -106,10 +109,14 @@ class Colours:
         table = read_json(file)
         try:
             scale = float(table.get("rescale_factor", 1 / 255)) if table.get("do_rescale", True) else 1.0
-            if not table.get("do_normalize", False):
+            if not 0 < scale < math.inf:
+                raise ValueError("a rescale_factor above 0")
+            told = str(table.get("image_processor_type") or table.get("feature_extractor_type") or "")
+            # Left out of the file, it is what the processor's class has.
+            if not table.get("do_normalize", bool(told) and not told.startswith(_PLAIN)):
                 return cls(scale)
-            mean, spread = (tuple(map(float, table[key])) for key in ("image_mean", "image_std"))
-            if len(mean) != 3 or len(spread) != 3 or scale <= 0 or min(spread) <= 0:
+            mean, spread = (tuple(map(float, table.get(key, usual))) for key, usual in _IMAGENET.items())
+            if len(mean) != 3 or len(spread) != 3 or min(spread) <= 0:
                 raise ValueError("three channels, and a scale and spread above 0")
         except (KeyError, TypeError, ValueError) as exc:
             raise ModelError(
@@ -142,11 +149,14 @@ def read_card(path: Path, config: dict[str, Any], mpp: float | None) -> Card:
         known = set(Card.__dataclass_fields__)
         try:
             lists = {key: tuple(table.get(key, ())) for key in ("attributes", "attribute_cuts")}
+            if not isinstance(table["classes"], list) or not all(isinstance(name, str) for name in table["classes"]):
+                raise TypeError(f"classes must be a list of names, got {table['classes']!r}")
             table = {**table, "classes": tuple(table["classes"]), **lists}
             card = Card(**{key: value for key, value in table.items() if key in known})
             numbers = card.mpp, card.input_px, card.object_um, card.temperature
             if not (
-                min(float(n) for n in numbers) > 0
+                all(0 < float(n) < math.inf for n in numbers)
+                and card.classes
                 and 0 <= card.threshold <= 1
                 and card.input_px % 32 == 0
                 and math.isfinite(card.offset)
@@ -154,6 +164,9 @@ def read_card(path: Path, config: dict[str, Any], mpp: float | None) -> Card:
                 and (card.halo_um is None or 0 < float(card.halo_um) < math.inf)
             ):
                 raise ValueError("a number is out of range")
+            said, logits = (*card.classes, *card.attributes), _labels(config)
+            if "model_type" in config and len(said) != len(logits):
+                raise ValueError(f"config.json has {len(logits)} classes, classes and attributes are {len(said)}")
             if card.color not in ("raw", "srgb"):
                 raise ValueError(f"color must be raw or srgb, got {card.color}")
         except (KeyError, TypeError, ValueError) as exc:
@@ -181,6 +194,7 @@ def _trained_px(path: Path) -> int:
     """Return the edge of the images a model was trained on, a multiple of 32, as its image processor says."""
     file = path / "preprocessor_config.json"
     size = read_json(file).get("size") if file.is_file() else None
+    size = {"shortest_edge": size} if isinstance(size, int) else size  # as older processors wrote it
     edges = [size.get(key) for key in ("height", "width", "shortest_edge")] if isinstance(size, dict) else []
     known = [edge for edge in edges if isinstance(edge, int) and edge >= 32]
     return max(known) // 32 * 32 if known else _PHOTO_PX

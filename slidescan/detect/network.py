@@ -159,6 +159,8 @@ class Detr:
         colours = colours or Colours()
         self._mean, self._spread = (torch.tensor(c, device=device) for c in colours.mean_and_spread)
         if anchor_px is not None:
+            if not hasattr(getattr(model, "model", None), "generate_anchors"):
+                raise ModelError(f"{name}: expected anchor_px with a model that has anchors, got one of type {kind}")
             set_anchors(model, anchor_px)
         if precision == "bf16":
             lower_precision(model, torch.device(device).type, kernels=True)
@@ -217,12 +219,29 @@ def _window_px(config: Any) -> int:
 
 def _least_px(config: Any) -> int:
     """Return the edge from which a tile has as many cells as the network takes queries from; or 1 px."""
-    strides, edge = getattr(config, "feat_strides", None), STRIDE_PX
-    if not strides:
+    strides, wanted, edge = _strides_px(config), _wanted(config), STRIDE_PX
+    if not strides or not wanted:
         return 1
-    while sum((edge // stride) ** 2 for stride in strides) < config.num_queries:
+    while sum((edge // stride) ** 2 for stride in strides) < wanted:
         edge += STRIDE_PX
     return edge
+
+
+def _strides_px(config: Any) -> list[int]:
+    """Return the px of a cell, by level, of the families that choose their queries among cells."""
+    if strides := getattr(config, "feat_strides", None):
+        return list(strides)
+    if config.model_type in ("lw_detr", "rf_detr"):
+        patch_px, scales = config.backbone_config.patch_size, getattr(config, "projector_scale_factors", None)
+        return [max(1, round(patch_px / scale)) for scale in scales or (1.0,)]
+    if getattr(config, "two_stage", False):  # Deformable DETR: the last three stages, and coarser ones
+        return [8 << level for level in range(config.num_feature_levels)]
+    return []
+
+
+def _wanted(config: Any) -> int:
+    two_stage = getattr(config, "two_stage", False) and getattr(config, "two_stage_num_proposals", 0)
+    return int(two_stage or getattr(config, "num_queries", 0) or 0)
 
 
 def resolve(name: str, kind: str, device: str | None, precision: str) -> tuple[str, Precision]:

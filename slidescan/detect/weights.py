@@ -33,8 +33,9 @@ def load_network(path: Path) -> nn.Module:
     try:
         with _quiet():
             model, notes = AutoModelForObjectDetection.from_pretrained(
-                path, dtype=torch.float32, use_safetensors=True, local_files_only=True, output_loading_info=True
-            )
+                path, dtype=torch.float32, use_safetensors=True, local_files_only=True, output_loading_info=True,
+                trust_remote_code=False,
+            )  # fmt: skip
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, ImportError, safetensors.SafetensorError) as exc:
         # ImportError: a backbone of a package that is not installed. The first line says it, the others how to install.
         said = next(iter(str(exc).strip().splitlines()), type(exc).__name__)
@@ -45,6 +46,8 @@ def load_network(path: Path) -> nn.Module:
             f"{path.name}: expected model.safetensors to fit config.json; {len(wrong)} entries do not, such as "
             f"{wrong[0]}"
         )
+    if getattr(model.config, "anchor_image_size", None) is not None:
+        model.config.anchor_image_size = None  # anchors of one size of image, kept from when it was made
     return model  # type: ignore[no-any-return]
 
 

@@ -20,9 +20,10 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional
 
-__all__ = ["bags", "gradients", "level_table", "refuse_second_derivative", "working_type"]
+__all__ = ["bags", "gradients", "level_table", "refuse_second_derivative", "refuse_tangents", "working_type"]
 
 Built = TypeVar("Built")
 
@@ -124,6 +125,14 @@ def refuse_second_derivative() -> None:
     if torch.is_grad_enabled():
         raise NotImplementedError(
             "deform_attn: it has no second derivative; leave out create_graph=True (torch.func sets it, too)"
+        )
+
+
+def refuse_tangents(*tensors: Tensor) -> None:
+    """Raise an error for forward-mode derivatives (`torch.func.jvp`): they would come out as zero, silently."""
+    if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):  # type: ignore[no-untyped-call]
+        raise NotImplementedError(
+            "deform_attn: it has no forward-mode derivative; use reverse mode (torch.func.vjp), or backend='reference'"
         )
 
 

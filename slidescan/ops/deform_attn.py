@@ -26,7 +26,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from slidescan.ops.bags import bags, gradients, refuse_second_derivative
+from slidescan.ops.bags import bags, gradients, refuse_second_derivative, refuse_tangents
 from slidescan.ops.reference import reference
 
 __all__ = ["Backend", "deform_attn"]
@@ -36,7 +36,7 @@ Backend = Literal["auto", "triton", "torch", "reference"]
 
 def deform_attn(
     value: Tensor,
-    shapes: Sequence[tuple[int, int]],
+    shapes: Sequence[tuple[int, int]] | Tensor,
     locations: Tensor,
     weights: Tensor,
     points: Sequence[int],
@@ -86,6 +86,8 @@ def deform_attn(
     >>> deform_attn(value, [(2, 2)], centre, torch.ones(1, 1, 1, 1), [1]).item()
     1.5
     """
+    if isinstance(shapes, Tensor):  # as the original op has them
+        shapes = [(int(height), int(width)) for height, width in shapes.tolist()]
     _check(value, shapes, locations, weights, points)
     if backend not in get_args(Backend):
         raise ValueError(f"deform_attn: expected backend {', '.join(get_args(Backend))}, got {backend}")
@@ -95,6 +97,7 @@ def deform_attn(
         flat = [side for shape in shapes for side in shape]
         node: Tensor = torch.ops.slidescan.deform_attn(value, locations, weights, flat, list(points), backend)
         return node
+    refuse_tangents(value, locations, weights)
     if not _runs_triton(backend, value):
         return bags(value, shapes, locations, weights, points)
     from slidescan.ops.fused import fused
@@ -260,9 +263,11 @@ def _check(
     value: Tensor, shapes: Sequence[tuple[int, int]], locations: Tensor, weights: Tensor, points: Sequence[int]
 ) -> None:
     length, n_points = sum(height * width for height, width in shapes), sum(points)
-    n, heads = value.shape[0], value.shape[2]
+    n, heads = (value.shape[0], value.shape[2]) if value.ndim == 4 else (-1, -1)
     if (
-        len(shapes) != len(points)
+        value.ndim != 4
+        or locations.ndim != 5
+        or len(shapes) != len(points)
         or value.shape[1] != length
         or locations.shape != (n, locations.shape[1], heads, n_points, 2)
         or weights.shape != locations.shape[:-1]

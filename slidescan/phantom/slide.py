@@ -71,6 +71,7 @@ class Phantom:
         # Plain tuples of plain numbers, so that the phantom hashes (its pixels are cached by it) and pickles small.
         width, height = (int(n) for n in self.size_wh)
         object.__setattr__(self, "size_wh", (width, height))
+        object.__setattr__(self, "seed", int(self.seed))
         object.__setattr__(self, "plant_l0", tuple((float(x), float(y)) for x, y in self.plant_l0))
         if min(self.size_wh) < 1:
             raise ConfigError(f"phantom size_wh: expected two sizes of at least 1 px, got {self.size_wh}")

@@ -107,7 +107,9 @@ def load_coco(
             ignored = bool(said.get("iscrowd") or said.get("difficult"))
             box = np.array([[x, y, x + width, y + height]])
             objects.add(where, str(names[item["category_id"]]), box, said, ignored=ignored)
-        patient = next((str(row[k]) for k in ("patient", "case", "slide") if row.get(k)), slide.path.stem)
+        patient = next(
+            (str(row[k]) for k in ("patient", "case", "slide") if row.get(k) not in (None, "")), slide.path.stem
+        )
         found.append(objects.annotated(patient, str(row.get("scanner") or "")))
     return found
 

@@ -16,7 +16,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment, minimize
-from scipy.spatial.distance import cdist
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+from scipy.spatial import cKDTree
 
 from slidescan.train.curves import Curve, Judged
 from slidescan.train.image import Image
@@ -111,14 +113,38 @@ def match(found_xy: NDArray[np.float64], truth_xy: NDArray[np.float64], radius: 
     >>> match(np.array([[0.0, 0.0], [3.0, 0.0]]), np.array([[2.0, 0.0], [50.0, 0.0]]), 2.5).tolist()
     [[1, 0]]
     """
-    if len(found_xy) == 0 or len(truth_xy) == 0:
+    near = _near(found_xy, truth_xy, radius)
+    if not len(near):
         return np.empty((0, 2), np.intp)
-    distance = cdist(found_xy, truth_xy)
+    n = len(found_xy)
+    # Groups of points that reach each other are paired by themselves: a slide has thousands.
+    graph = coo_array((np.ones(len(near), np.int8), (near["i"], n + near["j"])), shape=(n + len(truth_xy),) * 2)
+    group = connected_components(graph, directed=False)[1][near["i"]]
+    order = np.argsort(group, kind="stable")
+    parts = np.split(near[order], np.flatnonzero(np.diff(group[order])) + 1)
+    alone = np.array([(part["i"][0], part["j"][0]) for part in parts if len(part) == 1], np.intp).reshape(-1, 2)
+    return np.concatenate([alone, *(_paired(part, radius) for part in parts if len(part) > 1)])
+
+
+def _near(found_xy: NDArray[np.float64], truth_xy: NDArray[np.float64], radius: float) -> NDArray[np.void]:
+    """Return every pair within reach: rows (i, j, v) of detection, truth and distance."""
+    if len(found_xy) == 0 or len(truth_xy) == 0:
+        return np.empty(0, [("i", np.intp), ("j", np.intp), ("v", np.float64)])
+    found, truth = cKDTree(found_xy), cKDTree(truth_xy)
+    within: NDArray[np.void] = found.sparse_distance_matrix(truth, radius, output_type="ndarray")
+    return within
+
+
+def _paired(near: NDArray[np.void], radius: float) -> NDArray[np.intp]:
+    """Pair the points of one group."""
+    (found, i), (truth, j) = (np.unique(near[side], return_inverse=True) for side in ("i", "j"))
     # A pair out of reach costs more than any number of pairs within it, so the count is maximised first.
-    forbidden = (min(distance.shape) + 1) * max(radius, 1e-9)
-    rows, columns = linear_sum_assignment(np.where(distance <= radius, distance, forbidden))
-    near = distance[rows, columns] <= radius
-    return np.stack((rows[near], columns[near]), 1)
+    forbidden = (min(len(found), len(truth)) + 1) * max(radius, 1e-9)
+    cost = np.full((len(found), len(truth)), forbidden)
+    cost[i, j] = near["v"]
+    rows, columns = linear_sum_assignment(cost)
+    kept = cost[rows, columns] < forbidden
+    return np.stack((found[rows[kept]], truth[columns[kept]]), 1)
 
 
 def score(images: Sequence[Image], threshold: float) -> Scores:
@@ -192,8 +218,8 @@ def mistakes(images: Sequence[Image], threshold: float) -> tuple[list[Mistake], 
         false += [Mistake(i, float(centres[k, 0]), float(centres[k, 1]), float(image.found.score[k])) for k in wrong]
         lost = image.counted(image.truth)
         lost[taken[kept & (taken >= 0)]] = False
-        near = cdist(image.truth_xyc, image.found_xyc) <= image.radius
-        best = np.where(near, image.found.score, 0.0).max(1, initial=0.0)
+        near, best = _near(image.found_xyc, image.truth_xyc, image.radius), np.zeros(len(image.truth))
+        np.maximum.at(best, near["j"], image.found.score[near["i"]])
         unseen = np.flatnonzero(lost)
         missed += [Mistake(i, float(image.truth[j, 0]), float(image.truth[j, 1]), float(best[j])) for j in unseen]
     return sorted(false, key=lambda m: -m.score), sorted(missed, key=lambda m: m.score)
@@ -282,12 +308,11 @@ def calibrate(images: Sequence[Image], temperature: float, offset: float) -> lis
 def _outcome(image: Image) -> tuple[NDArray[np.intp], NDArray[np.bool_]]:
     """Return of each detection the truth it found (-1: none, it is false) and whether it counts; best scored first."""
     taken, counts = np.full(len(image.found), -1, np.intp), image.wrong_if_unmatched()
-    if len(image.found) and len(image.truth):
-        distance = cdist(image.found_xyc, image.truth_xyc)
-        true_in = image.counted(image.truth)
-        for i in np.argsort(-image.found.score, kind="stable"):
-            j = int(distance[i].argmin())
-            if distance[i, j] <= image.radius:
-                taken[i], counts[i] = j, bool(true_in[j])
-                distance[:, j] = np.inf
+    near = _near(image.found_xyc, image.truth_xyc, image.radius)
+    # Best score first, and of its truths the nearest that is left.
+    near = near[np.lexsort((near["j"], near["v"], near["i"], -image.found.score[near["i"]]))]
+    true_in, free = image.counted(image.truth), np.ones(len(image.truth), bool)
+    for i, j in zip(near["i"].tolist(), near["j"].tolist(), strict=True):
+        if taken[i] < 0 and free[j]:
+            taken[i], counts[i], free[j] = j, bool(true_in[j]), False
     return taken, counts

@@ -58,6 +58,8 @@ def mine(detector: Detector, slides: Sequence[Slide], folder: Path, log: Callabl
             )
     elif slides:
         folder.mkdir(parents=True, exist_ok=True)
+        for left in folder.glob("*.png"):  # of a run that was stopped, maybe on other slides
+            left.unlink()
         count = sum(_write(detector, slide, folder, k) for k, slide in enumerate(slides))
         done.write_text(json.dumps({"slides": fingerprints, "windows": count}) + "\n", encoding="utf-8")
         log(f"mined {count} false alarms on {len(slides)} slides")

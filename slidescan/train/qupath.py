@@ -23,6 +23,7 @@ from slidescan.train.annotated import Annotated, Objects, read_json
 __all__ = ["load_slides", "patient_in"]
 
 _GEOJSON = (".geojson", ".geojson.gz")
+_NO_OBJECTS = ("root", "tmaCore")  # the slide, and its cores
 _REGION_KEYS = {"rank", "evidence"}  # measurements by which a flagged region that slidescan exported is known
 
 
@@ -192,7 +193,7 @@ def _add_features(objects: Objects, path: Path, half_px: float) -> None:
         if isinstance(measured, list):  # before QuPath 0.4
             measured = {str(item.get("name")): item.get("value") for item in measured if isinstance(item, dict)}
         measured = measured if isinstance(measured, dict) else {}
-        if kind_of(feature) == "root" or measured.keys() >= _REGION_KEYS:
+        if kind_of(feature) in _NO_OBJECTS or measured.keys() >= _REGION_KEYS:
             continue
         name = class_of(feature)
         if not name and len(objects.classes) != 1:

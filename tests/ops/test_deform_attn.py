@@ -54,6 +54,30 @@ def by_hand(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor, p
     return out.flatten(2)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch's own, in what jvp imports
+@pytest.mark.parametrize("backend", OURS)
+def test_a_forward_derivative_is_refused(backend: str) -> None:
+    """It would be zero, silently."""
+    value, *rest = inputs([(3, 4), (2, 2)], [2, 1], q=3, m=2, d=3)
+    with pytest.raises(NotImplementedError, match="forward-mode"):
+        torch.func.jvp(lambda x: deform_attn(x, *rest, backend=backend), (value,), (torch.ones_like(value),))
+
+
+@pytest.mark.parametrize("backend", EVERY)
+def test_shapes_may_be_a_tensor(backend: str) -> None:
+    """As the original op takes them, whose levels would begin in wrong places if it were taken for pairs."""
+    value, shapes, *rest = inputs([(5, 7), (3, 4), (2, 2)], [1, 2, 1], q=3, m=2, d=4)
+    out = deform_attn(value, torch.tensor(shapes), *rest, backend=backend)
+    assert torch.equal(out, deform_attn(value, shapes, *rest, backend=backend))
+
+
+def test_tensors_of_another_rank_are_refused() -> None:
+    value, shapes, locations, weights, points = inputs([(3, 4)], [2], q=3, m=2, d=3)
+    for wrong in ((value[0], locations), (value, locations.flatten())):
+        with pytest.raises(ValueError, match="expected value"):
+            deform_attn(wrong[0], shapes, wrong[1], weights, points)
+
+
 @pytest.mark.parametrize("backend", EVERY)
 def test_is_its_definition(backend: str) -> None:
     """Ragged points on three levels, some of one px, give what plain loops over all pixels give."""
