@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import lzma
 import math
+import os
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby, product
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -64,6 +66,7 @@ class ZarrSource:
         self.facts = Facts("zarr", "ngff" if self._image.is_ngff else None, levels, self._image.resolution)
         check_levels(self._name, levels)
         self._missing: list[set[str]] = []
+        self._indices: dict[str, bytes] = {}
         self._arrays = [self._open(d) for d in datasets]
 
     def read_level(self, level: int, x: int, y: int, out: NDArray[np.uint8]) -> list[Box]:
@@ -121,7 +124,7 @@ class ZarrSource:
         return holes
 
     def _absent(self, level: int, block: Box) -> list[Box]:
-        """Return where a chunk file is missing.
+        """Return where a chunk file is missing, or a chunk in a shard.
 
         Raises `SlideReadError` when the array itself is gone: then nothing is a hole, the slide is.
         """
@@ -134,9 +137,47 @@ class ZarrSource:
                 if key in self._missing[level] if isinstance(where, Remote) else not (where / key).is_file():
                     holes.append(part)
                     break
+            else:
+                holes += self._unwritten(dataset, column, row, part)
         if holes and not is_zarr(dataset.path):
             raise SlideReadError(f"{self._name}: the slide is gone; check the path or the mount")
         return holes
+
+    def _unwritten(self, dataset: Dataset, column: int, row: int, part: Box) -> Iterator[Box]:
+        """Yield the chunks of a shard that were not written, as far as they are in `part`."""
+        if not (dataset.index and dataset.coder):
+            return
+        axes, counts = self._image.axes, [n // m for n, m in zip(dataset.files, dataset.chunks, strict=True)]
+        lacking = np.zeros((1, 1), np.bool_)
+        for channel in range(-(-3 // dataset.files[axes.index("c")])):
+            index = self._shard_index(dataset, self._key(dataset, column, row, channel))[: 16 * math.prod(counts)]
+            if len(index) < 16 * math.prod(counts):  # cut off: it will not be decoded either
+                return
+            none = (np.frombuffer(index, "<u8").reshape(*counts, 2) == _NO_CHUNK).all(-1)
+            none = none.any(tuple(i for i, axis in enumerate(axes) if axis not in "yx"))
+            lacking = lacking | (none if axes.index("y") < axes.index("x") else none.T)
+        (file_w, file_h), (width, height) = self._image.wh(dataset.files), self._image.wh(dataset.chunks)
+        for inner_row, inner_column in np.argwhere(lacking).tolist():
+            x0, y0 = column * file_w + inner_column * width, row * file_h + inner_row * height
+            hole = Box(x0, y0, x0 + width, y0 + height).clip(part)
+            if not hole.is_empty:
+                yield hole
+
+    def _shard_index(self, dataset: Dataset, key: str) -> bytes:
+        """Return where the chunks of a shard lie in it, asked for once behind a URL."""
+        where, size, at_end = dataset.path / key, abs(dataset.index), dataset.index < 0
+        if not isinstance(where, Path):
+            name = where.url
+            if name not in self._indices:
+                self._indices[name] = where.fetch([(-size, None) if at_end else (0, size)])[0]
+            return self._indices[name]
+        try:
+            with where.open("rb") as file:
+                if at_end:
+                    file.seek(-size, os.SEEK_END)
+                return file.read(size)
+        except OSError:  # it is shorter, or gone by now
+            return b""
 
     def _key(self, dataset: Dataset, column: int, row: int, channel: int = 0) -> str:
         place = {"x": column, "y": row, "c": channel}
