@@ -16,7 +16,7 @@ import yaml
 
 from slidescan.cli_progress import slides_done
 from slidescan.cli_report import duration, warnings_in_a_line
-from slidescan.errors import ConfigError
+from slidescan.errors import ConfigError, WorkerError
 from slidescan.timeouts import LONGEST_S
 
 if TYPE_CHECKING:
@@ -99,6 +99,12 @@ def archive(
     status(out)
     if any(record.state == "failed" for record in records):
         raise typer.Exit(1)
+    left = (len(entries) if part is None else len(entries[part[0] - 1 :: part[1]])) - len(records)
+    if left > 0:
+        raise WorkerError(
+            f"{left} of the slides {'is' if left == 1 else 'are'} not done: another run was at work on them when they "
+            "were asked for last; run the same command again"
+        )
 
 
 @contextmanager

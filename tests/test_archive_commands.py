@@ -93,3 +93,21 @@ class TestCommands:
             with pytest.raises(SystemExit):
                 cli.main()
         assert seen == [asked, asked]
+
+    def test_what_another_run_has_is_not_done(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """A slide without a record is told: who calls this from a script must not take it for done."""
+        for name in "abc":
+            (tmp_path / f"{name}.svs").touch()
+        monkeypatch.setattr("slidescan.archive.scan_archive", lambda *_, **__: [])
+        monkeypatch.setattr("slidescan.cli_archive.status", lambda *_: None)
+        for options, told in (
+            ([], "3 of the slides are not done"),
+            (["--shard", "2/2"], "1 of the slides is not done"),
+        ):
+            monkeypatch.setattr(sys, "argv", ["slidescan", "archive", str(tmp_path), *options])
+            with pytest.raises(SystemExit) as ended:
+                cli.main()
+            assert ended.value.code == 3
+            assert told in capsys.readouterr().err
