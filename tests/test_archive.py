@@ -233,6 +233,37 @@ class TestRecords:
         log.write_text("".join(json.dumps(event) + "\n" for event in [*events, whole, {"event": "run_ended"}]))
         assert not standing(records, log).running
 
+    def test_what_is_done_anew_is_not_done_yet(self, tmp_path: Path) -> None:
+        """After a setting was changed: thirty of a hundred are scanned again so far, and no more than that count."""
+        log = tmp_path / "log.jsonl"
+        begun = {
+            "at": 1_000,
+            "event": "run_started",
+            "slides": 100,
+            "to_do": 100,
+            "again": 98,
+            "scoring": 1,
+            "share": "",
+        }
+        log.write_text(json.dumps(begun) + "\n")
+        records = [Record(str(n), "", "k", "done", finished_s=1_010 + n if n < 30 else 5) for n in range(98)]
+        records += [Record(f"f{n}", "", "k", "failed", "read_error", finished_s=5) for n in range(2)]
+        now = standing(records, log)
+        assert (now.done, now.slides) == (28, 100)
+        assert "28 done, 2 failed, 70 to do" in now.lines()[0]
+        assert now.seconds_left == pytest.approx(39 / 30 * 70)
+
+    def test_a_killed_job_of_another_array_is_not_on(self, tmp_path: Path) -> None:
+        log = tmp_path / "log.jsonl"
+        events = [
+            {"at": 1, "event": "run_started", "slides": 9, "share": "3/64"},
+            {"at": 9_000, "event": "run_started", "slides": 9, "share": "1/2"},
+            {"at": 9_100, "event": "run_ended", "share": "1/2"},
+        ]
+        log.write_text("".join(json.dumps(event) + "\n" for event in events))
+        now = standing([Record("a", "", "k", "done", finished_s=9_050)], log)
+        assert (now.running, now.slides_per_h) == (False, 72.0)
+
     def test_the_readme_has_every_reason(self) -> None:
         text = (ROOT / "slidescan/archive/README.md").read_text(encoding="utf-8")
         told = dict(re.findall(r"^\| `(\w+)` \| (.*?) \|", text, re.MULTILINE))

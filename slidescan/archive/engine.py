@@ -136,7 +136,9 @@ def scan_archive(
     run = _Run(Path(out), detector, config or ScanConfig(), allow_coarse, timeout_s)
     todo = Worklist(task for entry in entries if (task := run.task(entry, retry_failed)) is not None)
     states = Counter(run.records[entry.slide_id].state for entry in entries if entry.slide_id in run.records)
-    states.subtract(run.records[task.entry.slide_id].state for task in todo if task.entry.slide_id in run.records)
+    anew = Counter(run.records[task.entry.slide_id].state for task in todo if task.entry.slide_id in run.records)
+    states.subtract(anew)
+    again = anew["done"]  # under other settings, or of another file
     started, failures, megapixels, to_do = time.time(), 0, 0.0, len(todo)
     tables = _Tables(run.out)
     because, share = "finished", "" if shard is None else f"{shard[0]}/{shard[1]}"
@@ -144,7 +146,7 @@ def scan_archive(
         with contextlib.ExitStack() as held:
             scoring = scored_at_once(run.detector)
             running, n = held.enter_context(run.processes(client, workers)) if todo else (None, 0)
-            counts = {"slides": len(listed), "to_do": to_do, "scoring": n * scoring}
+            counts = {"slides": len(listed), "to_do": to_do, "again": again, "scoring": n * scoring}
             run.log("run_started", share=share, version=_VERSION, **counts)
             while running is not None and todo:
                 todo.wait()

@@ -98,16 +98,19 @@ def standing(records: Iterable[Record], log: Path) -> ArchiveStatus:
     rates: dict[str, float] = {}
     begun_s = min((run["at"] for run in runs), default=0.0)
     now = [record for record in records if runs and record.finished_s >= begun_s]
+    # What a run does anew, under other settings say, is not done until it has done it.
+    waiting = max(0, sum(run.get("to_do", 0) for run in runs) - len(now))
+    again = min(waiting, sum(run.get("again", 0) for run in runs))
     if any(record.state == "done" for record in now):  # a run in which all failed at once has no rate
         seconds = max(1e-3, max(record.finished_s for record in now) - begun_s)
         rates["slides_per_h"] = 3600 * len(now) / seconds
         rates["megapixels_per_s"] = sum(record.told.get("megapixels") or 0.0 for record in now) / seconds
-        rates["seconds_left"] = seconds / len(now) * (slides - len(records))
+        rates["seconds_left"] = seconds / len(now) * max(slides - len(records), waiting)
         if scoring := sum(run.get("scoring", 0) for run in runs):
             rates["busy"] = min(1.0, sum(map(_model_s, now)) / (seconds * scoring))
     return ArchiveStatus(
         slides=slides,
-        done=len(done),
+        done=max(0, len(done) - again),
         failed=dict(Counter(record.reason or "" for record in failed)),
         caveats=dict(Counter(record.reason for record in done if record.reason)),
         quarantined=sum(record.quarantined for record in failed),
@@ -130,8 +133,10 @@ def _runs(log: Path) -> list[dict[str, Any]]:
     for event in _events(log):
         share = event.get("share", "")
         if event["event"] == "run_started":
-            for earlier in ("", share) if share else list(last):
-                last.pop(earlier, None)
+            # Also a job of another number of jobs: it was killed, and its slides are shared anew.
+            for earlier in list(last):
+                if not share or earlier == share or earlier.partition("/")[2] != share.partition("/")[2]:
+                    del last[earlier]
             last[share] = {**event, "ended": False}
         elif share in last:
             last[share]["ended"] = True
