@@ -241,8 +241,10 @@ def _is_done(out: Path, key: str, *, overwrite: bool) -> bool:
 
 def _sweep(out: Path) -> None:
     """Remove what scans left that were stopped: parts of regions and files half written."""
-    for left in [*out.glob(f"{_PARTS}-{_HEX * 16}"), *out.glob(f".*.{_HEX * 12}.part")]:
+    for left in [*out.glob(f"{_PARTS}-{_HEX * 16}"), *out.glob(f".*.{_HEX * 12}.part*")]:
         shutil.rmtree(left, ignore_errors=True)
+    for left in out.glob(".lease.*.partial"):  # ours: nobody else holds one here now
+        left.unlink(missing_ok=True)
     sweep(out)
 
 

@@ -11,6 +11,7 @@ import pytest
 import slidescan as ss
 from slidescan.archive import open_archive
 from slidescan.archive.engine import estimate_archive
+from slidescan.lease import claimed
 from tests.archives import write_slide
 from tests.discs import ORACLE, config
 
@@ -55,6 +56,20 @@ def test_a_row_that_cannot_be_meant_costs_itself_alone(
     assert [record.state for record in records] == ["done", "done", "failed"]
     assert records[2].reason == told["x"]["reason"] == reason
     assert "://…/x.svs: " in records[2].message
+
+
+def test_a_slide_that_another_run_has_is_not_among_what_is_done(
+    two: Path, tmp_path: Path, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even with its record of before, when a setting was another."""
+    out = tmp_path / "runs"
+    ss.scan_archive(two, ORACLE, out=out, config=config(), client=client)
+    monkeypatch.setattr("slidescan.archive.slide._UNLOCKED_S", 0)
+    with claimed(out / "slides/a"):
+        records = ss.scan_archive(two, ORACLE, out=out, config=config(tiling__region_px=500), client=client)
+    assert [record.slide_id for record in records] == ["b"]
+    records = ss.scan_archive(two, ORACLE, out=out, config=config(tiling__region_px=500), client=client)
+    assert [record.slide_id for record in records] == ["a", "b"]
 
 
 def test_a_damaged_result_is_made_again(two: Path, tmp_path: Path, client: Client) -> None:

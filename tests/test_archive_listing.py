@@ -46,6 +46,25 @@ class TestListing:
         (tmp_path / "mount/back").symlink_to(tmp_path / "slides")
         assert [entry.slide_id for entry in read_listing(tmp_path / "slides")] == ["a", "b"]
 
+    @pytest.mark.parametrize("name", ["~$case.svs", "~nobody-is-called-so/x.svs"])
+    def test_a_name_that_begins_like_a_home_directory(self, tmp_path: Path, name: str) -> None:
+        """As of a file that an office program has open: it is what it is called."""
+        (tmp_path / "a.csv").write_text(f"slide_path\n{name}\n")
+        assert [entry.path for entry in read_listing(tmp_path / "a.csv")] == [str(tmp_path / name)]
+
+    def test_a_folder_that_cannot_be_read_is_named(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (tmp_path / "lost+found").mkdir()
+        scandir = os.scandir
+
+        def deny(path: str) -> object:
+            if str(path).endswith("lost+found"):
+                raise PermissionError(13, "Permission denied", str(path))
+            return scandir(path)
+
+        monkeypatch.setattr(os, "scandir", deny)
+        with pytest.raises(ConfigError, match=r"lost\+found: expected a folder .* Permission denied"):
+            read_listing(tmp_path)
+
     def test_a_home_directory_in_a_table(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """A shell would have said what ~ is; in a table nobody did."""
         monkeypatch.setenv("HOME", str(tmp_path / "home"))

@@ -120,7 +120,7 @@ def scan_archive(
     Returns
     -------
     list of Record
-        Of every slide of the list (or the shard), as it is now.
+        Of every slide of the list (or the shard), as it is now, but for those that another run is at.
 
     Raises
     ------
@@ -140,7 +140,7 @@ def scan_archive(
     states.subtract(anew)
     again = anew["done"]  # under other settings, or of another file
     started, failures, megapixels, to_do = time.time(), 0, 0.0, len(todo)
-    tables = _Tables(run.out)
+    tables, with_others = _Tables(run.out), set[str]()
     because, share = "finished", "" if shard is None else f"{shard[0]}/{shard[1]}"
     try:
         with contextlib.ExitStack() as held:
@@ -155,7 +155,9 @@ def scan_archive(
                 for task, record in held.enter_context(contextlib.closing(ended)):  # type: ignore[type-var]
                     if record.state == "busy":
                         run.log("slide_busy", slide_id=record.slide_id)
-                        if not task.waited:  # by a process that died since; a run that is on will put it on record
+                        if task.waited:  # a run that is on will put it on record
+                            with_others.add(record.slide_id)
+                        else:  # or a process was at it that died since
                             todo.later(replace(task, waited=True), record.told["again_s"])
                         continue
                     run.keep(record)
@@ -182,7 +184,8 @@ def scan_archive(
         tables.write()
     if to_do or not (run.out / "report.html").exists():
         write_report(run.out, read_records(run.out / "records").values())
-    return [run.records[entry.slide_id] for entry in entries if entry.slide_id in run.records]
+    kept = run.records.keys() - with_others
+    return [run.records[entry.slide_id] for entry in entries if entry.slide_id in kept]
 
 
 def estimate_archive(

@@ -6,6 +6,7 @@ collide; an id depends on the slide's place and the names in the list, not on th
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import glob
 import hashlib
@@ -108,7 +109,9 @@ def _found(folder: Path) -> Iterable[Path]:
     """
 
     def refuse(error: OSError) -> None:
-        raise ConfigError(f"{folder}: a folder below it cannot be read ({error.strerror}); check who may read it")
+        raise ConfigError(
+            f"{error.filename}: expected a folder that can be read, got {error.strerror}; it is below {folder}"
+        )
 
     seen: set[str] = set()
     for directory, below, files in os.walk(folder.absolute(), onerror=refuse, followlinks=True):
@@ -166,7 +169,10 @@ def _entry(table: Path, number: int, row: Mapping[str, Any]) -> Entry:
 
 
 def _beside(table: Path, told: str) -> Path:
-    return table.absolute().parent / Path(told).expanduser()
+    place = Path(told)
+    with contextlib.suppress(RuntimeError):  # ~ and no user of that name: a file may be called so
+        place = place.expanduser()
+    return table.absolute().parent / place
 
 
 def _named(entries: list[Entry]) -> list[Entry]:

@@ -142,7 +142,10 @@ def estimate_slide(task: SlideTask) -> dict[str, Any]:
         }
 
     with _in_time(task):
-        return _explained(task, look, lambda reason, message: {"reason": reason, "message": message})
+        told = _explained(task, look, lambda reason, message: {"reason": reason, "message": message})
+    with suppress(OSError):
+        task.out.rmdir()
+    return told
 
 
 def _explained(task: SlideTask, do: Callable[[], T], failed: Callable[[str, str], T]) -> T:

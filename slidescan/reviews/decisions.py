@@ -149,8 +149,9 @@ class DecisionLog:
         self.standing = Standing()
         self.unreadable = 0
         """Lines that are no event: cut off by a power failure or a full disk, or edited by hand."""
+        self.events = 0
+        """How many were read."""
         self.read_bytes = 0
-        """How much of the file was read: it grows with each event."""
 
     def refresh(self) -> None:
         """Read what was added since.
@@ -178,6 +179,7 @@ class DecisionLog:
                         self.unreadable += 1
                     else:
                         self.standing.add(event)
+                        self.events += 1
             # Not ended yet, or by hand: whole or nothing, and read again next time, when it counts no second time.
             for event in _events(begun):
                 if event is not None:

@@ -50,7 +50,7 @@ class Review:
         for item in self._items.values():
             self._on_slide[item.slide_id].append(item.id)
         self._left: dict[str, tuple[int, int]] = {}
-        """By slide how long its log was when they were counted, and how many were not decided."""
+        """By slide how many events its log had when they were counted, and how many items were not decided."""
         self._sorted: dict[Sort, list[ReviewItem]] = {}
         self._widget: ReviewWidget | None = None
         self._made: dict[str, int] = {}
@@ -141,12 +141,18 @@ class Review:
 
     @property
     def left(self) -> int:
-        """How many items this reviewer has not decided on; of a slide counted again where its log has grown."""
+        """How many items this reviewer has not decided on; of a slide counted again where others wrote in its log."""
         for slide_id, ids in self._on_slide.items():
-            length = self._cases[slide_id].log.read_bytes
-            if self._left.get(slide_id, (-1, 0))[0] != length:
-                self._left[slide_id] = length, sum(self.decision(id_) is None for id_ in ids)
+            events = self._cases[slide_id].log.events
+            if self._left.get(slide_id, (-1, 0))[0] != events:
+                self._left[slide_id] = events, sum(self.decision(id_) is None for id_ in ids)
         return sum(n for _, n in self._left.values())
+
+    def _wrote(self, slide_id: str, before: int, change: int) -> None:
+        """Keep `left` after an event of this review, if no other came with it."""
+        events, n = self._left.get(slide_id, (-1, 0))
+        if events == before == self._cases[slide_id].log.events - 1:
+            self._left[slide_id] = before + 1, n + change
 
     def decide(self, item_id: str, decision: Verdict, *, label: str | None = None, note: str = "") -> Decision:
         """Decide on an item; it is on the disk when this returns.
@@ -177,8 +183,10 @@ class Review:
         if len(note) > _MOST_TEXT:
             raise ConfigError(f"note: expected at most {_MOST_TEXT:,} characters, got {len(note):,}; shorten it")
         case = self._cases[item.slide_id]
+        before, undecided = case.log.events, self.decision(item_id) is None
         decided = case.decide(item, decision, reviewer=self.reviewer, label=label, note=note)
         self._made[decided.event_id] = len(self._made)
+        self._wrote(item.slide_id, before, -undecided)
         return decided
 
     def undo(self) -> str | None:
@@ -194,7 +202,9 @@ class Review:
         if not lasts:
             return None
         *_, slide_id, item_id, decision = max(lasts, key=lambda last: last[:3])
+        before = self._cases[slide_id].log.events
         self._cases[slide_id].undo(decision)
+        self._wrote(slide_id, before, int(self.decision(item_id) is None))
         return item_id
 
     def decision(self, item_id: str, reviewer: str | None = None) -> Decision | None:

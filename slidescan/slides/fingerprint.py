@@ -8,8 +8,9 @@ with sizes, and by its metadata files.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
-from itertools import chain, islice
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 from slidescan.errors import SlideReadError
@@ -23,7 +24,7 @@ _END_BYTES = 256 << 10  # bytes at each end; holds the directories of most TIFF 
 _PIECE_BYTES = 32 << 10  # bytes
 _PIECES = 17  # 0.5 MB in all: a few ms on a local disk, 19 reads on a mount
 _INI_BYTES = 64 << 10  # bytes; such a file names a few dozen others
-_MOST_DIRECTORIES = 256
+_DEPTH, _MOST_DIRECTORIES, _MOST_ENTRIES = 3, 256, 1000  # of a Zarr, looked at for changes
 _META = ("zarr.json", ".zattrs", ".zgroup", ".zarray")
 
 
@@ -60,14 +61,13 @@ def fingerprint(path: Where, size_wh: tuple[int, int], pieces: Iterable[bytes] |
 def stamp(path: Where) -> tuple[int, ...]:
     """Return size and time of change of a slide, of all its files; nothing where there is none, or behind a URL.
 
-    Of a directory with a file a chunk, only the directories near its top are asked.
+    Of a directory with a file a chunk, only the directories near its top are asked; of DICOM only the named file.
     """
     if not isinstance(path, Path):
         return ()
     try:
         own = path.stat()
-        near_top = chain.from_iterable(path.glob(pattern) for pattern in ("*/", "*/*/", "*/*/*/"))
-        parts = list(islice(near_top, _MOST_DIRECTORIES)) if path.is_dir() else _beside(path)
+        parts = list(islice(_directories(path), _MOST_DIRECTORIES)) if path.is_dir() else _beside(path)
         told = [part.stat() for part in parts]
     except OSError:
         return ()
@@ -88,7 +88,19 @@ def _beside(path: Path) -> list[Path]:
     with path.open("rb") as file:
         lines = file.read(_INI_BYTES).decode("latin-1").splitlines()
     names = {line.partition("=")[2].strip() for line in lines}
-    return sorted(item for item in path.parent.iterdir() if item.name in names and item.is_file())
+    return sorted(path.parent / name for name in names if Path(name).name == name and (path.parent / name).is_file())
+
+
+def _directories(path: Path) -> Iterator[Path]:
+    """Yield the directories near the top of one, in a directory of many files those among the first."""
+    level = [path]
+    for _ in range(_DEPTH):
+        below: list[Path] = []
+        for directory in level:
+            with os.scandir(directory) as entries:
+                below += sorted(Path(entry.path) for entry in islice(entries, _MOST_ENTRIES) if entry.is_dir())
+        yield from below
+        level = below[:_MOST_DIRECTORIES]
 
 
 def _file(digest: hashlib._Hash, file: File | RemoteFile) -> None:

@@ -30,6 +30,7 @@ from slidescan.errors import (
     SlideWarning,
 )
 from slidescan.geometry import Box
+from slidescan.slides.fingerprint import stamp
 from slidescan.slides.ifd import is_tiff
 from slidescan.slides.memory import MemorySource, image_source, is_image
 from slidescan.slides.remote import Remote, Where, locate
@@ -155,18 +156,19 @@ def revive(path: Where, opener: Callable[[], Source], mpp: float | None, color: 
     """Rebuild a pickled slide: from the pool, unopened where it is not there yet."""
     if not isinstance(opener, _FileOpener):
         return Slide(path, opener, mpp=mpp, color=color)
-    stamp = None
-    with contextlib.suppress(OSError):  # gone: opening will say so
-        if isinstance(path, Path):
-            stat = path.stat()
-            stamp = (stat.st_size, stat.st_mtime_ns, stat.st_ino)
-    key = (opener, mpp, color, stamp)
+    key = (opener, mpp, color, stamp(path), _inode(path))
     with _pool_lock:
         slide = _pool.pop(key, None) or Slide(path, opener, mpp=mpp, color=color)
         _pool[key] = slide
         while len(_pool) > _POOL_SLIDES:
             _pool.popitem(last=False)
     return slide
+
+
+def _inode(path: Where) -> int:
+    with contextlib.suppress(OSError):  # gone: opening will say so
+        return path.stat().st_ino if isinstance(path, Path) else 0
+    return 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -204,7 +204,7 @@ class Slide:
         if width <= 0 or height <= 0:
             raise ConfigError(f"{self.path.name}: a block must have a size, got {width} × {height} px")
         scale = plane.mpp / self.frame.mpp
-        if any(abs(n * scale - n0) > 2 * scale + 1 for n, n0 in zip(plane.size_wh, self.size_wh, strict=True)):
+        if not self._fits(plane.size_wh, scale):
             raise ConfigError(f"{self.path.name}: {plane} is not a plane of this slide ({self.frame}); use plane(mpp)")
         for index, level in enumerate(self.levels):
             if level.size_wh == plane.size_wh and abs(scale / level.downsample - 1) <= _SAME:
@@ -224,12 +224,16 @@ class Slide:
         """
         frame = self.frame
         for level in self.levels:
-            if max_px / 2 <= max(level.size_wh) <= max_px:
+            if max_px / 2 <= max(level.size_wh) <= max_px and self._fits(level.size_wh, level.downsample):
                 plane = Frame(level.size_wh, frame.mpp * level.downsample)
                 return self.read(0, 0, *plane.size_wh, plane), plane
         shrink = max(frame.size_wh) / max(1, max_px)
         plane = frame if shrink <= 1 else frame.at(frame.mpp * shrink)
         return self.read(0, 0, *plane.size_wh, plane), plane
+
+    def _fits(self, size_wh: tuple[int, int], scale: float) -> bool:
+        """Return whether so many px of `scale` level-0 px each are the whole slide."""
+        return all(abs(n * scale - n0) <= 2 * scale + 1 for n, n0 in zip(size_wh, self.size_wh, strict=True))
 
     def close(self) -> None:
         """Let go of the file handles; running reads finish first, a later read opens them again."""

@@ -64,6 +64,10 @@ def test_what_is_left_counts_whoever_decided(case: Path, slide: Slide) -> None:
     assert desk.answer("undo", {})["left"] == 10
     elsewhere.undo()
     assert desk.answer("state", {})["left"] == 11
+    for n, id_ in enumerate([*ids[1:], *ids], 1):
+        review.decide(id_, "accept")
+        assert review.left == max(0, 11 - n) == sum(review.decision(each) is None for each in ids)
+    assert (review.undo(), review.left) == (ids[-1], 0)
 
 
 def test_filters(desk: Desk) -> None:

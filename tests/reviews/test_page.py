@@ -130,6 +130,20 @@ class TestDeciding:
         (line,) = (json.loads(text) for text in (case / "decisions.jsonl").read_text().splitlines())
         assert (line["note"], line["label"]) == ("arz", HOSTILE)
 
+    def test_undone_is_as_it_was(self, opened: Callable[..., Desk], tab: Tab, case: Path) -> None:
+        """Of the last of a list, which stays in view: its note goes with the decision that is taken back."""
+        opened()
+        tab.run("document.getElementById('review').review.go(document.getElementById('review').review.total - 1)")
+        at(tab, N)
+        press(tab, "n")
+        tab.press("x")
+        tab.press("Escape")
+        press(tab, "a")
+        tab.wait("document.querySelector('[role=status]').textContent.includes('End of this list')")
+        press(tab, "z")
+        tab.wait("document.querySelector('[role=status]').textContent.startsWith('Undone')")
+        assert tab.run("document.querySelector('textarea').value") == ""
+
     def test_nothing_is_decided_that_is_not_shown(self, opened: Callable[..., Desk], tab: Tab, case: Path) -> None:
         """While a new list is there and its first item is not yet: the picture is of the old one."""
         opened()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import pickle
 import shutil
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ from slidescan.errors import SlideFormatError, SlideReadError
 from slidescan.geometry import Box
 from slidescan.slides import Slide, open_slide
 from slidescan.slides.fingerprint import fingerprint, stamp
+from slidescan.slides.open import pooled
 from slidescan.slides.openslide import OpenSlideSource
 
 # Of a MIRAX slide of 2 x 2 tiles whose index is not there.
@@ -202,6 +205,27 @@ def test_what_changes_beside_the_named_file_is_a_change(tmp_path: Path, kind: st
     (tmp_path / pixels).write_bytes(b"arrives late")
     assert stamp(path) != before
     assert fingerprint(path, (8, 8)) != digest
+
+
+def test_a_process_that_had_it_open_sees_what_changed_beside_it(
+    tmp_path: Path, write_ngff: Callable[..., Path]
+) -> None:
+    """An array is written anew within a Zarr: a slide that travels to a worker is not the worker's old one."""
+    path = write_ngff(tmp_path / "a.zarr", [np.full((200, 200, 3), 100, np.uint8)], "0.5")
+    pooled(path).read_level(0, 0, 0, 9, 9)
+    shutil.rmtree(path / "0")
+    other = write_ngff(tmp_path / "b.zarr", [np.full((200, 200, 3), 200, np.uint8)], "0.5")
+    (other / "0").rename(path / "0")
+    assert pickle.loads(pickle.dumps(open_slide(path))).read_level(0, 0, 0, 9, 9).rgb.mean() == 200
+
+
+def test_a_stamp_asks_for_no_file_elsewhere(tmp_path: Path) -> None:
+    """A VMS slide names its files; what lies in another folder is not its own."""
+    (tmp_path / "a.vms").write_text("[Virtual Microscope Specimen]\nMapFile=map.jpg\nImageFile=../b/x.jpg\n")
+    for name in ("map.jpg", "b/x.jpg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert stamp(tmp_path / "a.vms")[2] == 1
 
 
 def test_the_fingerprint_of_mirax_knows_no_name(tmp_path: Path) -> None:

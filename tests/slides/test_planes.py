@@ -281,3 +281,11 @@ def test_memory_slides_refuse_what_is_no_picture() -> None:
             memory_slide(bad, 0.5)
     with pytest.raises(SlideFormatError, match="from the largest to the smallest"):
         memory_slide([np.zeros((5, 5, 3), np.uint8), np.zeros((9, 9, 3), np.uint8)], 0.5)
+
+
+def test_a_level_that_is_not_the_whole_slide_is_no_thumbnail() -> None:
+    """Of another shape than level 0: it is made of one that fits."""
+    levels = [np.full((120, 900, 3), 90, np.uint8), np.full((40, 225, 3), 10, np.uint8)]
+    pixels, plane = memory_slide(levels, 0.25).thumbnail(400)
+    assert max(plane.size_wh) == 400
+    assert pixels.rgb.shape[:2] == plane.size_wh[::-1]

@@ -208,6 +208,7 @@ class Page {
     for (const [number, items] of this.pages) {
       const i = items.findIndex(({ id }) => id === answer.item.id);
       if (i < 0) continue;
+      this.panel.forget();
       await this.go(number * PER_PAGE + i);
       this.panel.say(`Undone: ${counted(number * PER_PAGE + i + 1)} of ${counted(this.total)}.`);
       return;

@@ -55,6 +55,11 @@ export class Panel {
     return this.field.fill(item, crops);
   }
 
+  /* Have the next item shown as it is known, the same one, too. */
+  forget() {
+    this.item = null;
+  }
+
   update(item) {
     this.item = item;
     const verdict = item.decided?.decision;
