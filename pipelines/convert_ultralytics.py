@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 
 from slidescan.detect import convert_yolo
-from slidescan.errors import ends_in_a_line
+from slidescan.endings import ends_in_a_line
 
 
 def main() -> None:

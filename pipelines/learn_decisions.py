@@ -19,7 +19,7 @@ from pathlib import Path
 import slidescan as ss
 from slidescan.detect import load_detector
 from slidescan.detect.model import Model
-from slidescan.errors import ends_in_a_line
+from slidescan.endings import ends_in_a_line
 from slidescan.export.features import Feature
 from slidescan.export.geojson import write_geojson
 from slidescan.phantom import Phantom, write_phantom

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import slidescan as ss
 from slidescan.archive import ArchiveProgress, archive_status
-from slidescan.errors import ends_in_a_line
+from slidescan.endings import ends_in_a_line
 
 
 def say(now: ArchiveProgress) -> None:

@@ -1,6 +1,6 @@
 """The command line: parse, call, say what came of it. Heavy imports wait until a command needs them.
 
-Exit codes: 0 done; others as in `slidescan.errors.ends_in_a_line`.
+Exit codes: 0 done; others as in `slidescan.endings.ends_in_a_line`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from slidescan import cli_archive, cli_review, cli_train
 from slidescan.cli_archive import PrecisionOpt, assigned, with_reason
 from slidescan.cli_progress import slide_scanned
 from slidescan.cli_report import chosen, duration, report, say_profile, seconds_of, warnings_in_a_line
-from slidescan.errors import ConfigError, ends_in_a_line
+from slidescan.endings import ends_in_a_line
+from slidescan.errors import ConfigError
 
 if TYPE_CHECKING:
     from slidescan.config import ScanConfig

@@ -25,12 +25,7 @@ Each takes exactly that one message, so that it survives the trip between Dask w
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 __all__ = [
-    "OUT_OF_MEMORY",
     "ConfigError",
     "MissingExtraError",
     "ModelError",
@@ -48,11 +43,7 @@ __all__ = [
     "SlidescanError",
     "WorkerError",
     "WorkerTimeoutError",
-    "ends_in_a_line",
-    "is_short_of_memory",
 ]
-
-OUT_OF_MEMORY = "there was not enough memory; a smaller tiling.region_px or detect.batch_tiles may help"
 
 
 class SlidescanError(Exception):
@@ -128,33 +119,3 @@ class ResultInTheWayError(ResultError):
 
 class MissingExtraError(SlidescanError, ImportError):
     """An optional dependency is needed and not installed."""
-
-
-def is_short_of_memory(error: Exception) -> bool:
-    """Return whether memory ran out: numpy's, a GPU's, or torch's on the CPU, which has no error of its own."""
-    name = type(error).__name__
-    return isinstance(error, MemoryError) or name == "OutOfMemoryError" or "not enough memory" in str(error)
-
-
-@contextmanager
-def ends_in_a_line(program: str, stopped: str = "stopped") -> Iterator[None]:
-    """End the program with one line on stderr where the block ends in a foreseen failure or, as `stopped`, by Ctrl-C.
-
-    The exit code is 1 where the slide (or file) is at fault, 2 where the command, a setting or the model is, and 3
-    where it stopped before the end.
-    """
-    try:
-        yield
-    except SlidescanError as exc:
-        code = 1 if isinstance(exc, SlideError) else 3 if isinstance(exc, ResultError | WorkerError) else 2
-        said = str(exc)
-    except KeyboardInterrupt:
-        said, code = stopped, 3
-    except Exception as exc:
-        if not is_short_of_memory(exc):  # a bug, which keeps its traceback
-            raise
-        said, code = OUT_OF_MEMORY, 3
-    else:
-        return
-    sys.stderr.write(f"{program}: {said}\n")
-    sys.exit(code)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from slidescan import cli
-from slidescan.errors import OUT_OF_MEMORY
+from slidescan.endings import OUT_OF_MEMORY
 from slidescan.phantom import Phantom, write_phantom
 
 ROOT = Path(__file__).parents[1]

@@ -19,8 +19,8 @@ from slidescan.archive.record import SCORE_BINS, Record
 from slidescan.cluster import from_within
 from slidescan.config import ScanConfig
 from slidescan.detections import Detector
+from slidescan.endings import OUT_OF_MEMORY, is_short_of_memory
 from slidescan.errors import (
-    OUT_OF_MEMORY,
     ConfigError,
     MissingExtraError,
     ModelError,
@@ -35,7 +35,6 @@ from slidescan.errors import (
     SlideUnsupportedError,
     WorkerError,
     WorkerTimeoutError,
-    is_short_of_memory,
 )
 from slidescan.lease import LASTS_S
 from slidescan.prepare import Prepared, estimate_s, prepare

@@ -165,7 +165,7 @@ def read_card(path: Path, config: dict[str, Any], mpp: float | None) -> Card:
             ):
                 raise ValueError("a number is out of range")
             said, logits = (*card.classes, *card.attributes), _labels(config)
-            if "model_type" in config and len(said) != len(logits):
+            if "architectures" in config and len(said) != len(logits):
                 raise ValueError(f"config.json has {len(logits)} classes, classes and attributes are {len(said)}")
             if card.color not in ("raw", "srgb"):
                 raise ValueError(f"color must be raw or srgb, got {card.color}")

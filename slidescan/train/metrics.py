@@ -190,6 +190,7 @@ def curve(images: Sequence[Image]) -> Curve:
 
     Examples
     --------
+    >>> from slidescan.detections import Detections
     >>> found = Detections.build([[4, 4, 6, 6], [14, 4, 16, 6]], [0.75, 0.25])
     >>> at = curve([Image(found, np.array([[15.0, 5.0]]), 2.0, 20)])
     >>> at.score.tolist(), at.precision.tolist(), at.recall.tolist()
@@ -257,6 +258,7 @@ def calibration_error(images: Sequence[Image], bins: int = 15, *, min_score: flo
 
     Examples
     --------
+    >>> from slidescan.detections import Detections
     >>> sure = Image(Detections.build([[4, 4, 6, 6]], [0.75]), np.array([[5.0, 5.0]]), 2.0, 20)
     >>> calibration_error([sure])
     0.25
@@ -292,6 +294,7 @@ def calibrate(images: Sequence[Image], temperature: float, offset: float) -> lis
 
     Examples
     --------
+    >>> from slidescan.detections import Detections
     >>> image = Image(Detections.build([[0, 0, 2, 2]], [0.5]), np.empty((0, 2)), 1.0, 10)
     >>> calibrate([image], 1.0, 0.0)[0].found.score.tolist()
     [0.5]
