@@ -59,6 +59,19 @@ def slide() -> Slide:
     return discs(n=N, size_wh=(1600, 1200))[0]
 
 
+def two_classes(desk: Desk) -> None:
+    desk._labels = ["disc", HOSTILE]
+
+
+def type_note_and_class(tab: Tab) -> None:
+    """Type "arz", whose letters are keys, and choose the second class."""
+    press(tab, "n")
+    for letter in "arz":
+        tab.press(letter)
+    tab.press("Escape")
+    tab.press("2")
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason=WHY)
 class TestDeciding:
     def test_by_keys_and_again(self, opened: Callable[..., Desk], tab: Tab, case: Path) -> None:
@@ -92,16 +105,8 @@ class TestDeciding:
 
     def test_note_and_class(self, opened: Callable[..., Desk], tab: Tab, case: Path) -> None:
         """Letters in a note are letters; a digit chooses the class; both go with the decision."""
-
-        def two_classes(desk: Desk) -> None:
-            desk._labels = ["disc", HOSTILE]
-
         opened(change=two_classes)
-        press(tab, "n")
-        for letter in "arz":
-            tab.press(letter)
-        tab.press("Escape")
-        tab.press("2")
+        type_note_and_class(tab)
         press(tab, "a")
         at(tab, 2)
         (line,) = (json.loads(text) for text in (case / "decisions.jsonl").read_text().splitlines())
@@ -113,16 +118,8 @@ class TestDeciding:
 
     def test_what_was_typed_stays_with_its_item(self, opened: Callable[..., Desk], tab: Tab, case: Path) -> None:
         """A larger field, or a click on the item's own card, shows it again: note and class are as they were."""
-
-        def two_classes(desk: Desk) -> None:
-            desk._labels = ["disc", HOSTILE]
-
         opened(change=two_classes)
-        press(tab, "n")
-        for letter in "arz":
-            tab.press(letter)
-        tab.press("Escape")
-        tab.press("2")
+        type_note_and_class(tab)
         tab.run("document.getElementById('review').review.resize(256)")
         tab.run("document.querySelector('.ss-card').click()")
         press(tab, "a")
