@@ -224,7 +224,7 @@ def detect(
     precision: PrecisionOpt = "auto",
     min_score: Annotated[float | None, typer.Option(help="Lowest score; default: the operating threshold.")] = None,
     tile_px: Annotated[int | None, typer.Option(help="Edge of a tile; a picture no larger is scored whole.")] = None,
-    mpp: Annotated[float | None, typer.Option(help="µm/px of the picture; default: the model's own.")] = None,
+    mpp: Annotated[float | None, typer.Option(help="µm/px of the picture; default: its own, else the model's.")] = None,
 ) -> None:
     """Detect on one picture of any size with any object-detection model of transformers; print boxes and scores."""
     from slidescan.detect import load_detector

@@ -66,6 +66,7 @@ def evaluate(
     shifts: Annotated[int, typer.Option(min=0, help="Shifted grids to compare detections on; 0 leaves it out.")] = 8,
 ) -> None:
     """Measure a detector on annotated data that it was not trained on: metrics, curves, and the worst mistakes."""
+    from slidescan.commit import made
     from slidescan.detect import load_detector
     from slidescan.detect.model import Family
     from slidescan.train.evaluate import describe
@@ -74,6 +75,7 @@ def evaluate(
 
     if not data.exists():
         raise ConfigError(f"--data: expected a directory of annotated data, found nothing at {data}")
+    made(out)
     detector = load_detector(model)
     variants = detector.variants if isinstance(detector, Family) else (detector,)
     for variant in variants:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from slidescan.errors import ResultError
 
-__all__ = ["commit", "disk_error", "flush", "machine", "sweep"]
+__all__ = ["commit", "disk_error", "flush", "machine", "made", "sweep"]
 
 # Seconds after which nobody writes a file any more, wherever: the largest takes a minute. Clocks differ by less.
 _ABANDONED_S = 24 * 3600
@@ -55,6 +55,23 @@ def commit(path: Path, write: Callable[[Path], None]) -> None:
     finally:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
+
+
+def made(directory: Path) -> Path:
+    """Make a directory to write into, now, before hours of work for it; return it.
+
+    Raises
+    ------
+    ResultError
+        If it cannot be made or written into.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        if not os.access(directory, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as exc:
+        raise disk_error(directory, exc) from exc
+    return directory
 
 
 def flush(tree: Path) -> None:

@@ -50,7 +50,7 @@ __all__ = ["MANIFEST", "ScanResult", "load_result", "read_manifest"]
 _COMPUTED = ("config", "found", "ids", "regions", "hotspot")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ScanResult:
     """Everything one scan found on one slide; level-0 px throughout.
 
@@ -70,6 +70,10 @@ class ScanResult:
     """Slide fingerprint, µm/px and source, detector digest, resolved settings, versions, device, seconds by stage."""
     path: Path | None = None
     """The result directory; None if it was not saved."""
+
+    def __repr__(self) -> str:
+        where = "not saved" if self.path is None else repr(self.path.name)
+        return f"ScanResult({where}, {counted(len(self.found), self.classes, self.threshold)})"
 
     @cached_property
     def config(self) -> ScanConfig:

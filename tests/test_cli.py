@@ -122,6 +122,7 @@ def test_validate_names_the_line_that_breaks(tmp_path: Path) -> None:
         (["export", "nowhere", "-o", "x.geojson"], 3, "nowhere"),
         (["validate", "nowhere.geojson"], 1, ""),
         (["demo", "--size-px", "10"], 2, "2048"),
+        (["evaluate", "mitosis", "--data", ".", "-o", "text.svs/x"], 3, "choose another output directory"),
     ],
 )  # fmt: skip
 def test_a_wrong_command_is_one_line(phantom: Path, tmp_path: Path, arguments: list[str], code: int, said: str) -> None:

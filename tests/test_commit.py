@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import slidescan as ss
-from slidescan.commit import commit, sweep
+from slidescan.commit import commit, made, sweep
 from slidescan.errors import ResultError
 from tests.discs import ORACLE
 
@@ -93,6 +93,14 @@ def test_a_file_that_was_swept_is_written_again(tmp_path: Path) -> None:
     commit(tmp_path / "a", write)
     assert (tmp_path / "a").read_text() == "whole"
     assert len(written) == 2
+
+
+def test_a_directory_that_cannot_be_made_is_one_clear_line(tmp_path: Path) -> None:
+    """Said before the work that it is for."""
+    assert made(tmp_path / "a/b").is_dir()
+    (tmp_path / "file").touch()
+    with pytest.raises(ResultError, match=r"cannot be written .*; choose another output directory"):
+        made(tmp_path / "file/b")
 
 
 def test_a_folder_that_is_gone_is_one_clear_line(tmp_path: Path) -> None:

@@ -58,6 +58,14 @@ def test_a_damaged_result_is_refused(tmp_path: Path, harm: str) -> None:
         ss.load_result(out)
 
 
+def test_a_result_is_told_in_a_line(tmp_path: Path) -> None:
+    """And not with all its numbers."""
+    slide, _ = discs(n=10)
+    assert repr(ss.scan(slide, ORACLE, config=config())) == "ScanResult(not saved, 10 discs at score ≥ 0.50)"
+    ss.scan(slide, ORACLE, out=tmp_path / "case", config=config())
+    assert repr(ss.load_result(tmp_path / "case")).startswith("ScanResult('case', 10 discs")
+
+
 def test_ids_are_stable_and_unique(tmp_path: Path) -> None:
     """The same slide and model give the same ids under other settings; no two rows share one."""
     slide, _ = discs()

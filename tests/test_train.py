@@ -59,6 +59,7 @@ def test_the_shipped_settings_are_valid() -> None:
     [
         ("learning_rate: 1", "learning_rate"),
         ("variants: [{mpp: -1}]", r"variants\.0\.mpp"),
+        ("variants: [{mpp: 40, steps: 1}]", r"variants\.0\.mpp"),
         ("variants: [{tile_px: [100]}]", "tile_px"),
         ("variants: [{mpp: 0.25}]", "steps or minutes"),
         ("a: [", "YAML"),

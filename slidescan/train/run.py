@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from slidescan.commit import made
 from slidescan.detect.card import Card, write_model
 from slidescan.detect.load import load_detector
 from slidescan.detect.model import Model
@@ -154,7 +155,7 @@ def train_detector(
     """
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    out.mkdir(parents=True, exist_ok=True)
+    made(out)
     decided, taught = None, {}
     if settings.decisions is not None:
         decided = load_decided(settings.decisions, settings.decision_slides, settings)

@@ -9,6 +9,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from slidescan.errors import ConfigError
+from slidescan.slides.resolution import MAX_MPP, MIN_MPP
 
 __all__ = ["TrainSettings", "VariantSettings", "load_settings"]
 
@@ -22,7 +23,7 @@ class _Strict(BaseModel):
 class VariantSettings(_Strict):
     """One resolution of the detector, on which tiles and how long to train it."""
 
-    mpp: Annotated[float, Field(gt=0)] = 0.25
+    mpp: Annotated[float, Field(ge=MIN_MPP, le=MAX_MPP)] = 0.25
     input_px: Annotated[int, Field(gt=0, multiple_of=32)] = 640
     tile_px: list[Annotated[int, Field(gt=0, multiple_of=32)]] = [256, 384, 512, 640]
     steps: Annotated[int, Field(gt=0)] | None = None
