@@ -188,10 +188,10 @@ def export(
         raise ConfigError(f"--reviewer goes with --decisions, got {reviewer!r} alone")
     only, named = None, None
     if decisions is not None:
-        from slidescan.reviews import decided_classes, decided_ids
+        from slidescan.reviews import decided
 
-        only = decided_ids(result, decisions, reviewer=reviewer)
-        named = decided_classes(result, reviewer=reviewer)
+        only = decided(result, decisions, reviewer=reviewer)
+        named = {id_: label for id_, label in only.items() if label is not None}
     if what not in ("all", "detections", "regions"):
         raise ConfigError(f"--what must be all, detections or regions, got {what!r}")
     if format_ == "geojson":

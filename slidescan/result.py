@@ -174,19 +174,18 @@ class ScanResult:
         """
         offset = self.origin_l0(origin)
         lowest = self.threshold if min_score is None else min_score
+        found, classes = self._renamed(named)
 
         def features() -> Iterator[Any]:
             if what != "detections":
                 told = zip(self.region_ids, self.regions, strict=True)
                 regions = [replace(each, label=(named or {}).get(id_, each.label)) for id_, each in told]
-                namespace, classes = self._namespace, self._renamed(named)[1]
-                all_ = region_features(regions, run_namespace=namespace, offset_l0=offset, classes=classes)
+                all_ = region_features(regions, run_namespace=self._namespace, offset_l0=offset, classes=classes)
                 yield from islice((each for each in all_ if only is None or each.id in only), top_k)
             if what != "regions":
                 at_least = np.flatnonzero(self.detections.score >= lowest).tolist()
                 rows = np.array([i for i in at_least if only is None or self.ids[i] in only][:top_k], np.intp)
                 ids, more = [self.ids[i] for i in rows], {name: column[rows] for name, column in self._said.items()}
-                found, classes = self._renamed(named)
                 yield from detection_features(
                     found[rows], classes=classes, ids=ids, offset_l0=offset, measurements=more
                 )
@@ -206,9 +205,9 @@ class ScanResult:
         """Write detections as CSV (level-0 px), best first, as `to_geojson` would; return the number of rows."""
         lowest = self.threshold if min_score is None else min_score
         # In float32, as everywhere: a score that is the threshold counts.
-        found, classes = self._renamed(named)
-        table = to_table(found, self.ids, classes, self._said)
-        rows = table.filter(pc.greater_equal(pc.field("score"), pa.scalar(np.float32(lowest), pa.float32())))
+        rows = self._table(named).filter(
+            pc.greater_equal(pc.field("score"), pa.scalar(np.float32(lowest), pa.float32()))
+        )
         if only is not None:
             rows = rows.filter(pc.field("id").isin(pa.array(sorted(only), pa.string())))
         rows = rows.slice(0, top_k)
@@ -322,16 +321,17 @@ class ScanResult:
         """Return the detections with the classes that `named` gives some by id, and the names of all classes."""
         if not named:
             return self.detections, self.classes
-        given = {row: named[id_] for row, id_ in enumerate(self.ids) if id_ in named}
-        classes = tuple(dict.fromkeys((*self.classes, *named.values())))
+        classes = {name: i for i, name in enumerate(dict.fromkeys((*self.classes, *named.values())))}
         label = self.detections.label.copy()
-        for row, name in given.items():
-            label[row] = classes.index(name)
-        return replace(self.detections, label=label), classes
+        for row, id_ in enumerate(self.ids):
+            if id_ in named:
+                label[row] = classes[named[id_]]
+        return replace(self.detections, label=label), tuple(classes)
 
-    def _table(self) -> pa.Table:
+    def _table(self, named: Mapping[str, str] | None = None) -> pa.Table:
         """Return the detections as an Arrow table, best first."""
-        return to_table(self.detections, self.ids, self.classes, self._said)
+        found, classes = self._renamed(named)
+        return to_table(found, self.ids, classes, self._said)
 
 
 def load_result(path: str | Path, *, verify: bool = True) -> ScanResult:

@@ -9,8 +9,8 @@ from __future__ import annotations
 from slidescan.reviews.agreement import Kappa, cohen_kappa
 from slidescan.reviews.decisions import Decision
 from slidescan.reviews.items import ReviewItem
-from slidescan.reviews.selection import decided_classes, decided_ids
+from slidescan.reviews.selection import decided, decided_ids
 from slidescan.reviews.session import Review
 from slidescan.reviews.start import review
 
-__all__ = ["Decision", "Kappa", "Review", "ReviewItem", "cohen_kappa", "decided_classes", "decided_ids", "review"]
+__all__ = ["Decision", "Kappa", "Review", "ReviewItem", "cohen_kappa", "decided", "decided_ids", "review"]

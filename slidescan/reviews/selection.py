@@ -13,29 +13,17 @@ from slidescan.reviews.case import Case
 from slidescan.reviews.decisions import DECISIONS, Decision, Verdict
 from slidescan.reviews.items import inside
 
-__all__ = ["decided_classes", "decided_ids"]
+__all__ = ["decided", "decided_ids"]
 
 _DECIDED: Mapping[str, Verdict] = {"accepted": "accept", "rejected": "reject", "unsure": "unsure"}
 
 
-class _Last:
-    """The last decision on an item, of anyone or of one reviewer."""
+def decided(result: ScanResult, decisions: str, *, reviewer: str | None = None) -> dict[str, str | None]:
+    """Return by id the regions that were decided so and the detections in them, with the class a reviewer gave.
 
-    def __init__(self, case: Case, reviewer: str | None) -> None:
-        said = {item_id: case.decisions(item_id) for item_id in case.items}
-        self.case = case
-        self.by_id: dict[str, Decision] = {
-            item_id: made[reviewer] if reviewer is not None else list(made.values())[-1]
-            for item_id, made in said.items()
-            if made and (reviewer is None or reviewer in made)
-        }
-
-
-def decided_ids(result: ScanResult, decisions: str, *, reviewer: str | None = None) -> frozenset[str]:
-    """Return the ids of the regions that were decided so, and of the detections in them.
-
-    Where reviewers differ, the later decision counts. A detection is in a region if its centre is in the outline, of
-    several in the smallest; where it was decided on by itself, that counts.
+    None stands for the detector's class. Where reviewers differ, the later decision counts. A detection is in a region
+    if its centre is in the outline, of several in the smallest; where it was decided on by itself, that counts. One
+    that is alone in its region has the region's class.
 
     Parameters
     ----------
@@ -54,38 +42,36 @@ def decided_ids(result: ScanResult, decisions: str, *, reviewer: str | None = No
     """
     if decisions not in _DECIDED:
         raise ConfigError(f"decisions: expected accepted, rejected or unsure, got {decisions!r}")
-    wanted = _DECIDED[decisions]
-    regions, detections = _decided(result, reviewer)
-    chosen = {id_ for id_, decision in regions.by_id.items() if decision.decision == wanted}
-    alone = {id_ for id_, decision in detections.by_id.items() if decision.decision == wanted}
-    parts = {id_ for id_, region in _homes(result, regions.case).items() if region in chosen}
-    return frozenset(chosen | (parts - detections.by_id.keys()) | alone)
-
-
-def decided_classes(result: ScanResult, *, reviewer: str | None = None) -> dict[str, str]:
-    """Return by id the class that a reviewer gave a region or detection, where it is not the detector's.
-
-    A detection that is alone in its region has the region's. Parameters and errors are those of `decided_ids`.
-    """
-    regions, detections = _decided(result, reviewer)
-    named = {id_: decision.label for id_, decision in regions.by_id.items() if decision.label is not None}
-    alone = {
-        id_: named[region]
-        for id_, region in _homes(result, regions.case).items()
-        if region in named and regions.case.items[region].n == 1 and id_ not in detections.by_id
-    }
-    return named | alone | {id_: made.label for id_, made in detections.by_id.items() if made.label is not None}
-
-
-def _decided(result: ScanResult, reviewer: str | None) -> tuple[_Last, _Last]:
-    """Return what was decided last on regions and on detections."""
-    regions = Case(result, "region")
+    wanted, regions = _DECIDED[decisions], Case(result, "region")
     if not regions.log.path.is_file():
         raise ResultError(f"{regions.path}: no {DECISIONS} there; review the result first")
-    names = sorted({decision.reviewer for decision in regions.log.standing.latest_first()})
+    made = list(regions.log.standing.latest_first())
+    names = sorted({decision.reviewer for decision in made})
     if reviewer is not None and reviewer not in names:
         raise ConfigError(f"reviewer: expected one who decided here ({', '.join(names) or 'nobody'}), got {reviewer!r}")
-    return _Last(regions, reviewer), _Last(Case(result, "detection"), reviewer)
+    said = {id_: last.label for id_, last in _last(regions, reviewer).items() if last.decision == wanted}
+    alone = _last(Case(result, "detection"), reviewer) if any(one.what == "detection" for one in made) else {}
+    parts = {
+        id_: said[region] if regions.items[region].n == 1 else None
+        for id_, region in _homes(result, regions).items()
+        if region in said and id_ not in alone
+    }
+    return said | parts | {id_: last.label for id_, last in alone.items() if last.decision == wanted}
+
+
+def decided_ids(result: ScanResult, decisions: str, *, reviewer: str | None = None) -> frozenset[str]:
+    """Return the ids of what was `decided` so."""
+    return frozenset(decided(result, decisions, reviewer=reviewer))
+
+
+def _last(case: Case, reviewer: str | None) -> dict[str, Decision]:
+    """Return by item the last decision, of anyone or of one reviewer."""
+    said = {item_id: case.decisions(item_id) for item_id in case.items}
+    return {
+        item_id: made[reviewer] if reviewer is not None else list(made.values())[-1]
+        for item_id, made in said.items()
+        if made and (reviewer is None or reviewer in made)
+    }
 
 
 def _homes(result: ScanResult, regions: Case) -> dict[str, str]:
