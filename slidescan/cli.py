@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from slidescan.detections import Detector
     from slidescan.result import ScanResult
     from slidescan.slides import Slide
+    from slidescan.slides.open import Backend
 
 __all__ = ["app", "main"]
 
@@ -43,7 +44,7 @@ ModelOpt = Annotated[
 ConfigOpt = Annotated[Path | None, typer.Option("--config", "-c", help="YAML with settings; see configs/default.yaml.")]
 SetOpt = Annotated[list[str] | None, typer.Option("--set", help="One setting, as section.key=value; repeatable.")]
 CoarseOpt = Annotated[bool, typer.Option("--allow-coarse", help="Scan a slide coarser than the detector's training.")]
-BackendOpt = Annotated[str, typer.Option(help="Reader: auto, tiff, openslide or zarr.")]
+BackendOpt = Annotated[Literal["auto", "tiff", "openslide", "zarr"], typer.Option(help="Reader.")]
 VerifyOpt = Annotated[
     bool, typer.Option("--verify", help="Compare a few tiles with OpenSlide first, and let it read where they differ.")
 ]
@@ -63,7 +64,7 @@ def main() -> None:
             # Typer raises Click's own usage errors through here; anything else is a bug and keeps its traceback.
             if not hasattr(exc, "exit_code") or not hasattr(exc, "format_message"):
                 raise
-            raise ConfigError(exc.format_message()) from exc
+            raise ConfigError(exc.format_message().replace("Value error, ", "")) from exc
         if code == 130:
             raise KeyboardInterrupt
     sys.exit(code or 0)
@@ -166,9 +167,9 @@ def scan(
 def export(
     run: Annotated[Path, typer.Argument(help="Result directory of a scan.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="File to write.")],
-    format_: Annotated[str, typer.Option("--format", "-f", help="geojson or csv.")] = "geojson",
-    origin: Annotated[str, typer.Option(help="Frame of GeoJSON coordinates: qupath or level0.")] = "qupath",
-    what: Annotated[str, typer.Option(help="GeoJSON objects: all, detections or regions.")] = "all",
+    format_: Annotated[Literal["geojson", "csv"], typer.Option("--format", "-f", help="Of the file.")] = "geojson",
+    origin: Annotated[Literal["qupath", "level0"], typer.Option(help="Frame of GeoJSON coordinates.")] = "qupath",
+    what: Annotated[Literal["all", "detections", "regions"], typer.Option(help="GeoJSON objects.")] = "all",
     min_score: Annotated[float | None, typer.Option(help="Lowest score; default: the operating threshold.")] = None,
     top_k: Annotated[int | None, typer.Option(min=1, help="At most so many, best first.")] = None,
     decisions: Annotated[
@@ -192,14 +193,10 @@ def export(
 
         only = decided(result, decisions, reviewer=reviewer)
         named = {id_: label for id_, label in only.items() if label is not None}
-    if what not in ("all", "detections", "regions"):
-        raise ConfigError(f"--what must be all, detections or regions, got {what!r}")
     if format_ == "geojson":
-        n = result.to_geojson(out, origin=origin, min_score=min_score, top_k=top_k, what=what, only=only, named=named)  # type: ignore[arg-type]
-    elif format_ == "csv":
-        n = result.to_csv(out, min_score=min_score, top_k=top_k, only=only, named=named)
+        n = result.to_geojson(out, origin=origin, min_score=min_score, top_k=top_k, what=what, only=only, named=named)
     else:
-        raise ConfigError(f"--format must be geojson or csv, got {format_!r}")
+        n = result.to_csv(out, min_score=min_score, top_k=top_k, only=only, named=named)
     typer.echo(f"{out}: {n:,} objects")
 
 
@@ -280,14 +277,12 @@ def _settings(config: Path | None, assignments: list[str] | None) -> ScanConfig:
     return ScanConfig.load(config or {}, assigned(assignments or []))
 
 
-def _open(path: str | Path, mpp: float | None, backend: str, verify: bool = False) -> Slide:
+def _open(path: str | Path, mpp: float | None, backend: Backend, verify: bool = False) -> Slide:
     """Open the slide as the options say."""
     from slidescan.slides import open_slide
 
-    if backend not in ("auto", "tiff", "openslide", "zarr"):
-        raise ConfigError(f"--backend must be auto, tiff, openslide or zarr, got {backend!r}")
     with warnings_in_a_line():
-        return open_slide(path, mpp=mpp, backend=backend, verify=verify)  # type: ignore[arg-type]
+        return open_slide(path, mpp=mpp, backend=backend, verify=verify)
 
 
 def _detector(model: str, precision: Precision = "auto") -> Detector:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
-from slidescan.errors import ConfigError, MissingExtraError
+from slidescan.errors import MissingExtraError
 
 __all__ = ["review"]
 
@@ -21,7 +21,7 @@ def review(
     ] = None,
     reviewer: Annotated[str | None, typer.Option(help="Who decides; default: your login name.")] = None,
     blinded: Annotated[bool, typer.Option("--blinded", help="Hide scores and the order they tell.")] = False,
-    of: Annotated[str, typer.Option(help="Decide on flagged regions or on single detections.")] = "regions",
+    of: Annotated[Literal["regions", "detections"], typer.Option(help="What to decide on.")] = "regions",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port on 127.0.0.1; 0: any free one.")] = 0,
     top: Annotated[int | None, typer.Option(min=1, help="Only so many, those with most evidence.")] = None,
 ) -> None:
@@ -37,9 +37,7 @@ def review(
     from slidescan.reviews.start import open_runs
     from slidescan.reviews.summary import notice
 
-    if of not in ("regions", "detections"):
-        raise ConfigError(f"--of must be regions or detections, got {of!r}")
-    looked = reviewed(open_runs(run), slides=slides, reviewer=reviewer, of=of, blinded=blinded, top=top)  # type: ignore[arg-type]
+    looked = reviewed(open_runs(run), slides=slides, reviewer=reviewer, of=of, blinded=blinded, top=top)
     server = ReviewServer(Desk(looked), port=port)
     typer.echo(f"{len(looked):,} {of} to review, {looked.left:,} left for {looked.reviewer}; Ctrl-C ends")
     if slides is None:

@@ -112,6 +112,8 @@ def test_validate_names_the_line_that_breaks(tmp_path: Path) -> None:
         (["scan", "{case}", "--set", "tiling"], 2, "section.key=value"),
         (["scan", "{case}", "--backend", "vips"], 2, "vips"),
         (["scan", "{case}", "--precision", "fp8"], 2, "fp8"),
+        (["export", "nowhere", "-o", "x.json", "--what", "some"], 2, "'some' is not one of 'all', 'detections'"),
+        (["export", "nowhere", "-o", "x.json", "-f", "xml"], 2, "'xml' is not one of"),
         (["scan", "{case}", "--model", "photos", "--precision", "bf16"], 2, "got bf16"),
         (["info", "{case}", "--model", "photos", "--precision", "bf16"], 2, "got bf16"),
         (["detect", "{case}", "--model", "photos", "--precision", "bf16"], 2, "got bf16"),

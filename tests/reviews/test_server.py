@@ -131,7 +131,7 @@ class TestCommand:
     ) -> None:
         for arguments, code, words in (
             ([str(tmp_path / "none")], 3, "none"),
-            ([str(case), "--of", "cells"], 2, "--of must be regions or detections, got 'cells'"),
+            ([str(case), "--of", "cells"], 2, "'cells' is not one of 'regions', 'detections'"),
             ([str(case), "--reviewer", ""], 2, "reviewer: expected a name"),
             ([str(case), "--port", "99999"], 2, "--port"),
         ):
