@@ -23,7 +23,7 @@ __all__ = ["FlaggedRegions", "View", "contact_sheet", "field_of_view"]
 
 _GREY = "#6E6E76"
 _TILE_IN, _HEADING_IN = 1.7, 0.3  # inches of a field of view, and of the line above it
-_LINE_IN, _MOST_CHARACTERS = 0.13, 24  # of 8 points: the height of one more line, and what a field is wide
+_LINE_IN, _MOST_CHARACTERS = 0.13, 27  # of 7 points: the height of one more line, and what a field is wide
 _MOST_PX = 4096  # edge of a field: 50 MB of RGB, more than any screen shows
 
 
@@ -166,7 +166,7 @@ def contact_sheet(views: Sequence[View], *, columns: int = 6, fov_um: float = 64
         axes.set(xlim=(0, fov_um), ylim=(fov_um, 0), xticks=[], yticks=[])
         for spine in axes.spines.values():
             spine.set(color=view.color, linewidth=2.5)
-        axes.set_title("\n".join(map(_fitting, view.said.splitlines())), fontsize=8, color=view.color, pad=4)
+        axes.set_title("\n".join(map(_fitting, view.said.splitlines())), fontsize=7, color=view.color, pad=4)
         scale_bar(axes, fov_um, fov_um, um_per_unit=1)
     if not views:
         figure.text(0.5, 0.5, "nothing to show", ha="center", va="center")

@@ -70,6 +70,8 @@ def test_a_long_line_stays_above_its_own_field() -> None:
         assert heading.y1 <= figure.bbox.height
         assert axes.get_title().endswith("12 · 0.97 · accept")
         assert axes.get_title().startswith("TCGA-A2")
+    figure = contact_sheet([View.of_box(field, (1, 1, 2, 2), "12 · 0.97 · mitotic figure")], fov_um=64.0)
+    assert figure.axes[0].get_title() == "12 · 0.97 · mitotic figure"  # what the bundled detector says fits
 
 
 def test_what_cannot_be_shown_is_one_line(result: ss.ScanResult, slide: Slide) -> None:
