@@ -14,7 +14,7 @@ import typer
 from slidescan import cli_archive, cli_review, cli_train
 from slidescan.cli_archive import PrecisionOpt, assigned, with_reason
 from slidescan.cli_progress import slide_scanned
-from slidescan.cli_report import chosen, duration, report, say_profile, seconds_of, warnings_in_a_line
+from slidescan.cli_report import area, chosen, duration, report, say_profile, seconds_of, warnings_in_a_line
 from slidescan.endings import ends_in_a_line
 from slidescan.errors import ConfigError
 
@@ -36,6 +36,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+_GO_ON = ("scan", "archive", "train")  # commands that continue where they were stopped
+
 SlideArg = Annotated[str, typer.Argument(help="Whole-slide image: SVS, OME-TIFF, NDPI, DICOM, OME-Zarr, …; or a URL.")]
 MppOpt = Annotated[float | None, typer.Option(help="µm/px of level 0, overriding the file's own.")]
 ModelOpt = Annotated[
@@ -52,7 +54,8 @@ VerifyOpt = Annotated[
 
 def main() -> None:
     """Run the command line; a foreseen failure is one line on stderr."""
-    with ends_in_a_line("slidescan", "stopped; what was scored is kept: run the same command to continue"):
+    kept = "stopped; what was done is kept: run the same command to continue"
+    with ends_in_a_line("slidescan", kept if sys.argv[1:2] and sys.argv[1] in _GO_ON else "stopped"):
         try:
             # Typer returns the code of a command that ended by `Exit`, and 130 for Ctrl-C.
             code = app(with_reason(sys.argv[1:]), standalone_mode=False)
@@ -117,7 +120,7 @@ def info(
     if prepared.tissue is not None:
         note = f"; {prepared.tissue.note}" if prepared.tissue.note else ""
         tissue_mm2 = prepared.tissue.fraction * frame.area_mm2
-        typer.echo(f"tissue      {prepared.tissue.fraction:.1%} of the slide, {tissue_mm2:.1f} mm²{note}")
+        typer.echo(f"tissue      {prepared.tissue.fraction:.1%} of the slide, {area(tissue_mm2)}{note}")
     plan = prepared.plan
     typer.echo(f"plan        {plan.n_tiles:,} tiles in {len(plan.regions):,} regions, {plan.core_megapixels:,.0f} MP")
     if plan.n_tiles:
@@ -167,10 +170,14 @@ def scan(
 def export(
     run: Annotated[Path, typer.Argument(help="Result directory of a scan.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="File to write.")],
-    format_: Annotated[Literal["geojson", "csv"], typer.Option("--format", "-f", help="Of the file.")] = "geojson",
+    format_: Annotated[
+        Literal["geojson", "csv"] | None, typer.Option("--format", "-f", help="Of the file; default: as its name ends.")
+    ] = None,
     origin: Annotated[Literal["qupath", "level0"], typer.Option(help="Frame of GeoJSON coordinates.")] = "qupath",
     what: Annotated[Literal["all", "detections", "regions"], typer.Option(help="GeoJSON objects.")] = "all",
-    min_score: Annotated[float | None, typer.Option(help="Lowest score; default: the operating threshold.")] = None,
+    min_score: Annotated[
+        float | None, typer.Option(help="Lowest score of detections; default: the operating threshold.")
+    ] = None,
     top_k: Annotated[int | None, typer.Option(min=1, help="At most so many, best first.")] = None,
     decisions: Annotated[
         str | None,
@@ -193,10 +200,10 @@ def export(
 
         only = decided(result, decisions, reviewer=reviewer)
         named = {id_: label for id_, label in only.items() if label is not None}
-    if format_ == "geojson":
-        n = result.to_geojson(out, origin=origin, min_score=min_score, top_k=top_k, what=what, only=only, named=named)
-    else:
+    if format_ == "csv" or (format_ is None and out.suffix.lower() == ".csv"):
         n = result.to_csv(out, min_score=min_score, top_k=top_k, only=only, named=named)
+    else:
+        n = result.to_geojson(out, origin=origin, min_score=min_score, top_k=top_k, what=what, only=only, named=named)
     typer.echo(f"{out}: {n:,} objects")
 
 
@@ -228,7 +235,8 @@ def detect(
     from slidescan.picture import detect_image
 
     detector = load_detector(model, precision=precision, mpp=1.0)  # where the model names no µm/px, a px is its unit
-    found = detect_image(image, detector, min_score=min_score, tile_px=tile_px, mpp=mpp)
+    with warnings_in_a_line():
+        found = detect_image(image, detector, min_score=min_score, tile_px=tile_px, mpp=mpp)
     columns = (found.xyxy.tolist(), found.score.tolist(), found.label.tolist(), found.attributes.tolist())
     for box, score, label, said in zip(*columns, strict=True):
         corners = ", ".join(f"{edge:.1f}" for edge in box)

@@ -15,7 +15,7 @@ import typer
 import yaml
 
 from slidescan.cli_progress import slides_done
-from slidescan.cli_report import duration, warnings_in_a_line
+from slidescan.cli_report import area, duration, warnings_in_a_line
 from slidescan.errors import ConfigError, WorkerError
 from slidescan.timeouts import LONGEST_S
 
@@ -215,7 +215,7 @@ def _estimate(entries: list[Any], detector: Detector, common: dict[str, Any]) ->
         for name in total:
             total[name] += told.get(name) or 0
     typer.echo(f"slides      {n:,}, {bad:,} of which would fail; {total['bytes'] / 1e9:,.1f} GB")
-    typer.echo(f"tissue      {total['tissue_mm2']:,.1f} mm²")
+    typer.echo(f"tissue      {area(total['tissue_mm2'])}")
     typer.echo(f"plan        {total['tiles']:,.0f} tiles, {total['megapixels']:,.0f} MP")
     typer.echo(f"time        about {duration(total['seconds'])} for one process; shared by all there are")
     if bad:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from slidescan.prepare import Prepared
     from slidescan.result import ScanResult
 
-__all__ = ["chosen", "duration", "report", "say_profile", "seconds_of", "warnings_in_a_line"]
+__all__ = ["area", "chosen", "duration", "report", "say_profile", "seconds_of", "warnings_in_a_line"]
 
 
 def chosen(prepared: Prepared) -> str:
@@ -23,6 +23,11 @@ def chosen(prepared: Prepared) -> str:
     exact = math.isclose(plane.mpp, detector.mpp, rel_tol=1e-9)
     how = f"at {plane.mpp:.4g} µm/px" if exact else f"on the slide's own {plane.mpp:.4g} µm/px, without resampling"
     return f"{detector.name}, trained at {detector.mpp:g} µm/px, reads {how}"
+
+
+def area(mm2: float) -> str:
+    """Say an area, small ones in two digits."""
+    return f"{mm2:,.1f} mm²" if mm2 >= 1 or not mm2 else f"{mm2:.2g} mm²"
 
 
 def duration(seconds: float) -> str:
@@ -49,7 +54,7 @@ def report(result: ScanResult) -> None:
     if fraction is None:
         typer.echo("looked at   nothing: no tissue was found on this slide")
     else:
-        typer.echo(f"looked at   {fraction:.2%} of {summary['tissue_mm2']:.2f} mm² of tissue")
+        typer.echo(f"looked at   {fraction:.2%} of {area(summary['tissue_mm2'])} of tissue")
     saturated = result.provenance["tiles"]["saturated"]
     if saturated:
         typer.echo(f"saturated   {saturated} tiles hold more than the detector can report; their counts are too low")

@@ -17,7 +17,10 @@ def review(
     run: Annotated[Path, typer.Argument(help="Result directory of a scan, or output directory of an archive.")],
     slides: Annotated[
         str | None,
-        typer.Option(help="Where the pixels are: the slide; of an archive, its table, folder or pattern."),
+        typer.Option(
+            help="Where the pixels are: the slide; of an archive, its table, folder or pattern. Default: where they "
+            "were scanned."
+        ),
     ] = None,
     reviewer: Annotated[str | None, typer.Option(help="Who decides; default: your login name.")] = None,
     blinded: Annotated[bool, typer.Option("--blinded", help="Hide scores and the order they tell.")] = False,
@@ -38,10 +41,14 @@ def review(
     from slidescan.reviews.summary import notice
 
     looked = reviewed(open_runs(run), slides=slides, reviewer=reviewer, of=of, blinded=blinded, top=top)
+    cases = list(looked.cases.values())
+    if len(cases) == 1 and cases[0].located:
+        cases[0].slide()  # a wrong one is told now, not with the first picture
     server = ReviewServer(Desk(looked), port=port)
     typer.echo(f"{len(looked):,} {of} to review, {looked.left:,} left for {looked.reviewer}; Ctrl-C ends")
-    if slides is None:
-        typer.echo("without --slides there are no pixels to see", err=True)
+    if lost := sum(not case.located for case in cases):
+        of_all = "" if len(cases) == 1 else f" of {lost:,} of {len(cases):,} slides"
+        typer.echo(f"no pixels{of_all} to see: --slides says where they are", err=True)
     if moved := notice(looked):
         typer.echo(moved)
     typer.echo(server.url)

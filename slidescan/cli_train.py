@@ -31,7 +31,10 @@ def train(
     ] = None,
     slides: Annotated[
         str | None,
-        typer.Option(help="Where the pixels of --add-decisions are: the slide; of an archive its list, as in review."),
+        typer.Option(
+            help="Where the pixels of --add-decisions are: the slide; of an archive its list. Default: where they were "
+            "scanned, as in review."
+        ),
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda:0, …; default: a GPU if there is one.")] = None,
     smoke: Annotated[

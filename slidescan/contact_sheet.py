@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -13,7 +14,7 @@ from slidescan.errors import ConfigError
 from slidescan.flagged import FlaggedRegion
 from slidescan.geometry import Box, Frame
 from slidescan.legend import MARK
-from slidescan.provenance import check_scanned
+from slidescan.provenance import as_scanned
 from slidescan.slides import Slide
 
 if TYPE_CHECKING:
@@ -47,12 +48,12 @@ class FlaggedRegions(tuple[FlaggedRegion, ...]):  # noqa: SLOT001  # a tuple's o
     def __getnewargs_ex__(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return (tuple(self),), {"fingerprint": self._fingerprint, "frame": self._frame}
 
-    def plot(self, slide: Slide, *, columns: int = 6, fov_um: float = 64.0, px: int = 192) -> Plot:
+    def plot(self, slide: Slide | str | Path, *, columns: int = 6, fov_um: float = 64.0, px: int = 192) -> Plot:
         """Return a contact sheet: a field of view around each region, its outline, rank, highest score and class.
 
         Parameters
         ----------
-        slide : Slide
+        slide : Slide, str or Path
             The one that was scanned.
         columns : int
         fov_um : float
@@ -67,7 +68,7 @@ class FlaggedRegions(tuple[FlaggedRegion, ...]):  # noqa: SLOT001  # a tuple's o
         SlideError
             If the slide cannot be read.
         """
-        check_scanned(slide, self._fingerprint, self._frame)
+        slide = as_scanned(slide, self._fingerprint, self._frame)
         views = [
             View(
                 field_of_view(slide, region.box_l0, fov_um, px),

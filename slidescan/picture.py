@@ -6,6 +6,7 @@ seam of two tiles is found once.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 
 from slidescan.config import ScanConfig
 from slidescan.detections import Detections, Detector
-from slidescan.errors import ConfigError, SlideReadError
+from slidescan.errors import ConfigError, SlideReadError, SlideWarning
 from slidescan.scan_slide import scan
 from slidescan.slides import Slide, memory_slide, open_slide
 
@@ -22,13 +23,13 @@ __all__ = ["detect_image"]
 
 _SIDE_PX = 32  # sides are padded to a multiple of it: the coarsest stride of a detector
 _LEAST_PX, _MOST_PX = 128, 8192  # of a tile: what a scan takes
-_HALO = 0.25  # of the tile: an object of up to half a tile is whole in one of them
+_HALO = 0.25  # of the tile, where the detector wants none: an object of up to half a tile is whole in one of them
 _SLACK = 0.02  # of the tile: how far two tiles may disagree on the centre of one object
 
 
 def detect_image(
     image: str | Path | NDArray[np.uint8] | Slide,
-    detector: Detector,
+    detector: Detector | str = "mitosis",
     *,
     min_score: float | None = None,
     tile_px: int | None = None,
@@ -40,8 +41,8 @@ def detect_image(
     ----------
     image : str, Path, ndarray of uint8 (H, W, 3), or Slide
         A PNG, JPEG or slide; RGB.
-    detector : Detector
-        For a model of photographs, from ``load_detector(directory, mpp=1.0)``: a px is its unit then.
+    detector : Detector or str
+        A detector, or a name or directory for `load_detector`; a px is the unit of a model that names no µm/px.
     min_score : float, optional
         In (0, 1]; default: the detector's operating threshold.
     tile_px : int, optional
@@ -75,6 +76,10 @@ def detect_image(
         raise ConfigError(f"tile_px: expected a multiple of {_SIDE_PX} from {_LEAST_PX} to {_MOST_PX}, got {tile_px}")
     if min_score is not None and not 0 < min_score <= 1:
         raise ConfigError(f"min_score: expected a number in (0, 1], got {min_score}")
+    if isinstance(detector, str):
+        from slidescan.detect import load_detector
+
+        detector = load_detector(detector, mpp=1.0)
     if isinstance(image, Slide):
         if mpp is not None:
             raise ConfigError(f"mpp: expected none beside an open slide, which has its own, got {mpp}")
@@ -95,18 +100,26 @@ def detect_image(
         _whole(slide, len(pixels.holes))
         found = variant.detect(pixels.rgb[None], min_score)[0]
         return _inside(found.moved(plane.factor_to(slide.frame), 0.0, 0.0), *slide.size_wh)
-    slack_um = _SLACK * edge * plane.mpp
     settings = {
         "tissue.enabled": False,
         "tiling.tile_px": tile_px,
-        "tiling.halo_um": max(_HALO * edge * plane.mpp, variant.object_um / 2 + slack_um),
-        "stitch.slack_um": slack_um,
         "detect.min_score": min_score,
         "detect.threshold": min_score,
         "map.um_per_px": max(16, edge // 8) * plane.mpp,
     }
+    if variant.halo_um is None:  # nothing is known of how large its objects are
+        slack_um = _SLACK * edge * plane.mpp
+        settings["stitch.slack_um"] = slack_um
+        settings["tiling.halo_um"] = max(_HALO * edge * plane.mpp, variant.object_um / 2 + slack_um)
     result = scan(slide, variant, config=ScanConfig.load({}, settings), allow_coarse=True)
     _whole(slide, result.provenance["tiles"]["read_failed_boxes"])
+    full = result.provenance["tiles"]["saturated"]
+    if full and min_score >= variant.threshold:  # below it a detector's queries all say something
+        warnings.warn(
+            f"{slide.path.name}: {full} tiles hold more than the detector can report; a smaller tile_px finds more",
+            SlideWarning,
+            stacklevel=2,
+        )
     return _inside(result.detections, *slide.size_wh)
 
 

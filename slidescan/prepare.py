@@ -13,10 +13,14 @@ from slidescan.detections import Detector
 from slidescan.errors import ConfigError
 from slidescan.geometry import Frame
 from slidescan.plan import Plan, plan
+from slidescan.region import scored_at_once
 from slidescan.slides import Slide
 from slidescan.slides.tissue import TissueMask, tissue_mask
 
 __all__ = ["Prepared", "estimate_s", "halo_px", "prepare"]
+
+# Tiles that are timed on a CPU, which scores one after the other.
+_PROBED_ON_CPU = 2
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -91,7 +95,8 @@ def halo_px(detector: Detector, plane: Frame, tile_px: int, config: ScanConfig) 
 
 def estimate_s(slide: Slide, prepared: Prepared, settings: ScanConfig) -> float:
     """Estimate the seconds a scan takes here, from reading and scoring a few of its tiles."""
-    tiles = prepared.plan.regions[len(prepared.plan.regions) // 2].tiles[: settings.detect.batch_tiles]
+    at_once = settings.detect.batch_tiles if scored_at_once(prepared.detector) > 1 else _PROBED_ON_CPU
+    tiles = prepared.plan.regions[len(prepared.plan.regions) // 2].tiles[:at_once]
 
     def probe() -> None:
         windows = []

@@ -16,9 +16,9 @@ from slidescan.config import ScanConfig
 from slidescan.detections import Detector
 from slidescan.errors import ConfigError
 from slidescan.geometry import Frame
-from slidescan.slides import Slide
+from slidescan.slides import Slide, open_slide
 
-__all__ = ["check_scanned", "describe_slide", "peak_gpu_mb", "peak_rss_mb", "run_key", "versions"]
+__all__ = ["as_scanned", "describe_slide", "peak_gpu_mb", "peak_rss_mb", "run_key", "versions"]
 
 
 def run_key(slide: Slide, detector: Detector, config: ScanConfig) -> str:
@@ -37,24 +37,28 @@ def run_key(slide: Slide, detector: Detector, config: ScanConfig) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def check_scanned(slide: Slide, fingerprint: str, frame: Frame | None = None, what: str = "slide") -> None:
-    """Refuse a slide that is not the one of a result, and, where `frame` is given, one at another scale.
+def as_scanned(slide: Slide | str | Path, fingerprint: str, frame: Frame, what: str = "slide") -> Slide:
+    """Return the slide of a result, a path opened at its scale; refuse another slide, and one at another scale.
 
     Raises
     ------
     ConfigError
         Beginning with `what`, the name of what was given.
+    SlideError
+        If it cannot be opened.
     """
+    slide = slide if isinstance(slide, Slide) else open_slide(slide, mpp=frame.mpp)
     if slide.fingerprint != fingerprint:
         raise ConfigError(
             f"{what}: expected the slide that was scanned, got {slide.path.name}, whose content is another; give the "
             "file that was scanned"
         )
-    if frame is not None and slide.frame != frame:
+    if slide.frame != frame:
         raise ConfigError(
             f"{what}: expected {frame.mpp:g} µm/px, as it was scanned, got {slide.frame.mpp:g}; open it with "
             f"mpp={frame.mpp!r}"
         )
+    return slide
 
 
 def describe_slide(slide: Slide) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 from pathlib import Path
@@ -29,7 +30,7 @@ from slidescan.stitch import owned
 from slidescan.suspects import being_read
 from slidescan.timeouts import within
 
-__all__ = ["RegionPart", "RegionTask", "batches", "cut", "scored_at_once"]
+__all__ = ["RegionPart", "RegionTask", "batches", "cut", "scored_at_once", "wanted"]
 
 # Share of a detector's queries in use from which a tile counts as full: RF-DETR users report cells lost from 0.8 on.
 _SATURATED_SHARE = 0.8
@@ -44,6 +45,26 @@ _SCORE_STEPS = 10_000
 # the next ones runs beside it.
 _ON_CPU, _ON_GPU = 1, 2
 _SCORING = {slots: threading.BoundedSemaphore(slots) for slots in (_ON_CPU, _ON_GPU)}
+# Directories of parts that this process has stopped waiting for.
+_UNWANTED: set[Path] = set()
+
+
+class _UnwantedError(Exception):
+    """Nobody waits for this region any more."""
+
+
+@contextmanager
+def wanted(parts: Path) -> Iterator[None]:
+    """Have regions of a directory that threads of this process are at end with their batch, uncommitted, on failure.
+
+    A thread cannot be ended from outside, and who pressed Ctrl-C would wait half a minute for what is lost anyway.
+    """
+    _UNWANTED.discard(parts)
+    try:
+        yield
+    except BaseException:
+        _UNWANTED.add(parts)
+        raise
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -142,7 +163,10 @@ class RegionTask:
         taken()  # what a region before this one left that failed
         if RegionPart.load(self.part) is not None:  # by a worker that died before it could say so
             return taken()
-        part = self.score()
+        try:
+            part = self.score()
+        except _UnwantedError:
+            return taken()
         with stage("write"):
             part.save(self.part)
             give_back_freed()
@@ -188,6 +212,8 @@ class RegionTask:
     def _detect(self, tiles: list[Tile], rgb: NDArray[np.uint8], x0: int, y0: int) -> Iterator[tuple[Tile, Detections]]:
         """Score tiles of one size in batches; `rgb` starts at plane px (`x0`, `y0`)."""
         for batch in batches(tiles, self.batch_tiles, by_row=scored_at_once(self.detector) == _ON_CPU):
+            if self.part.parent in _UNWANTED:
+                raise _UnwantedError
             with stage("batch"):
                 windows = cut(rgb, batch, x0, y0)
             yield from zip(batch, self.detector.detect(windows, self.min_score), strict=True)

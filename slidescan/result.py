@@ -36,7 +36,7 @@ from slidescan.flagged import FlaggedRegion, Hotspot, flag_regions, mitotic_hots
 from slidescan.geometry import Frame
 from slidescan.legend import counted
 from slidescan.manifest import MANIFEST, SCHEMA, check_files, listed, read_manifest, write_manifest
-from slidescan.provenance import check_scanned
+from slidescan.provenance import as_scanned
 from slidescan.slides import Slide
 
 if TYPE_CHECKING:
@@ -162,7 +162,7 @@ class ScanResult:
         origin : {"qupath", "level0"}
             The frame of the coordinates: QuPath's (less the slide's bounds offset) or uncropped level 0.
         min_score : float, optional
-            Lowest score written; default: the threshold.
+            Lowest score of a detection written, 0 to 1; default: the threshold. Regions are flagged by the threshold.
         top_k : int, optional
             At most so many detections, best first, and so many regions.
         what : {"all", "detections", "regions"}
@@ -173,7 +173,7 @@ class ScanResult:
             By id the class of those whose class is not to be the detector's.
         """
         offset = self.origin_l0(origin)
-        lowest = self.threshold if min_score is None else min_score
+        lowest = self._lowest(min_score)
         found, classes = self._renamed(named)
 
         def features() -> Iterator[Any]:
@@ -203,7 +203,9 @@ class ScanResult:
         named: Mapping[str, str] | None = None,
     ) -> int:
         """Write detections as CSV (level-0 px), best first, as `to_geojson` would; return the number of rows."""
-        lowest = self.threshold if min_score is None else min_score
+        if Path(path).suffix.lower() != ".csv":
+            raise ConfigError(f"{Path(path).name}: expected a name that ends in .csv")
+        lowest = self._lowest(min_score)
         # In float32, as everywhere: a score that is the threshold counts.
         rows = self._table(named).filter(
             pc.greater_equal(pc.field("score"), pa.scalar(np.float32(lowest), pa.float32()))
@@ -216,7 +218,7 @@ class ScanResult:
 
     def plot(
         self,
-        slide: Slide | None = None,
+        slide: Slide | str | Path | None = None,
         *,
         what: Literal["density", "score", "coverage"] = "density",
         regions: int = 20,
@@ -227,7 +229,7 @@ class ScanResult:
 
         Parameters
         ----------
-        slide : Slide, optional
+        slide : Slide, str or Path, optional
             Shown pale under the map.
         regions : int
             How many of the flagged regions are outlined and numbered, those with most evidence.
@@ -235,14 +237,14 @@ class ScanResult:
         Raises
         ------
         ConfigError
-            If the slide is not the one that was scanned, or a setting cannot be meant.
+            If the slide is not the one that was scanned, is open at another scale, or a setting cannot be meant.
         SlideError
             If the slide cannot be read.
         """
         from slidescan.figure import THUMBNAIL_PX, draw_map
 
         if slide is not None:
-            check_scanned(slide, self.provenance["slide"]["fingerprint"])
+            slide = as_scanned(slide, self.provenance["slide"]["fingerprint"], self.frame)
         if regions < 0:
             raise ConfigError(f"regions: expected a number of regions, got {regions}")
         return draw_map(
@@ -308,6 +310,11 @@ class ScanResult:
         saved.__dict__.update({name: self.__dict__[name] for name in _COMPUTED if name in self.__dict__})
         return saved
 
+    def _lowest(self, min_score: float | None) -> float:
+        if min_score is not None and not 0 <= min_score <= 1:
+            raise ConfigError(f"min_score: expected a number from 0 to 1, got {min_score}")
+        return self.threshold if min_score is None else min_score
+
     @property
     def _namespace(self) -> str:
         return f"{self.provenance['slide']['fingerprint']}:{self.provenance['detector']['sha256']}"
@@ -352,7 +359,14 @@ def load_result(path: str | Path, *, verify: bool = True) -> ScanResult:
     out = Path(path)
     manifest = read_manifest(out)
     if manifest is None:
-        state = "the scan has not finished; run the same command to continue" if out.is_dir() else "no such directory"
+        below = sorted(each.parent for each in (*out.glob(f"*/{MANIFEST}"), *out.glob(f"slides/*/{MANIFEST}")))
+        state = (
+            f"there are {len(below)} below it, such as {below[0]}: name one"
+            if below
+            else "the scan has not finished; run the same command to continue"
+            if out.is_dir()
+            else "no such directory"
+        )
         raise ResultError(f"{out}: expected a result directory with {MANIFEST}; {state}")
     try:
         check_files(out, manifest, verify=verify)

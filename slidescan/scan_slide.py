@@ -38,6 +38,7 @@ from slidescan.slides.fingerprint import stamp
 from slidescan.stages import Profile
 from slidescan.stitch import stitch
 from slidescan.suspects import being_read, is_suspect, kills_its_reader
+from slidescan.whereabouts import noted
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -60,6 +61,7 @@ def scan(
     overwrite: bool = False,
     title: str | None = None,
     timeout_s: float | None = None,
+    remember: bool = True,
     on_progress: Callable[[Progress], None] | None = None,
     on_prepared: Callable[[Prepared], None] | None = None,
 ) -> ScanResult:
@@ -90,6 +92,9 @@ def scan(
     timeout_s : float, optional
         On a cluster: seconds that reading a region, and scoring it, may each take before its worker process is ended. A
         region that cannot be read in time, twice, counts as not analysed; one that cannot be scored ends the scan.
+    remember : bool
+        Note in your own state directory where the slide of `out` is, so that a review finds its pixels again
+        (`slidescan.whereabouts`).
     on_progress, on_prepared : callable, optional
         Called after each region, and once before the first.
 
@@ -130,7 +135,10 @@ def scan(
         else:
             directory = Path(out)
         held.enter_context(claimed(directory))
-        if _is_done(directory, key, overwrite=overwrite):
+        done = _is_done(directory, key, overwrite=overwrite)
+        if out is not None and remember:
+            noted(directory, {directory.resolve().name: opened.path})
+        if done:
             _sweep(directory)
             try:
                 return load_result(directory)

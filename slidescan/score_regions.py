@@ -6,6 +6,7 @@ analysed; the parts come back in the order of the plan.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import Counter, deque
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from slidescan.config import ScanConfig
 from slidescan.detections import Detector
 from slidescan.errors import ResultError, WorkerError, WorkerTimeoutError
 from slidescan.prepare import Prepared
-from slidescan.region import RegionPart, RegionTask, scored_at_once
+from slidescan.region import RegionPart, RegionTask, scored_at_once, wanted
 from slidescan.slides import Slide
 from slidescan.stages import Profile
 from slidescan.suspects import is_suspect, kills_its_reader
@@ -90,7 +91,9 @@ def score_regions(
     threads = workers or _threads(prepared.detector)
     profile = Profile(threads, scored_at_once(prepared.detector))
     if tasks:
-        with cluster(client, threads) as (running, all_threads, processes):
+        # Of a cluster's processes, this one may do the same regions for another one's scan.
+        here = wanted(parts_dir) if client is None else contextlib.nullcontext()
+        with cluster(client, threads) as (running, all_threads, processes), here:
             profile.threads, profile.scoring = all_threads, processes * profile.scoring
             started = time.perf_counter()
             waiting = deque(tasks)

@@ -12,6 +12,9 @@ from hypothesis import HealthCheck, settings
 if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# No test writes into a home: what is to be remembered is tested with a directory of its own.
+os.environ["SLIDESCAN_STATE"] = ""
+
 settings.register_profile("default", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("ci", parent=settings.get_profile("default"), derandomize=True, max_examples=60)
 settings.load_profile("ci" if os.environ.get("CI") else "default")

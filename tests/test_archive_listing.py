@@ -105,6 +105,10 @@ class TestListing:
             ("path\na.svs\n", "expected a column slide_path, found path"),
             ("", "found no header"),
             ("slide_path\n", "expected slides, found none"),
+            ("slide_path;mpp\na.svs;\n", "found slide_path;mpp; columns are separated by commas"),
+            ("slide_path,Mpp\na.svs,0.25\n", "column 'Mpp': expected mpp, if that is meant"),
+            ("slide_path,slideid\na.svs,x\n", "column 'slideid': expected slide_id"),
+            ("slide_path,sha_256,mpp\na.svs,x,\n", "column 'sha_256': expected sha256"),
             ("slide_path,mpp\na.svs,0\n", r"slide 1: mpp must be µm/px .* got '0'"),
             ("slide_path,mpp\na.svs,\nb.svs,fine\n", "slide 2: mpp must be"),
             ("slide_path,slide_id\na.svs,../up\n", "slide_id must be a plain name"),
@@ -117,6 +121,12 @@ class TestListing:
         (tmp_path / "slides.csv").write_text(text)
         with pytest.raises(ConfigError, match=told):
             read_listing(tmp_path / "slides.csv")
+
+    def test_columns_of_ones_own_are_left_alone(self, tmp_path: Path) -> None:
+        """Also beside one whose name is alike, and where a table has a column without a name."""
+        (tmp_path / "slides.csv").write_text("slide_path,stain,mpp,mpps,MPP,\na.svs,HE,0.25,1,2,3\n")
+        (entry,) = read_listing(tmp_path / "slides.csv")
+        assert entry.mpp == 0.25
 
     def test_a_name_that_is_no_text(self, tmp_path: Path) -> None:
         """As from a disk of another system: the id is text, so that records, log and report can tell it."""

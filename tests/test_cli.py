@@ -72,7 +72,7 @@ def test_info_scan_export_validate(phantom: Path, tmp_path: Path) -> None:
     assert slidescan("export", run, "-o", out, "--min-score", "0.05").returncode == 0
     checked = slidescan("validate", out)
     assert (checked.returncode, checked.stdout.strip()) == (0, f"{out}: QuPath reads it")
-    assert slidescan("export", run, "-f", "csv", "-o", tmp_path / "case.csv").returncode == 0
+    assert slidescan("export", run, "-o", tmp_path / "case.csv").returncode == 0
     assert (tmp_path / "case.csv").read_text().startswith('"id","x0"')
     again = slidescan("scan", phantom, "-o", tmp_path, "--profile")
     assert again.returncode == 0
@@ -191,7 +191,7 @@ def test_ctrl_c_stops_with_one_line_and_exit_code_3(tmp_path: Path) -> None:
     running.send_signal(signal.SIGINT)
     _, stderr = running.communicate(timeout=120)
     assert running.returncode == 3, stderr
-    assert stderr.splitlines()[-1].startswith("slidescan: stopped; what was scored is kept")
+    assert stderr.splitlines()[-1].startswith("slidescan: stopped; what was done is kept")
     assert "Traceback" not in stderr
     done = slidescan(*command[3:])
     assert done.returncode == 0, done.stderr

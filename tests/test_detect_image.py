@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +23,7 @@ from slidescan.errors import (
     SlideFormatError,
     SlideNotFoundError,
     SlideReadError,
+    SlideWarning,
 )
 from slidescan.geometry import Box
 from slidescan.slides import memory_slide, open_slide
@@ -104,6 +106,31 @@ def test_a_tile_little_larger_than_the_objects_serves() -> None:
     image = disc_image((400, 300), [(64, 64), (250, 150), (330, 240)], 45)
     large = OracleDetector(mpp=0.5, input_px=256, object_um=46.0)
     assert_each_once(ss.detect_image(image, large, tile_px=128), np.array([(64, 64), (250, 150), (330, 240)]))
+
+
+def test_a_detector_that_names_its_margin_takes_the_path_of_a_slide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A picture then costs no more tiles than a scan of it, and gives the same boxes."""
+    image, centers = discs((700, 530), 50)
+    known = replace(ORACLE, halo_um=8.0)
+    results: list[ss.ScanResult] = []
+    monkeypatch.setattr("slidescan.picture.scan", lambda *a, **k: (results.append(ss.scan(*a, **k)), results[-1])[1])
+    found = ss.detect_image(image, known)
+    settings = ss.ScanConfig.load({}, {"tissue.enabled": False, "detect.min_score": 0.5})
+    scanned = ss.scan(memory_slide(image, 0.5), known, config=settings)
+    assert_equal(found, scanned.detections)
+    assert_each_once(found, centers)
+    ss.detect_image(image, ORACLE)
+    tiles = [result.provenance["tiles"]["planned"] for result in (*results, scanned)]
+    assert tiles[0] == tiles[2] < tiles[1]
+
+
+def test_a_full_picture_says_so() -> None:
+    """Where tiles hold more than the detector can report, there is a warning that names the remedy."""
+    image, _ = discs((700, 530), 50)
+    few = OracleDetector(mpp=0.5, input_px=256, object_um=13.0, max_per_tile=1)
+    with pytest.warns(SlideWarning, match=r"tiles hold more than the detector can report; a smaller tile_px"):
+        ss.detect_image(image, few)
+    ss.detect_image(image, few, min_score=few.threshold / 2)
 
 
 @pytest.mark.parametrize("tile_px", [160, 512])

@@ -54,6 +54,7 @@ def beside_a_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     short = settings.replace("steps: 2000", "steps: 2, tile_px: [256], mine_steps: 2")
     (tmp_path / "my.yaml").write_text(f"{short}\nbatch_mpx: 0.2\nshifts: 1\n")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SLIDESCAN_STATE", str(tmp_path / "state"))
     return tmp_path
 
 
@@ -91,8 +92,9 @@ def test_readme_links_lead_somewhere() -> None:
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda p: p.stem)
-def test_notebook_runs(path: Path, tmp_path: Path) -> None:
+def test_notebook_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A notebook runs from top to bottom in an empty directory."""
+    monkeypatch.setenv("SLIDESCAN_STATE", str(tmp_path / "state"))
     notebook = nbformat.read(path, as_version=4)
     NotebookClient(notebook, timeout=900, resources={"metadata": {"path": str(tmp_path)}}).execute()
 

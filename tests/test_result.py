@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 import slidescan as ss
-from slidescan.errors import ResultError
+from slidescan.errors import ConfigError, ResultError
+from tests.archives import write_slide
 from tests.discs import ORACLE, config, discs
 
 
@@ -86,3 +87,35 @@ def test_a_score_that_is_the_threshold_counts_in_every_format(tmp_path: Path) ->
         same = replace(result, detections=replace(result.detections, score=scores))
         kept = same.to_csv(tmp_path / "case.csv", min_score=threshold)
         assert kept == same.to_geojson(tmp_path / "case.geojson", min_score=threshold, what="detections") == 8
+
+
+def test_a_name_or_a_score_that_cannot_be_meant(tmp_path: Path) -> None:
+    """Nothing is written where the format or the lowest score is none."""
+    result = ss.scan(discs(n=10)[0], ORACLE, config=config())
+    for score in (-0.1, 1.5, float("nan")):
+        for write, name in ((result.to_csv, "case.csv"), (result.to_geojson, "case.geojson")):
+            with pytest.raises(ConfigError, match=r"min_score: expected a number from 0 to 1"):
+                write(tmp_path / name, min_score=score)
+    with pytest.raises(ConfigError, match=r"case\.geojson: expected a name that ends in \.csv"):
+        result.to_csv(tmp_path / "case.geojson")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("below", ["runs", "runs/slides"])
+def test_a_folder_of_results_is_told_from_a_scan_that_has_not_finished(tmp_path: Path, below: str) -> None:
+    """Who names the folder above is told of what is in it."""
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(ResultError, match="the scan has not finished"):
+        ss.load_result(tmp_path / "runs")
+    ss.scan(discs(n=10)[0], ORACLE, out=tmp_path / below / "case", config=config())
+    with pytest.raises(ResultError, match=r"there are 1 below it, such as .*/case: name one"):
+        ss.load_result(tmp_path / "runs")
+
+
+def test_a_plot_takes_a_path(tmp_path: Path) -> None:
+    """The slide's own, opened at the scale of the scan."""
+    write_slide(tmp_path / "a.tiff", 1, mpp=None)
+    result = ss.scan(ss.open_slide(tmp_path / "a.tiff", mpp=0.5), ORACLE, config=config())
+    for plot in (result.plot, result.flagged(4).plot):
+        of_slide, of_path = (plot(at) for at in (ss.open_slide(tmp_path / "a.tiff", mpp=0.5), str(tmp_path / "a.tiff")))
+        assert of_slide._repr_png_() == of_path._repr_png_()

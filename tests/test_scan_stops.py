@@ -6,16 +6,19 @@ import json
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 import slidescan as ss
+from slidescan.detections import Detections
 from slidescan.errors import ResultError, SlideReadError
 from slidescan.phantom import write_phantom
+from slidescan.prepare import prepare
 from slidescan.provenance import run_key
-from slidescan.region import RegionTask
+from slidescan.region import RegionTask, wanted
 from slidescan.slides import Slide
 from tests.discs import MPP, ORACLE, config, discs
 
@@ -226,3 +229,34 @@ def test_tasks_carry_no_pixels() -> None:
     task = RegionTask(slide, ORACLE, prepared.plan.regions[0], prepared.plane, 42, 6.0, 4, 0.05, Path("part.npz"))
     of_slide = len(pickle.dumps(slide))  # an in-memory slide travels with its array; a file does as its path
     assert len(pickle.dumps(task)) - of_slide < 20_000
+
+
+def test_a_region_that_nobody_waits_for_ends_uncommitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C does not wait for the region a thread is at: no further tile is scored, and the next run does it."""
+    slide, _ = discs()
+    prepared = prepare(slide, ORACLE, config())
+    (tmp_path / "parts").mkdir()
+    part = tmp_path / "parts" / "part.npz"
+    task = RegionTask(slide, ORACLE, prepared.plan.regions[0], prepared.plane, 42, 6.0, 4, 0.05, part)
+    batches: list[object] = []
+    detect = type(ORACLE).detect
+
+    def counted(*arguments: object) -> list[Detections]:
+        batches.append(arguments)
+        return detect(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(type(ORACLE), "detect", counted)
+
+    def stopped() -> None:
+        with wanted(part.parent):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stopped()
+    task.run()
+    assert (batches, part.exists()) == ([], False)
+    replace(task, part=tmp_path / "another.npz").run()  # of another scan
+    assert batches
+    with wanted(part.parent):
+        task.run()
+    assert part.is_file()

@@ -287,3 +287,7 @@ def test_what_is_found_on_empty_tissue_is_unlearned(
     assert all(np.array_equal(again[key], after[key]) for key in after)
     with pytest.raises(ConfigError, match="other slides"):
         train_detector(settings, tmp_path / "run", said.append, mine_slides=[memory_slide(tissue[:200], 0.5)])
+    (tmp_path / "case").mkdir()
+    (tmp_path / "case" / "manifest.json").touch()
+    with pytest.raises(ConfigError, match="case: expected a directory for a training, found the result of a scan"):
+        train_detector(settings, tmp_path / "case", said.append)

@@ -35,6 +35,7 @@ from slidescan.region import scored_at_once
 from slidescan.slides.fingerprint import stamp
 from slidescan.slides.remote import locate
 from slidescan.timeouts import LONGEST_S
+from slidescan.whereabouts import noted
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -79,6 +80,7 @@ def scan_archive(
     retry_failed: bool | str = False,
     max_failures: int | None = None,
     timeout_s: float | None = LONGEST_S,
+    remember: bool = True,
     on_slide: Callable[[ArchiveProgress], None] | None = None,
 ) -> list[Record]:
     """Scan all slides of a list; run it again after anything, and it continues.
@@ -114,6 +116,9 @@ def scan_archive(
     timeout_s : float, optional
         Seconds that opening a slide, reading a region, or scoring it may take before its worker process is ended and
         started again; None: for ever.
+    remember : bool
+        Note in your own state directory where the slides are, so that a review finds their pixels again
+        (`slidescan.whereabouts`).
     on_slide : callable, optional
         Called after each slide.
 
@@ -134,6 +139,8 @@ def scan_archive(
     listed = listing if isinstance(listing, list) else read_listing(listing)
     entries = _share(listed, shard)
     run = _Run(Path(out), detector, config or ScanConfig(), allow_coarse, timeout_s)
+    if remember:
+        noted(run.out, {entry.slide_id: entry.path for entry in listed})
     todo = Worklist(task for entry in entries if (task := run.task(entry, retry_failed)) is not None)
     states = Counter(run.records[entry.slide_id].state for entry in entries if entry.slide_id in run.records)
     anew = Counter(run.records[task.entry.slide_id].state for task in todo if task.entry.slide_id in run.records)

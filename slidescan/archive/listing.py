@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import difflib
 import glob
 import hashlib
 import os
@@ -32,6 +33,7 @@ _SUFFIXES = frozenset(
     ".svs .tif .tiff .ndpi .mrxs .scn .bif .vms .vmu .svslide .czi .zarr".split()  # noqa: SIM905  # one line to read
 )
 _COLUMNS = ("slide_path", "slide_id", "mpp", "group", "sha256")
+_ALIKE = 0.85  # of difflib: one letter more, less or wrong, and none in mpp
 _TAG_CHARS = 8  # hex digits that tell slides of one name apart: 1 in 4 billion
 
 
@@ -132,8 +134,8 @@ def _table(path: Path) -> list[Entry]:
     kind = path.suffix.lower()
     try:
         if kind == ".parquet":
-            names = [name for name in _COLUMNS if name in pq.read_schema(path).names]
-            rows = pq.read_table(path, columns=names).to_pylist()
+            names = pq.read_schema(path).names
+            rows = pq.read_table(path, columns=[name for name in _COLUMNS if name in names]).to_pylist()
         elif kind in (".csv", ".tsv"):
             with path.open(encoding="utf-8-sig", newline="") as file:  # what Excel writes begins with a mark
                 reader = csv.DictReader(file, delimiter="\t" if kind == ".tsv" else ",")
@@ -145,7 +147,13 @@ def _table(path: Path) -> list[Entry]:
     except (OSError, UnicodeDecodeError, csv.Error, pa.ArrowException) as exc:
         raise ConfigError(f"{path.name}: cannot be read as a list of slides ({type(exc).__name__})") from exc
     if "slide_path" not in names:
-        raise ConfigError(f"{path.name}: expected a column slide_path, found {', '.join(names) or 'no header'}")
+        found = ", ".join(names) or "no header"
+        hint = "; columns are separated by commas" if kind == ".csv" and len(names) == 1 and ";" in found else ""
+        raise ConfigError(f"{path.name}: expected a column slide_path, found {found}{hint}")
+    for name in names:  # what looks like a column and is none would be left out of account unseen
+        (meant,) = difflib.get_close_matches(name.strip().lower(), _COLUMNS, 1, _ALIKE) or [None]
+        if meant is not None and meant not in names:
+            raise ConfigError(f"{path.name}: column {name!r}: expected {meant}, if that is meant; else another name")
     return [_entry(path, number, row) for number, row in enumerate(rows, 1)]
 
 

@@ -244,6 +244,7 @@ def _scan(task: SlideTask, slide: Slide, on_prepared: Callable[[Prepared], None]
                 overwrite=overwrite,
                 title=task.entry.slide_id,
                 timeout_s=task.timeout_s,
+                remember=False,  # the archive does, once for all
                 on_prepared=on_prepared,
             )
 

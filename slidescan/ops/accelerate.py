@@ -37,7 +37,7 @@ def accelerate(model: nn.Module, backend: Backend = "auto") -> int:
     Raises
     ------
     ModelError
-        If the model has no deformable attention of these kinds: it would silently stay as slow as it is.
+        If it is no model, or has no deformable attention of these kinds: it would silently stay as slow as it is.
 
     Examples
     --------
@@ -47,6 +47,8 @@ def accelerate(model: nn.Module, backend: Backend = "auto") -> int:
     ...
     slidescan.errors.ModelError: Linear: expected a transformers model with deformable attention, found none to replace
     """
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"model: expected a loaded transformers model, got {type(model).__name__}; load it first")
     changed = sum(_swap(module, backend) for module in model.modules())
     if changed == 0:
         raise ModelError(

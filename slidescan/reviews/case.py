@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from slidescan.errors import ConfigError
 from slidescan.geometry import Box
-from slidescan.provenance import check_scanned
+from slidescan.provenance import as_scanned
 from slidescan.result import ScanResult
 from slidescan.reviews.attach import reattach
 from slidescan.reviews.decisions import DECISIONS, Decision, DecisionLog, Undo, Verdict, What
@@ -167,6 +167,11 @@ class Case:
         """Take pixels from a slide, opened when it is first needed."""
         self._slide_at = slide_at
 
+    @property
+    def located(self) -> bool:
+        """Whether anything was said of where its pixels are."""
+        return self._slide_at is not None
+
     def slide(self) -> Slide:
         """Return the slide, at the scale and in the colours it was scanned with.
 
@@ -184,8 +189,7 @@ class Case:
                 "path, so pass slides=, or --slides on the command line"
             )
         slide = at if isinstance(at, Slide) else pooled(at, mpp=self.frame.mpp, color=self._color)
-        check_scanned(slide, self._fingerprint, self.frame, f"slides: {self.slide_id!r}")
-        return slide
+        return as_scanned(slide, self._fingerprint, self.frame, f"slides: {self.slide_id!r}")
 
 
 def _saved(result: ScanResult) -> Path:

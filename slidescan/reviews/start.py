@@ -18,6 +18,7 @@ from slidescan.reviews.decisions import DECISIONS, What
 from slidescan.reviews.items import ReviewItem
 from slidescan.reviews.session import Review, check_name
 from slidescan.slides import Slide
+from slidescan.whereabouts import recalled
 
 __all__ = ["Slides", "decided_cases", "open_runs", "review"]
 
@@ -40,8 +41,9 @@ def review(
     what : ScanResult, Archive or sequence of ArchiveRegion
         A saved result, all results of `open_archive`, or the best regions of them, from `Archive.top`.
     slides : Slide, path or URL; mapping of slide id to these; list of slides, optional
-        Where the pixels are, for a result names no path. Of an archive: the table, folder or pattern it was scanned
-        from, or a mapping. Only crops and figures need it.
+        Where the pixels are, for a result names no path; default: where this machine scanned them, if they are there
+        still (`slidescan.whereabouts`). Of an archive: the table, folder or pattern it was scanned from, or a mapping.
+        Only crops and figures need it.
     reviewer : str, optional
         Who decides; default: the name you are logged in under.
     of : {"regions", "detections"}
@@ -54,12 +56,12 @@ def review(
     Raises
     ------
     ConfigError
-        If the result is not saved, or a setting cannot be meant.
+        If the result is not saved, a setting cannot be meant, or `slides` has none of those that were scanned.
 
     Examples
     --------
     >>> import slidescan as ss
-    >>> looked = ss.review(ss.load_result("runs/case"), slides="case.svs", reviewer="ann")  # doctest: +SKIP
+    >>> looked = ss.review(ss.load_result("runs/case"), reviewer="ann")  # doctest: +SKIP
     >>> while item := looked.next():  # doctest: +SKIP
     ...     looked.decide(item.id, "accept" if your_eyes(looked.crop(item.id)) else "reject")
     """
@@ -134,7 +136,13 @@ def _of_slide(archive: Archive, slide_id: str, kind: What) -> Case:
 
 def _read_from(what: object, slides: Slides | None, cases: Sequence[Case]) -> None:
     """Tell each case where its pixels are."""
-    at = _slides_of(what, slides, cases)
+    if slides is None:
+        recall = recalled(case.path for case in cases)
+        at: Mapping[str, SlideAt] = {case.slide_id: recall[case.path] for case in cases if case.path in recall}
+    else:
+        at = _slides_of(what, slides, cases)
+        if cases and not any(case.slide_id in at for case in cases):
+            raise ConfigError(f"slides: expected {cases[0].slide_id!r} or another that was scanned, got none of them")
     for case in cases:
         if case.slide_id in at:
             case.read_from(at[case.slide_id])
@@ -163,10 +171,8 @@ def _of_regions(regions: Sequence[ArchiveRegion], kind: What) -> tuple[list[Case
     return list(cases.values()), shown
 
 
-def _slides_of(what: object, slides: Slides | None, cases: Sequence[Case]) -> Mapping[str, SlideAt]:
+def _slides_of(what: object, slides: Slides, cases: Sequence[Case]) -> Mapping[str, SlideAt]:
     """Return by slide id where pixels come from."""
-    if slides is None:
-        return {}
     if isinstance(slides, Mapping):
         return slides
     if isinstance(what, ScanResult):

@@ -128,24 +128,21 @@ def load_decided(runs: Path, slides: Slides | None, settings: TrainSettings) -> 
     runs : Path
         Result directory, or output directory of an archive.
     slides : Slides, optional
-        Where the pixels are, as `slidescan.review` takes it. Only of slides that teach something any are asked for.
+        Where the pixels are, as `slidescan.review` takes it or finds it. Only of slides that teach something any are
+        asked for.
     settings : TrainSettings
         Classes and attributes; of attributes nothing is known.
 
     Raises
     ------
     ConfigError
-        If `slides` is missing or another slide, a class is not one of the settings', or nothing decided teaches.
+        If it is not known where a slide is, one is another, a class is not one of the settings', or nothing decided
+        teaches.
     ResultError
         If `runs` is no result and no archive, or one is damaged.
     SlideError
         If a slide cannot be opened.
     """
-    if slides is None:
-        raise ConfigError(
-            "decisions: expected where the pixels are, got nothing; a result names no path, so add --slides, or "
-            "decision_slides in the settings"
-        )
     cases = decided_cases(open_runs(runs), slides)
     annotated, counts = [], Counter[str]()
     for case in cases:

@@ -23,6 +23,7 @@ from slidescan.detect.model import Model
 from slidescan.detect.surgery import channels_last, lower_precision, set_anchors
 from slidescan.detect.weights import load_network
 from slidescan.errors import ConfigError, ModelError
+from slidescan.manifest import MANIFEST
 from slidescan.ops import accelerate
 from slidescan.slides import Slide
 from slidescan.train import metrics
@@ -156,6 +157,8 @@ def train_detector(
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     made(out)
+    if (out / MANIFEST).exists():
+        raise ConfigError(f"{out}: expected a directory for a training, found the result of a scan; choose another")
     decided, taught = None, {}
     if settings.decisions is not None:
         decided = load_decided(settings.decisions, settings.decision_slides, settings)

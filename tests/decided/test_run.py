@@ -135,10 +135,10 @@ def test_a_run_that_cannot_learn_from_decisions_says_so(
     plain.write_text("data: data\nclasses: [disc]\nvariants: [{mpp: 0.5, steps: 2}]\n")
     runs, slides = ("--add-decisions", archive / "runs"), ("--slides", archive / "in")
     for options, expected in (
-        (runs, "add --slides"),
+        (runs, "or --slides on the command line"),
         (slides, "--slides: expected --add-decisions with it"),
         ((*runs, *slides), "decisions and validation: expected no slide in both"),
-        ((*runs, "--slides", archive / "data"), "expected where the pixels of 'a' are"),
+        ((*runs, "--slides", archive / "data"), "expected 'a' or another that was scanned"),
     ):
         assert trained(monkeypatch, plain, "-o", tmp_path / "model", *options) == 2
         (line,) = capsys.readouterr().err.strip().splitlines()

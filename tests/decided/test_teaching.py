@@ -237,7 +237,7 @@ def test_what_cannot_be_learned_from_is_one_line(run: Path, slide: Slide, tmp_pa
         load_decided(run, tmp_path / "nowhere.tif", SETTINGS)  # no pixels are asked for
     decide(run, "accept")
     for slides, said in (
-        (None, "add --slides"),
+        (None, "or --slides on the command line"),
         (tmp_path / "other.tif", "got other.tif, whose content is another"),
         (memory_slide(image, 0.25), "open it with mpp=0.5"),
     ):

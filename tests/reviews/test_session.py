@@ -224,7 +224,6 @@ def test_pixels_of_no_other_slide_are_shown(result: ss.ScanResult, slide: Slide,
     write_slide(tmp_path / "other.tif", seed=5)
     for slides, said in (
         (None, "pass slides="),
-        ({"elsewhere": slide}, "pass slides="),
         (tmp_path / "other.tif", "got other.tif, whose content is another"),
         (memory_slide(image, 0.25), "open it with mpp=0.5"),
     ):
@@ -233,6 +232,8 @@ def test_pixels_of_no_other_slide_are_shown(result: ss.ScanResult, slide: Slide,
             looked.crop(looked.next().id)
         with pytest.raises(ConfigError, match=said):
             looked.plot(1)
+    with pytest.raises(ConfigError, match="slides: expected 'case' or another that was scanned, got none of them"):
+        ss.review(result, slides={"elsewhere": slide}, reviewer="ann")
 
 
 def test_contact_sheet(result: ss.ScanResult, slide: Slide, tmp_path: Path) -> None:
