@@ -7,9 +7,12 @@ import contextlib
 import logging
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
+from multiprocessing import resource_tracker
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from slidescan.errors import ConfigError, WorkerError
@@ -222,13 +225,28 @@ def _start(cluster: Callable[..., Any], options: dict[str, Any]) -> Any:
 
     before = set(SpecCluster._instances)
     try:
-        return cluster(**options)
+        with _deaf_to_ctrl_c():
+            return cluster(**options)
     except BaseException:
         for begun in set(SpecCluster._instances) - before:
             SpecCluster._instances.discard(begun)
             with contextlib.suppress(Exception):  # Dask asserts that workers which never began had begun
                 begun.close(timeout=_CLOSING_S)
         raise
+
+
+@contextmanager
+def _deaf_to_ctrl_c() -> Iterator[None]:
+    """Start threads and processes that Ctrl-C does not reach: a terminal sends it to all, and this one ends the others.
+
+    What they start inherits it, a worker that is started again, too. Here it waits until the block has ended.
+    """
+    resource_tracker.ensure_running()  # its own start would lift the block in the thread that starts the first process
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _seeing_one_of(gpus: Sequence[str]) -> Callable[..., Any]:
@@ -247,8 +265,21 @@ def from_within() -> Iterator[Client]:
     """Give a task a client of the cluster it runs on; others may have its thread meanwhile."""
     from distributed import worker_client
 
+    _leave_silently()
     with worker_client() as client:
         yield client
+
+
+@cache
+def _leave_silently() -> None:
+    """Keep the client of a worker that ends in the midst of a slide from telling the terminal that its loop is gone."""
+    told = sys.unraisablehook
+
+    def heed(dropped: sys.UnraisableHookArgs) -> None:
+        if not (isinstance(dropped.exc_value, RuntimeError) and str(dropped.exc_value) == "IOLoop is closed"):
+            told(dropped)
+
+    sys.unraisablehook = heed
 
 
 def in_flight(

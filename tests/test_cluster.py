@@ -131,6 +131,19 @@ class TestThisMachine:
         assert answers
         assert 200 not in answers
 
+    def test_ctrl_c_reaches_this_process_alone(self) -> None:
+        """A terminal sends it to the workers, too: they go on until they are told, also one that was started again."""
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+        with processes(None, 1, gpu=False) as (client, _):
+            assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
+            first = client.submit(os.getpid, pure=False).result(60)
+            os.kill(first, signal.SIGINT)
+            assert client.submit(os.getpid, pure=False).result(60) == first
+            os.kill(first, signal.SIGKILL)
+            second = client.submit(os.getpid, pure=False).result(60)
+            os.kill(second, signal.SIGINT)
+            assert client.submit(os.getpid, pure=False).result(60) == second != first
+
     def test_threads_of_one_process_are_reached_by_nobody_either(self) -> None:
         before = listening()
         with cluster.cluster(None, 2) as (_, threads, n):
