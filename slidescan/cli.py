@@ -15,7 +15,7 @@ from slidescan import cli_archive, cli_review, cli_train
 from slidescan.cli_archive import PrecisionOpt, assigned, with_reason
 from slidescan.cli_progress import slide_scanned
 from slidescan.cli_report import area, chosen, duration, report, say_profile, seconds_of, warnings_in_a_line
-from slidescan.endings import ends_in_a_line
+from slidescan.endings import ends_at_once, ends_in_a_line
 from slidescan.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from slidescan.slides import Slide
     from slidescan.slides.open import Backend
 
-__all__ = ["app", "main"]
+__all__ = ["app", "main", "run"]
 
 app = typer.Typer(
     name="slidescan",
@@ -337,5 +337,10 @@ def _scan(
                 client.close()
 
 
+def run() -> None:
+    """Run the command line as a program."""
+    ends_at_once(main)
+
+
 if __name__ == "__main__":
-    main()
+    run()

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
 import logging
 import os
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -42,6 +42,7 @@ DEATHS = 1
 _WORKERS_TIMEOUT_S = 5  # for the first of a scheduler's to come
 _DRAIN_S = 5  # for regions in flight when a run is ended; SLURM kills 30 s after it asked, others after 10
 _CLOSING_S = 2  # for what did begin of a cluster whose start was cut short
+_OURS = "SLIDESCAN_WORKER"  # set in the environment of worker processes that `processes` started
 _MOST_READERS = 16  # threads that read beside a GPU, a core each; every one holds a region of 50 MB
 
 
@@ -176,7 +177,7 @@ def processes(
             dashboard_address=f"{LOOPBACK}:0",
             worker_dashboard_address=f"{LOOPBACK}:0",
             memory_limit=1 / n,  # "auto" goes by threads, of which there are more than cores
-            env={"OMP_NUM_THREADS": str(max(1, cores() // n) if gpu else 1)},
+            env={"OMP_NUM_THREADS": str(max(1, cores() // n) if gpu else 1), _OURS: "1"},
             silence_logs=logging.CRITICAL,
         ) as cluster,
         Client(cluster) as local,
@@ -265,21 +266,19 @@ def from_within() -> Iterator[Client]:
     """Give a task a client of the cluster it runs on; others may have its thread meanwhile."""
     from distributed import worker_client
 
-    _leave_silently()
+    if os.environ.get(_OURS):
+        _end_at_once()
     with worker_client() as client:
         yield client
 
 
 @cache
-def _leave_silently() -> None:
-    """Keep the client of a worker that ends in the midst of a slide from telling the terminal that its loop is gone."""
-    told = sys.unraisablehook
+def _end_at_once() -> None:
+    """Have this worker process end without Python's tidying up, once Dask has closed it.
 
-    def heed(dropped: sys.UnraisableHookArgs) -> None:
-        if not (isinstance(dropped.exc_value, RuntimeError) and str(dropped.exc_value) == "IOLoop is closed"):
-            told(dropped)
-
-    sys.unraisablehook = heed
+    It takes a second or two for torch's modules, and clients of a slide in progress tell that their loop is gone.
+    """
+    atexit.register(os._exit, 0)
 
 
 def in_flight(

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 from slidescan.errors import ResultError, SlideError, SlidescanError, WorkerError
 
-__all__ = ["OUT_OF_MEMORY", "ends_in_a_line", "is_short_of_memory"]
+__all__ = ["OUT_OF_MEMORY", "ends_at_once", "ends_in_a_line", "is_short_of_memory"]
 
 OUT_OF_MEMORY = "there was not enough memory; a smaller tiling.region_px or detect.batch_tiles may help"
 
@@ -41,3 +44,22 @@ def ends_in_a_line(program: str, stopped: str = "stopped") -> Iterator[None]:
         return
     sys.stderr.write(f"{program}: {said}\n")
     sys.exit(code)
+
+
+def ends_at_once(main: Callable[[], None]) -> NoReturn:
+    """Run a program's `main` and end with its exit code, but without Python's own tidying up.
+
+    Where torch and transformers are loaded it takes a second, and nothing is left to tidy up once the functions
+    registered for the end have run. A bug keeps its traceback, and ends as Python ends.
+    """
+    code: object = None
+    try:
+        main()
+    except SystemExit as ended:
+        code = ended.code
+    try:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(code if isinstance(code, int) else 0)

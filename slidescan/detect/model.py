@@ -201,13 +201,14 @@ class Model:
     def _resolved(self) -> tuple[str, Literal["fp32", "bf16"]]:
         """Return the device and precision it computes in on this machine."""
         with without_collecting():
-            from slidescan.detect.network import resolve
+            from slidescan.detect.device import resolve
 
         return resolve(self.name, str(self._config.get("model_type")), self.device, self.precision)
 
     def _network(self) -> Network:
         """Return the network in memory, loaded once a process."""
-        from slidescan.detect.network import Network
+        with without_collecting():
+            from slidescan.detect.network import Network
 
         device, precision = self._resolved()
         key = self.sha256, device, precision

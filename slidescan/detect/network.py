@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,15 +27,15 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from slidescan.detect.card import Colours
+from slidescan.detect.device import Precision
 from slidescan.detect.surgery import channels_last, fold, leave_out, lower_precision, set_anchors
 from slidescan.detections import Detections, distinct
 from slidescan.errors import ModelError
 from slidescan.ops import accelerate
 from slidescan.stages import stage
 
-__all__ = ["Detr", "Forward", "Network", "Precision", "resolve"]
+__all__ = ["Detr", "Forward", "Network"]
 
-Precision = Literal["fp32", "bf16"]
 # From tiles of uint8 (B, H, W, 3) to score (B, Q), label (B, Q), x0, y0, x1, y1 (B, Q, 4) in tile px and probability of
 # each attribute (B, Q, A), best first.
 Forward = Callable[[Tensor], tuple[Tensor, Tensor, Tensor, Tensor]]
@@ -47,8 +47,6 @@ _SOFTMAX = ("detr", "yolos", "table-transformer")
 # Models that want squares: transformers 5.23 cuts RF-DETR's windows with width and height exchanged, and so puts the
 # features of any other image in wrong places.
 _SQUARE = ("rf_detr",)
-# Models whose convolutions are apart from what computes coordinates, under names that `lower_precision` knows.
-_BF16 = ("d_fine", "rt_detr", "rt_detr_v2")
 # Tiles at once on a GPU. On a CPU one at a time is as fast (measured) and needs no padding.
 _GPU_BATCH = 8
 
@@ -242,24 +240,3 @@ def _strides_px(config: Any) -> list[int]:
 def _wanted(config: Any) -> int:
     two_stage = getattr(config, "two_stage", False) and getattr(config, "two_stage_num_proposals", 0)
     return int(two_stage or getattr(config, "num_queries", 0) or 0)
-
-
-def resolve(name: str, kind: str, device: str | None, precision: str) -> tuple[str, Precision]:
-    """Return the device and precision that None and "auto" stand for on this machine and a model of type `kind`.
-
-    Raises
-    ------
-    ModelError
-        If the device is not there, or such a model cannot run in bf16.
-    """
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as exc:  # AssertionError: torch built without CUDA
-        raise ModelError(f"{name}: expected a device of this machine, got {device}; use cpu") from exc
-    if precision == "bf16" and kind not in _BF16:
-        raise ModelError(f"{name}: expected precision fp32 for a model of type {kind}, got bf16")
-    if precision == "auto":
-        return device, "bf16" if torch.device(device).type == "cuda" and kind in _BF16 else "fp32"
-    return device, "bf16" if precision == "bf16" else "fp32"
