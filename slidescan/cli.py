@@ -55,7 +55,8 @@ VerifyOpt = Annotated[
 def main() -> None:
     """Run the command line; a foreseen failure is one line on stderr."""
     kept = "stopped; what was done is kept: run the same command to continue"
-    with ends_in_a_line("slidescan", kept if sys.argv[1:2] and sys.argv[1] in _GO_ON else "stopped"):
+    goes_on = sys.argv[1:2] and sys.argv[1] in _GO_ON and "--dry-run" not in sys.argv
+    with ends_in_a_line("slidescan", kept if goes_on else "stopped"):
         try:
             # Typer returns the code of a command that ended by `Exit`, and 130 for Ctrl-C.
             code = app(with_reason(sys.argv[1:]), standalone_mode=False)

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from slidescan.errors import MissingExtraError
+from slidescan.errors import ConfigError, MissingExtraError, SlideError
 
 __all__ = ["review"]
 
@@ -42,11 +42,17 @@ def review(
 
     looked = reviewed(open_runs(run), slides=slides, reviewer=reviewer, of=of, blinded=blinded, top=top)
     cases = list(looked.cases.values())
-    if len(cases) == 1 and cases[0].located:
-        cases[0].slide()  # a wrong one is told now, not with the first picture
+    lost = sum(not case.located for case in cases)
+    if len(cases) == 1 and not lost:  # a wrong slide is told now, not with the first picture
+        try:
+            cases[0].slide()
+        except (ConfigError, SlideError):
+            if slides is not None:
+                raise
+            lost = 1  # it is not any more what it was
     server = ReviewServer(Desk(looked), port=port)
     typer.echo(f"{len(looked):,} {of} to review, {looked.left:,} left for {looked.reviewer}; Ctrl-C ends")
-    if lost := sum(not case.located for case in cases):
+    if lost:
         of_all = "" if len(cases) == 1 else f" of {lost:,} of {len(cases):,} slides"
         typer.echo(f"no pixels{of_all} to see: --slides says where they are", err=True)
     if moved := notice(looked):

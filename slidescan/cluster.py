@@ -163,8 +163,10 @@ def processes(
     }
     with (
         config.set(settings),
+        _deaf_loop() as loop,
         _started(
             LocalCluster,
+            loop=loop,
             n_workers=n,
             # One reads while another scores.
             threads_per_worker=2 + (readers_beside_gpu(n) if gpu else 0),
@@ -180,7 +182,7 @@ def processes(
             env={"OMP_NUM_THREADS": str(max(1, cores() // n) if gpu else 1), _OURS: "1"},
             silence_logs=logging.CRITICAL,
         ) as cluster,
-        Client(cluster) as local,
+        Client(cluster, loop=loop) as local,
     ):
         _hush(local)
         yield local, n
@@ -226,8 +228,7 @@ def _start(cluster: Callable[..., Any], options: dict[str, Any]) -> Any:
 
     before = set(SpecCluster._instances)
     try:
-        with _deaf_to_ctrl_c():
-            return cluster(**options)
+        return cluster(**options)
     except BaseException:
         for begun in set(SpecCluster._instances) - before:
             SpecCluster._instances.discard(begun)
@@ -237,17 +238,24 @@ def _start(cluster: Callable[..., Any], options: dict[str, Any]) -> Any:
 
 
 @contextmanager
-def _deaf_to_ctrl_c() -> Iterator[None]:
-    """Start threads and processes that Ctrl-C does not reach: a terminal sends it to all, and this one ends the others.
+def _deaf_loop() -> Iterator[Any]:
+    """Give a loop for Dask whose processes Ctrl-C does not reach: a terminal sends it to all, and this one ends others.
 
-    What they start inherits it, a worker that is started again, too. Here it waits until the block has ended.
+    They inherit it from the loop's thread, which starts them, a worker that died again.
     """
+    from distributed.utils import LoopRunner
+
+    runner: Any = LoopRunner()
     resource_tracker.ensure_running()  # its own start would lift the block in the thread that starts the first process
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        yield
+        runner.start()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    try:
+        yield runner.loop
+    finally:
+        runner.stop()
 
 
 def _seeing_one_of(gpus: Sequence[str]) -> Callable[..., Any]:

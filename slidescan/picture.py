@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from slidescan.config import ScanConfig
 from slidescan.detections import Detections, Detector
 from slidescan.errors import ConfigError, SlideReadError, SlideWarning
+from slidescan.prepare import halo_px
+from slidescan.region import is_full
 from slidescan.scan_slide import scan
 from slidescan.slides import Slide, memory_slide, open_slide
 
@@ -99,6 +101,7 @@ def detect_image(
         pixels = slide.read(0, 0, width, height, plane)
         _whole(slide, len(pixels.holes))
         found = variant.detect(pixels.rgb[None], min_score)[0]
+        _warn_if_full(slide, int(is_full(found, variant)), min_score >= variant.threshold)
         return _inside(found.moved(plane.factor_to(slide.frame), 0.0, 0.0), *slide.size_wh)
     settings = {
         "tissue.enabled": False,
@@ -107,19 +110,14 @@ def detect_image(
         "detect.threshold": min_score,
         "map.um_per_px": max(16, edge // 8) * plane.mpp,
     }
-    if variant.halo_um is None:  # nothing is known of how large its objects are
-        slack_um = _SLACK * edge * plane.mpp
+    slack_um, share_um = _SLACK * edge * plane.mpp, _HALO * edge * plane.mpp
+    own_um = halo_px(variant, plane, edge, ScanConfig()) * plane.mpp
+    if variant.halo_um is None or own_um > share_um:  # nothing is known of its objects, or the tile is small
         settings["stitch.slack_um"] = slack_um
-        settings["tiling.halo_um"] = max(_HALO * edge * plane.mpp, variant.object_um / 2 + slack_um)
+        settings["tiling.halo_um"] = max(share_um, variant.object_um / 2 + slack_um)
     result = scan(slide, variant, config=ScanConfig.load({}, settings), allow_coarse=True)
     _whole(slide, result.provenance["tiles"]["read_failed_boxes"])
-    full = result.provenance["tiles"]["saturated"]
-    if full and min_score >= variant.threshold:  # below it a detector's queries all say something
-        warnings.warn(
-            f"{slide.path.name}: {full} tiles hold more than the detector can report; a smaller tile_px finds more",
-            SlideWarning,
-            stacklevel=2,
-        )
+    _warn_if_full(slide, result.provenance["tiles"]["saturated"], min_score >= variant.threshold)
     return _inside(result.detections, *slide.size_wh)
 
 
@@ -132,6 +130,16 @@ def _whole(slide: Slide, n_holes: int) -> None:
     if n_holes:
         raise SlideReadError(
             f"{slide.path.name}: {n_holes} parts cannot be decoded; copy it again, or scan it, which maps its holes"
+        )
+
+
+def _warn_if_full(slide: Slide, n_tiles: int, is_sure: bool) -> None:
+    """Warn of tiles whose detector has no queries left; below its threshold all of them say something."""
+    if n_tiles and is_sure:
+        warnings.warn(
+            f"{slide.path.name}: {n_tiles} tiles hold more than the detector can report; a smaller tile_px finds more",
+            SlideWarning,
+            stacklevel=3,
         )
 
 

@@ -30,7 +30,7 @@ from slidescan.stitch import owned
 from slidescan.suspects import being_read
 from slidescan.timeouts import within
 
-__all__ = ["RegionPart", "RegionTask", "batches", "cut", "scored_at_once", "wanted"]
+__all__ = ["RegionPart", "RegionTask", "batches", "cut", "is_full", "scored_at_once", "wanted"]
 
 # Share of a detector's queries in use from which a tile counts as full: RF-DETR users report cells lost from 0.8 on.
 _SATURATED_SHARE = 0.8
@@ -54,16 +54,18 @@ class _UnwantedError(Exception):
 
 
 @contextmanager
-def wanted(parts: Path) -> Iterator[None]:
+def wanted(parts: Path, *, here: bool) -> Iterator[None]:
     """Have regions of a directory that threads of this process are at end with their batch, uncommitted, on failure.
 
-    A thread cannot be ended from outside, and who pressed Ctrl-C would wait half a minute for what is lost anyway.
+    A thread cannot be ended from outside, and who pressed Ctrl-C would wait half a minute for what is lost anyway. Not
+    `here`: they are on a cluster, where this process may be one of those that do them for the next scan.
     """
     _UNWANTED.discard(parts)
     try:
         yield
     except BaseException:
-        _UNWANTED.add(parts)
+        if here:
+            _UNWANTED.add(parts)
         raise
 
 
@@ -174,6 +176,7 @@ class RegionTask:
 
     def score(self) -> RegionPart:
         """Read and score the region without committing anything."""
+        self._ask_if_wanted()
         x0, y0, _, _ = block = self.block
         with within(self.limit_s, self.late), being_read(self.part), stage("assemble"):
             pixels = self.slide.read(*block, self.plane)
@@ -189,7 +192,7 @@ class RegionTask:
             while tiles:
                 smaller: list[Tile] = []
                 for tile, found in self._detect(tiles, pixels.rgb, x0, y0):
-                    full = len(found) >= _SATURATED_SHARE * self.detector.max_per_tile
+                    full = is_full(found, self.detector)
                     quarters = tile.quarters(self.halo_px) if full and splits < _MOST_SPLITS else ()
                     if quarters:
                         n_retiled += 1
@@ -209,11 +212,14 @@ class RegionTask:
             n_retiled,
         )
 
+    def _ask_if_wanted(self) -> None:
+        if self.part.parent in _UNWANTED:
+            raise _UnwantedError
+
     def _detect(self, tiles: list[Tile], rgb: NDArray[np.uint8], x0: int, y0: int) -> Iterator[tuple[Tile, Detections]]:
         """Score tiles of one size in batches; `rgb` starts at plane px (`x0`, `y0`)."""
         for batch in batches(tiles, self.batch_tiles, by_row=scored_at_once(self.detector) == _ON_CPU):
-            if self.part.parent in _UNWANTED:
-                raise _UnwantedError
+            self._ask_if_wanted()
             with stage("batch"):
                 windows = cut(rgb, batch, x0, y0)
             yield from zip(batch, self.detector.detect(windows, self.min_score), strict=True)
@@ -231,6 +237,11 @@ class RegionTask:
             for column in (kept.score, kept.attributes)
         )
         return Detections(np.round(xyxy * _BOX_STEPS_PER_PX) / _BOX_STEPS_PER_PX, score, kept.label, attributes)
+
+
+def is_full(found: Detections, detector: Detector) -> bool:
+    """Return whether a tile uses so many of a detector's queries that it may hold more than was found."""
+    return len(found) >= _SATURATED_SHARE * detector.max_per_tile
 
 
 def scored_at_once(detector: Detector) -> int:

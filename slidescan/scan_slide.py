@@ -137,7 +137,7 @@ def scan(
         held.enter_context(claimed(directory))
         done = _is_done(directory, key, overwrite=overwrite)
         if out is not None and remember:
-            noted(directory, {directory.resolve().name: opened.path})
+            noted(directory, {directory.resolve().name: None if opened.backend == "memory" else opened.path})
         if done:
             _sweep(directory)
             try:

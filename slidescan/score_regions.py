@@ -6,7 +6,6 @@ analysed; the parts come back in the order of the plan.
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections import Counter, deque
 from collections.abc import Callable
@@ -91,9 +90,8 @@ def score_regions(
     threads = workers or _threads(prepared.detector)
     profile = Profile(threads, scored_at_once(prepared.detector))
     if tasks:
-        # Of a cluster's processes, this one may do the same regions for another one's scan.
-        here = wanted(parts_dir) if client is None else contextlib.nullcontext()
-        with cluster(client, threads) as (running, all_threads, processes), here:
+        waits = wanted(parts_dir, here=client is None)
+        with cluster(client, threads) as (running, all_threads, processes), waits:
             profile.threads, profile.scoring = all_threads, processes * profile.scoring
             started = time.perf_counter()
             waiting = deque(tasks)

@@ -131,6 +131,14 @@ def test_a_full_picture_says_so() -> None:
     with pytest.warns(SlideWarning, match=r"tiles hold more than the detector can report; a smaller tile_px"):
         ss.detect_image(image, few)
     ss.detect_image(image, few, min_score=few.threshold / 2)
+    with pytest.warns(SlideWarning, match="1 tiles hold more"):
+        ss.detect_image(image, few, tile_px=1024)
+
+
+def test_a_margin_too_wide_for_the_tile_is_cut() -> None:
+    """The smallest tile serves, whatever margin the detector would like."""
+    image, centers = discs((700, 530), 50)
+    assert_each_once(ss.detect_image(image, replace(ORACLE, object_um=24.0, halo_um=60.0), tile_px=128), centers)
 
 
 @pytest.mark.parametrize("tile_px", [160, 512])

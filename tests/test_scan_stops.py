@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from distributed import Client, LocalCluster
 
 import slidescan as ss
 from slidescan.detections import Detections
@@ -23,14 +24,15 @@ from slidescan.slides import Slide
 from tests.discs import MPP, ORACLE, config, discs
 
 
+def interrupted(state: ss.scan_slide.Progress) -> None:
+    """Press Ctrl-C."""
+    raise KeyboardInterrupt
+
+
 def stopped_after_one_region(slide: Slide, out: Path) -> None:
     """Begin a scan and press Ctrl-C when its first region is committed."""
-
-    def stop(state: ss.scan_slide.Progress) -> None:
-        raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        ss.scan(slide, ORACLE, out=out, config=config(), workers=1, on_progress=stop)
+        ss.scan(slide, ORACLE, out=out, config=config(), workers=1, on_progress=interrupted)
 
 
 def test_an_interrupted_scan_continues(tmp_path: Path) -> None:
@@ -248,7 +250,7 @@ def test_a_region_that_nobody_waits_for_ends_uncommitted(tmp_path: Path, monkeyp
     monkeypatch.setattr(type(ORACLE), "detect", counted)
 
     def stopped() -> None:
-        with wanted(part.parent):
+        with wanted(part.parent, here=True):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -257,6 +259,20 @@ def test_a_region_that_nobody_waits_for_ends_uncommitted(tmp_path: Path, monkeyp
     assert (batches, part.exists()) == ([], False)
     replace(task, part=tmp_path / "another.npz").run()  # of another scan
     assert batches
-    with wanted(part.parent):
+    with wanted(part.parent, here=False):
         task.run()
     assert part.is_file()
+
+
+def test_a_stopped_scan_continues_on_a_cluster_of_this_process(tmp_path: Path) -> None:
+    """A client of threads does the regions that were unwanted a moment ago; Ctrl-C there leaves nothing unwanted."""
+    slide, centers = discs()
+    stopped_after_one_region(slide, tmp_path / "case")
+    with (
+        LocalCluster(n_workers=1, threads_per_worker=2, processes=False, dashboard_address="127.0.0.1:0") as cluster,
+        Client(cluster) as client,
+    ):
+        with pytest.raises(KeyboardInterrupt):
+            ss.scan(slide, ORACLE, out=tmp_path / "case", config=config(), client=client, on_progress=interrupted)
+        result = ss.scan(slide, ORACLE, out=tmp_path / "case", config=config(), client=client)
+    assert len(result.detections) == len(centers)

@@ -15,13 +15,13 @@ import pytest
 import slidescan as ss
 from slidescan import cli
 from slidescan.errors import ConfigError
-from slidescan.slides import Slide
+from slidescan.slides import Slide, memory_slide
 from slidescan.slides.remote import Remote
 from slidescan.train.decided import load_decided
 from slidescan.whereabouts import noted, recalled
 from tests.archives import write_slide
 from tests.decided.saying import SETTINGS, decide
-from tests.discs import ORACLE
+from tests.discs import MPP, ORACLE, discs
 from tests.reviewed import APART
 
 
@@ -65,7 +65,8 @@ def test_a_note_is_nobody_elses(state: Path, tmp_path: Path) -> None:
     case = scan(tmp_path)
     (note,) = state.iterdir()
     assert (note.stat().st_mode & 0o777, state.stat().st_mode & 0o777) == (0o600, 0o700)
-    assert json.loads(note.read_text())["slides"] == {"case": str(tmp_path / "Doe^Jane" / "a.tiff")}
+    out, slides = map(json.loads, note.read_text().splitlines())
+    assert (out, slides) == (str(case), {"case": str(tmp_path / "Doe^Jane" / "a.tiff")})
     before = note.stat().st_mtime_ns
     assert scan(tmp_path) == case
     assert [each.stat().st_mtime_ns for each in state.iterdir()] == [before]
@@ -132,8 +133,6 @@ def test_nothing_is_noted_where_that_is_not_wanted(
 
 @pytest.fixture
 def slide_in_memory() -> Slide:
-    from tests.discs import discs
-
     return discs(n=12, size_wh=(900, 700))[0]
 
 
@@ -148,7 +147,7 @@ def test_the_users_state_directory_is_the_default(tmp_path: Path, monkeypatch: p
         assert recalled([tmp_path / "runs"]) == {tmp_path / "runs": str(tmp_path)}
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"slides": 5}', '{"slides": {"case": null}}', "\xff"])
+@pytest.mark.parametrize("text", ["", "{", "[]", '"x"\n5', '"x"\n{"case": null}', "\xff"])
 def test_a_spoilt_note_is_none(state: Path, tmp_path: Path, text: str) -> None:
     """It is read as nothing, and written anew by the next scan."""
     case = scan(tmp_path)
@@ -157,6 +156,42 @@ def test_a_spoilt_note_is_none(state: Path, tmp_path: Path, text: str) -> None:
     assert recalled([case]) == {}
     scan(tmp_path)
     assert recalled([case]) == {case: str(tmp_path / "Doe^Jane" / "a.tiff")}
+
+
+def test_a_note_ends_with_its_output(state: Path, tmp_path: Path) -> None:
+    """What was noted of a directory that is gone is forgotten when another one is noted."""
+    case = scan(tmp_path)
+    (spoilt := state / "spoilt.json").write_text("{")
+    noted(tmp_path / "other", {"other": tmp_path})
+    assert len(list(state.iterdir())) == 3
+    shutil.rmtree(case)
+    noted(tmp_path / "another", {"another": tmp_path})
+    assert len(list(state.iterdir())) == 2  # "other" never was
+    assert spoilt.exists()
+
+
+def test_an_output_used_again_is_noted_anew(state: Path, tmp_path: Path, slide_in_memory: Slide) -> None:
+    """Also where its slide is nowhere now, or one in memory that is called like a file."""
+    case = scan(tmp_path)
+    (Path("case.tiff")).write_bytes(b"")
+    ss.scan(slide_in_memory, ORACLE, out=case, config=APART, overwrite=True)
+    assert recalled([case]) == {}
+    named = memory_slide(slide_in_memory.read(0, 0, 900, 700, slide_in_memory.frame).rgb, MPP, name="case.tiff")
+    ss.scan(named, ORACLE, out=tmp_path / "named", config=APART)
+    assert recalled([tmp_path / "named"]) == {}
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "closed/a.tiff"])
+def test_a_place_that_cannot_be_looked_at_costs_nothing(state: Path, tmp_path: Path, name: str) -> None:
+    """An archive's other slides are scanned and reviewed."""
+    write_slide(tmp_path / "b.tiff", 2)
+    (tmp_path / "closed").mkdir(mode=0o000)
+    (tmp_path / "slides.csv").write_text(f"slide_path,slide_id\n{name},a\nb.tiff,b\n")
+    records = ss.scan_archive(tmp_path / "slides.csv", ORACLE, out=tmp_path / "runs", config=APART, workers=1)
+    assert [record.state for record in records] == ["failed", "done"]
+    assert recalled(tmp_path / "runs" / "slides" / slide_id for slide_id in "ab").keys() == {
+        tmp_path / "runs" / "slides" / "b"
+    }
 
 
 def test_a_state_directory_that_cannot_be_written_costs_nothing(
@@ -203,6 +238,9 @@ class TestCommand:
         assert self.told(monkeypatch, case) == 0
         assert capsys.readouterr().err == ""
         os.rename(tmp_path / "Doe^Jane", tmp_path / "moved")  # noqa: PTH104  # a folder
+        assert self.told(monkeypatch, case) == 0
+        assert capsys.readouterr().err == "no pixels to see: --slides says where they are\n"
+        write_slide(tmp_path / "Doe^Jane" / "a.tiff", 2)  # another one lies there now
         assert self.told(monkeypatch, case) == 0
         assert capsys.readouterr().err == "no pixels to see: --slides says where they are\n"
         write_slide(tmp_path / "other.tiff", 2)

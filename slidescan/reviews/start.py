@@ -137,12 +137,14 @@ def _of_slide(archive: Archive, slide_id: str, kind: What) -> Case:
 def _read_from(what: object, slides: Slides | None, cases: Sequence[Case]) -> None:
     """Tell each case where its pixels are."""
     if slides is None:
-        recall = recalled(case.path for case in cases)
-        at: Mapping[str, SlideAt] = {case.slide_id: recall[case.path] for case in cases if case.path in recall}
-    else:
-        at = _slides_of(what, slides, cases)
-        if cases and not any(case.slide_id in at for case in cases):
-            raise ConfigError(f"slides: expected {cases[0].slide_id!r} or another that was scanned, got none of them")
+        found = recalled(case.path for case in cases)
+        for case in cases:
+            if case.path in found:
+                case.read_from(found[case.path])
+        return
+    at = _slides_of(what, slides, cases)
+    if cases and not any(case.slide_id in at for case in cases):
+        raise ConfigError(f"slides: expected {cases[0].slide_id!r} or another that was scanned, got none of them")
     for case in cases:
         if case.slide_id in at:
             case.read_from(at[case.slide_id])

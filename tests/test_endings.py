@@ -1,0 +1,41 @@
+"""A program ends at once, and with all that was to be said and done."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+PROGRAM = """
+import atexit, sys
+from slidescan.endings import ends_at_once
+class Kept:
+    def __del__(self):
+        print("tidied up")
+kept = Kept()
+atexit.register(print, "at exit")
+def main():
+    sys.stdout.write("said ")
+    {end}
+ends_at_once(main)
+"""
+
+
+@pytest.mark.parametrize(
+    ("end", "code"), [("pass", 0), ("sys.exit(3)", 3), ("sys.exit()", 0), ("sys.stdout.close(); sys.exit(2)", 2)]
+)
+def test_what_is_to_be_done_is_done_and_no_more(end: str, code: int) -> None:
+    """Output is whole, functions for the end have run, the code is the program's; Python does not tidy up."""
+    done = subprocess.run([sys.executable, "-c", PROGRAM.format(end=end)], capture_output=True, text=True, check=False)
+    assert done.returncode == code
+    assert done.stdout == ("said " if "close" in end else "said at exit\n")
+
+
+def test_a_bug_keeps_its_traceback() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM.format(end="1 / 0")], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert done.stderr.endswith("ZeroDivisionError: division by zero\n")
+    assert done.stdout == "said at exit\ntidied up\n"
