@@ -125,7 +125,7 @@ def bench_models(smoke: bool) -> str:
     return "models: in brackets the ratio to transformers as it is, compiled where both are"
 
 
-_turns: tuple[Barrier, Lock]  # of a process of its own: all have compiled, and whose turn it is
+_turns: tuple[Barrier, Lock]  # of a process of its own: all are so far, and whose turn it is
 
 
 def _take_turns(barrier: Barrier, lock: Lock) -> None:
@@ -134,24 +134,26 @@ def _take_turns(barrier: Barrier, lock: Lock) -> None:
 
 
 def _gpu_rows(model: Model) -> list[str]:
-    compiled, measure = _turns
+    all_, measure = _turns
     try:
         variants = _variants(model, smoke=False, device="cuda")
         pixels, _ = _batch(model.batch, _PX, "cuda")
+        with measure:  # and said before what may take too long
+            print("\n".join(_rows(model, model.batch, _PX, variants, rounds=5)), flush=True)
+        all_.wait()
         graphs = {f"{name}, compiled": torch.compile(network) for name, network in variants.items()}
         for graph in graphs.values():
             _infer(graph, pixels)
     except BaseException:
-        compiled.abort()  # or the others would wait for it
+        all_.abort()  # or the others would wait for it
         raise
-    compiled.wait()
+    all_.wait()
     with measure:
-        rows = _rows(model, model.batch, _PX, variants, rounds=5)
         # In training transformers' matching of boxes breaks the graph wherever it is met.
         forward = _medians({name: partial(_infer, graph, pixels) for name, graph in graphs.items()}, rounds=9)
     first = forward["transformers, compiled"]
     told = {name: f"{model.batch / seconds:.2f} ({first / seconds:.2f}x)" for name, seconds in forward.items()}
-    return rows + [f"| {model.name}, B{model.batch}, {_PX} px | {name} | {images} | |" for name, images in told.items()]
+    return [f"| {model.name}, B{model.batch}, {_PX} px | {name} | {images} | |" for name, images in told.items()]
 
 
 def _rows(model: Model, batch: int, px: int, variants: dict[str, nn.Module], rounds: int) -> list[str]:

@@ -41,6 +41,7 @@ def tune(smoke: bool) -> str:
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(os.cpu_count() or 1, len(parts)), context) as pool:  # compiling is most of the time
         list(pool.map(_compile, *zip(*parts, strict=True)))  # into Triton's cache on disk
+    tuned: dict[str, Launch] = {}
     for kind in kinds:
         dtype, depth, way = kind
         key = fused.launch_key(way, depth, dtype.itemsize)
@@ -59,12 +60,12 @@ def tune(smoke: bool) -> str:
             for mine, low, all_ in zip(times[best], least, zip(*times.values(), strict=True), strict=True)
         )
         print(f"tune: {key}: {best}, {told}", flush=True)
-    table = fused.launch_table()
-    if not smoke:
-        told_by = {"measured on": torch.cuda.get_device_name(), "made by": "python pipelines/benchmark.py tune"}
-        text = json.dumps({**told_by, "warps, blocks, unroll": table}, indent=1)
-        fused.TABLE.write_text(text + "\n", encoding="utf-8")
-    return f"tune: {len(table)} launches chosen, each for a decoder and an encoder (best to worst launch in brackets)"
+        tuned[key] = best
+        if not smoke:  # after each: what was measured stays, whatever ends this
+            told_by = {"measured on": torch.cuda.get_device_name(), "made by": "python pipelines/benchmark.py tune"}
+            text = json.dumps({**told_by, "warps, blocks, unroll": tuned}, indent=1)
+            fused.TABLE.write_text(text + "\n", encoding="utf-8")
+    return f"tune: {len(tuned)} launches chosen, each for a decoder and an encoder (best to worst launch in brackets)"
 
 
 def _candidates(way: str, warps: Iterable[int] = _WARPS) -> list[Launch]:

@@ -13,7 +13,7 @@ from slidescan.errors import ResultError, SlideError, SlidescanError, WorkerErro
 
 __all__ = ["OUT_OF_MEMORY", "ends_at_once", "ends_in_a_line", "is_short_of_memory"]
 
-OUT_OF_MEMORY = "there was not enough memory; a smaller tiling.region_px or detect.batch_tiles may help"
+OUT_OF_MEMORY = "there was not enough memory; a smaller tiling.region_px, or on a GPU tiling.tile_px, may help"
 
 
 def is_short_of_memory(error: Exception) -> bool:

@@ -96,7 +96,7 @@ def peak_gpu_mb() -> int | None:
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_initialized():
         return None
-    return int(torch.cuda.max_memory_allocated() / 1e6)
+    return int(max(map(torch.cuda.max_memory_allocated, range(torch.cuda.device_count()))) / 1e6)
 
 
 def peak_rss_mb() -> int:

@@ -85,6 +85,8 @@ class RegionPart:
     n_retiled: int
     crashed: bool = False
     """Whether reading it kills the process; then none of it was scored."""
+    runs_on: str = ""
+    """Device and precision it was scored with; empty where none of it was."""
 
     @classmethod
     def given_up(cls, region: Region) -> RegionPart:
@@ -109,6 +111,7 @@ class RegionPart:
                     saturated=self.saturated,
                     n_retiled=np.array(self.n_retiled),
                     crashed=np.array(self.crashed),
+                    runs_on=np.array(self.runs_on),
                 )
 
         commit(path, write)
@@ -127,6 +130,7 @@ class RegionPart:
                     data["saturated"],
                     int(data["n_retiled"]),
                     bool(data["crashed"]),
+                    str(data["runs_on"]),
                 )
         except (OSError, ValueError, KeyError, EOFError, BadZipFile):
             return None
@@ -210,6 +214,7 @@ class RegionTask:
             _rows([hole.clip(self.plane.bounds) for hole in pixels.holes]),
             _rows(saturated),
             n_retiled,
+            runs_on=self.detector.runs_on,
         )
 
     def _ask_if_wanted(self) -> None:

@@ -224,7 +224,8 @@ def _assemble(
             "crashed_regions": sum(p.crashed for p in parts),
         },
         "versions": versions(),
-        "device": detector.runs_on,
+        # Each worker of a cluster finds its own.
+        "device": " and ".join(sorted({part.runs_on for part in parts} - {""})) or detector.runs_on,
         "seconds": {k: round(v, 3) for k, v in seconds.items()},
         "profile": profile.told(),
         "peak_rss_mb": peak_rss_mb(),

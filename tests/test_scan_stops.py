@@ -19,7 +19,7 @@ from slidescan.errors import ResultError, SlideReadError
 from slidescan.phantom import write_phantom
 from slidescan.prepare import prepare
 from slidescan.provenance import run_key
-from slidescan.region import RegionTask, wanted
+from slidescan.region import RegionPart, RegionTask, wanted
 from slidescan.slides import Slide
 from tests.discs import MPP, ORACLE, config, discs
 
@@ -262,6 +262,19 @@ def test_a_region_that_nobody_waits_for_ends_uncommitted(tmp_path: Path, monkeyp
     with wanted(part.parent, here=False):
         task.run()
     assert part.is_file()
+
+
+def test_what_regions_were_scored_on_is_told(tmp_path: Path) -> None:
+    """Workers of a cluster may have other devices than who started the scan."""
+    slide, _ = discs()
+    stopped_after_one_region(slide, tmp_path / "case")
+    file = next((tmp_path / "case").glob("parts-*/*.npz"))
+    part = RegionPart.load(file)
+    assert part is not None
+    assert part.runs_on == "cpu"
+    replace(part, runs_on="cuda, bf16").save(file)
+    result = ss.scan(slide, ORACLE, out=tmp_path / "case", config=config())
+    assert result.provenance["device"] == "cpu and cuda, bf16"
 
 
 def test_a_stopped_scan_continues_on_a_cluster_of_this_process(tmp_path: Path) -> None:

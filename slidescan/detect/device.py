@@ -13,6 +13,7 @@ __all__ = ["Precision", "resolve"]
 Precision = Literal["fp32", "bf16"]
 # Models whose convolutions are apart from what computes coordinates, under names that `lower_precision` knows.
 _BF16 = ("d_fine", "rt_detr", "rt_detr_v2")
+_AMPERE = 8  # compute capability of the first GPUs with bfloat16
 
 
 def resolve(name: str, kind: str, device: str | None, precision: str) -> tuple[str, Precision]:
@@ -32,5 +33,10 @@ def resolve(name: str, kind: str, device: str | None, precision: str) -> tuple[s
     if precision == "bf16" and kind not in _BF16:
         raise ModelError(f"{name}: expected precision fp32 for a model of type {kind}, got bf16")
     if precision == "auto":
-        return device, "bf16" if torch.device(device).type == "cuda" and kind in _BF16 else "fp32"
+        return device, "bf16" if kind in _BF16 and _has_bf16(torch.device(device)) else "fp32"
     return device, "bf16" if precision == "bf16" else "fp32"
+
+
+def _has_bf16(device: torch.device) -> bool:
+    """Return whether the device's convolutions are faster in bfloat16; older GPUs than Ampere compute it in others."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= _AMPERE

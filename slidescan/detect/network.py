@@ -5,7 +5,8 @@ anchors and post-processing of every object-detection model of transformers that
 transformers' image processors are not used: they would squash each tile to the size of a photo.
 Only what they say of colours is: scale, mean and spread. Invariants:
 
-- Batches have one fixed size a device, padded, so a tile's result does not depend on its neighbours.
+- Batches have one fixed size a device, padded, so a tile's result does not depend on its neighbours. On a GPU it is
+  halved, for good, where there is no room for it; round-off may differ then.
 - Whatever turns into a coordinate is float32. In bfloat16 a box on a 1024 px tile moves by several px, so only the
   convolutions (backbone and encoder) may run in it; the decoder never does.
 - With `anchor_px` set, anchors are that many px whatever the tile's size. transformers makes them a share of the tile,
@@ -89,14 +90,13 @@ class Network:
                 "pad the tiles or choose another tile size"
             )
         found: list[Detections] = []
-        for start in range(0, len(tiles), self._batch):
-            chunk = tiles[start : start + self._batch]
-            with stage("transfer"):  # of a copy: torch takes neither read-only nor mirrored arrays
-                pixels = torch.from_numpy(np.array(chunk)).to(self._device)
-            if len(chunk) < self._batch:
-                pixels = torch.cat((pixels, pixels.new_zeros((self._batch - len(chunk), *pixels.shape[1:]))))
+        at_once = self._batch
+        for start in range(0, len(tiles), at_once):
+            chunk = tiles[start : start + at_once]
+            with stage("transfer"):  # of a copy, row by row: torch takes neither read-only nor mirrored arrays
+                pixels = torch.from_numpy(np.array(chunk, order="C")).to(self._device)
             with torch.inference_mode():
-                scores, labels, boxes, attributes = self._forward(pixels)
+                scores, labels, boxes, attributes = self._scored(pixels)
                 boxes = boxes.clamp(min=0).minimum(boxes.new_tensor([width, height] * 2))
                 if not all(torch.isfinite(part).all() for part in (scores, boxes, attributes)):
                     raise ModelError(
@@ -108,6 +108,26 @@ class Network:
                 table = Detections.build(*(column[i][keep] for column in columns))
                 found.append(table if self._merge_iou is None else distinct(table, self._merge_iou))
         return found
+
+    def _scored(self, pixels: Tensor) -> tuple[Tensor, ...]:
+        """Return what the network says of up to a batch of tiles; in smaller ones where there is no room for it."""
+        while True:
+            try:
+                parts = [self._forward(_filled(part, self._batch)) for part in torch.split(pixels, self._batch)]
+            except torch.OutOfMemoryError:  # a GPU's; the next batches are as small
+                if self._batch == 1:
+                    raise
+                self._batch //= 2
+                torch.cuda.empty_cache()
+            else:
+                return tuple(torch.cat(columns)[: len(pixels)] for columns in zip(*parts, strict=True))
+
+
+def _filled(tiles: Tensor, batch: int) -> Tensor:
+    """Return tiles (B, H, W, 3) with empty ones up to a batch."""
+    if len(tiles) == batch:
+        return tiles
+    return torch.cat((tiles, tiles.new_zeros((batch - len(tiles), *tiles.shape[1:]))))
 
 
 class Detr:

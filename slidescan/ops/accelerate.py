@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import types
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -145,12 +146,18 @@ def _with_points(backend: Backend) -> Callable[..., Tensor]:
     return attend
 
 
+@lru_cache(maxsize=64)  # tile sizes in use, a few
+def _sizes(shapes: tuple[tuple[int, int], ...], points: tuple[int, ...], device: torch.device) -> Tensor:
+    """Return width and height of each point's level (K, 2); made once, for a copy to a GPU stops a CUDA graph."""
+    rows = [[width, height] for (height, width), count in zip(shapes, points, strict=True) for _ in range(count)]
+    return torch.tensor(rows, device=device)
+
+
 def _nearest(locations: Tensor, shapes: Sequence[tuple[int, int]], points: Sequence[int]) -> Tensor:
     """Move each location to the centre of the pixel that RT-DETRv2's ``discrete`` method reads; no gradient."""
-    sizes = torch.tensor(
-        [[width, height] for (height, width), count in zip(shapes, points, strict=True) for _ in range(count)],
-        device=locations.device,
-    )
+    told = tuple((int(height), int(width)) for height, width in shapes), tuple(points), locations.device
+    is_eager = type(locations) is Tensor and not torch.compiler.is_compiling()
+    sizes = _sizes(*told) if is_eager else _sizes.__wrapped__(*told)
     place = locations.detach().to(torch.promote_types(locations.dtype, torch.float32))
     pixel = (place * sizes + 0.5).to(torch.int64)  # truncates, as transformers does
     return (pixel.clamp(min=torch.zeros_like(sizes), max=sizes - 1).to(place.dtype) + 0.5) / sizes

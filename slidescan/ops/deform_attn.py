@@ -142,8 +142,11 @@ def _triton_problem(device: torch.device) -> str | None:
         fused.fused(one[0], [(1, 1)], one.expand(1, 1, 1, 1, 2), one[0], [1])
     except torch.OutOfMemoryError:  # another time there may be room
         raise
-    # No C compiler, no headers of Python, a GPU it does not know: it raises as many kinds.
-    except (RuntimeError, OSError, subprocess.SubprocessError, fused.TritonError) as exc:
+    # No C compiler, no headers of Python, no libcuda.so where it looks for it, a cache that no library may be loaded
+    # from, a GPU it does not know: it raises as many kinds.
+    except (
+        AssertionError, ImportError, OSError, RuntimeError, subprocess.SubprocessError, fused.TritonError
+    ) as exc:  # fmt: skip
         return f"it cannot run on {device} ({_first_line(exc)})"
     return None
 
@@ -276,4 +279,9 @@ def _check(
             f"deform_attn: expected value (B, {length}, M, D), locations (B, Q, M, {n_points}, 2), weights "
             f"(B, Q, M, {n_points}) for shapes {list(shapes)} and points {list(points)}; got {tuple(value.shape)}, "
             f"{tuple(locations.shape)}, {tuple(weights.shape)}"
+        )
+    if not value.device == locations.device == weights.device:  # a kernel would read another GPU's addresses
+        raise ValueError(
+            f"deform_attn: expected value, locations and weights on one device, got {value.device}, "
+            f"{locations.device}, {weights.device}"
         )

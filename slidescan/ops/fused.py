@@ -121,6 +121,9 @@ def launch_table() -> dict[str, Launch]:
     return {key: Launch(*map(int, launch)) for key, launch in table.items()}
 
 
+_MOST_SUMS = 2048  # of a program, rows by points: more, with heads of few channels, take minutes to compile
+
+
 class _Call:
     """What both kernels take: programs, tensors, sizes, and what is compiled in."""
 
@@ -143,7 +146,7 @@ class _Call:
         align = math.gcd(8, *strides)  # 8 channels of two bytes are what a lane reads at once
         padded, item = _power_of_2(depth), value.element_size()
         how = launch(direction, padded, item)
-        rows = how.rows(direction, padded, item)
+        rows = min(how.rows(direction, padded, item), max(1, _MOST_SUMS // _power_of_2(n_points)))
         reach = max(
             length * max(strides[1], heads * depth), heads * strides[2], queries * heads * max(2 * n_points, depth)
         )

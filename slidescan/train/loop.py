@@ -1,9 +1,9 @@
 """The training loop: batches in, averaged weights out.
 
 Hides optimiser, schedule, averaging, checkpoints and the log. Batch `i` is drawn from a generator seeded by (seed, i)
-and so is the denoising noise of step `i`: a run that was killed and resumed ends with the very weights of one that was
-not, if its length is given in steps. A length in minutes follows the clock instead, so that a run on a busy machine
-ends its schedule all the same.
+and so is the denoising noise of step `i`: on a CPU a run that was killed and resumed ends with the very weights of one
+that was not, if its length is given in steps; a GPU sums gradients in any order. A length in minutes follows the clock
+instead, so that a run on a busy machine ends its schedule all the same.
 
 transformers' loss is not used (see `slidescan.train.loss`). Backbone and encoder run in bfloat16 where asked; whatever
 becomes a coordinate stays float32 (`slidescan.detect.network.lower_precision`).

@@ -93,14 +93,14 @@ class _Run:
         network = _network(settings, variant, start)
         average = train(network, batches, settings, variant, checkpoint=checkpoint, log=self.log)
         draw_losses(checkpoint.with_suffix(".csv"), checkpoint.with_suffix(".png"))
-        card = settle(average, _card(settings, variant, **taught), out / name, source, self.log)
-        windows = mine(Model(out / name), mine_slides, out / f"mined-{name}", self.log)
+        card = settle(average, _card(settings, variant, **taught), out / name, source, self.log, settings.device)
+        windows = mine(Model(out / name, device=settings.device), mine_slides, out / f"mined-{name}", self.log)
         if windows:  # of this run, or of one before: what was unlearned stays so
             batches = Batches(source, settings, variant, windows, around)
             more = variant.model_copy(update={"steps": variant.mine_steps, "lr": variant.lr * _MINE_LR})
             average = self._go_on(more, batches, average, "mined")
             card = _card(settings, variant, mined=len(windows), **taught)
-            card = settle(average, card, out / name, source, self.log)
+            card = settle(average, card, out / name, source, self.log, settings.device)
         return _Learned(source, batches, average, card)
 
     def finish(self, variant: VariantSettings, learned: _Learned) -> None:
@@ -181,7 +181,9 @@ def train_detector(
             run.finish(variant, one)
         if settings.test is not None or isinstance(one.source, CropSource):
             test, assembled = one.source.shown("test"), one.source.assembled("test")
-            report[name] = evaluate(Model(out / name), test, out / name, assembled=assembled, shifts=settings.shifts)
+            report[name] = evaluate(
+                Model(out / name, device=settings.device), test, out / name, assembled=assembled, shifts=settings.shifts
+            )
             for line in describe(report[name]):
                 log(line)
     return report
@@ -211,10 +213,17 @@ def open_test(data: Path, model: Model, images: int) -> Source:
     return OwnSource({"test": load_annotated(data, settings, model.mpp)}, variant, kinds={"test": kind_of(data)})
 
 
-def settle(network: torch.nn.Module, card: Card, directory: Path, source: Source, log: Callable[[str], None]) -> Card:
+def settle(
+    network: torch.nn.Module,
+    card: Card,
+    directory: Path,
+    source: Source,
+    log: Callable[[str], None],
+    device: str | None = None,
+) -> Card:
     """Write the model with its calibration and threshold, both from the validation patients, and return its card."""
     write_model(network, card, directory)
-    _, kinds = find_all(load_detector(directory), source.shown("validation"))
+    _, kinds = find_all(Model(directory, device=device), source.shown("validation"))
     if not kinds:
         raise ConfigError("validation: expected images to choose threshold and calibration by, got none")
     likest = next(iter(kinds))  # a slide; how sure one may be depends on how rare objects are

@@ -286,12 +286,15 @@ def test_shapes_that_do_not_fit_are_named() -> None:
 
 
 @needs_triton
-def test_a_gpu_without_a_compiler_falls_back_and_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", [RuntimeError, AssertionError, ImportError, OSError])
+def test_a_gpu_without_a_compiler_falls_back_and_says_so_once(
+    monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
+) -> None:
     """Triton is tried before it is trusted; asked for by name it is an error that gives the reason."""
     op, fused = (importlib.import_module(f"slidescan.ops.{name}") for name in ("deform_attn", "fused"))
 
     def broken(*_: object) -> Tensor:
-        raise RuntimeError("Failed to find C compiler.\nMore lines")
+        raise kind("Failed to find C compiler.\nMore lines")
 
     monkeypatch.setattr(fused, "fused", broken)
     op._triton_problem.cache_clear()
@@ -308,6 +311,13 @@ def test_a_gpu_without_a_compiler_falls_back_and_says_so_once(monkeypatch: pytes
     finally:
         op._triton_problem.cache_clear()
         op._announce.cache_clear()
+
+
+def test_tensors_of_two_devices_are_refused() -> None:
+    """A kernel would read addresses of another GPU."""
+    value, shapes, locations, weights, points = inputs([(2, 3)], [2])
+    with pytest.raises(ValueError, match=r"expected value, locations and weights on one device, got .*meta"):
+        deform_attn(value, shapes, locations.to("meta"), weights, points)
 
 
 def test_an_unknown_backend_is_named() -> None:

@@ -29,6 +29,7 @@ UNUSUAL = [
     (90, "float64", 32, 4, False),
     (90, "bfloat16", 5, 1, False),
     (120, "bfloat16", 32, 4, False),
+    (90, "float32", 1, 48, False),
 ]
 
 
