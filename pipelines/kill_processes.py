@@ -32,7 +32,16 @@ def of_session(session: int) -> dict[int, bytes]:
 
 def workers_of(session: int) -> list[int]:
     """Return the worker processes of a run."""
-    return [pid for pid, command in of_session(session).items() if b"spawn_main" in command]
+    there = of_session(session)
+    servers = {pid for pid, command in there.items() if b"multiprocessing.forkserver" in command}
+    forked = {pid for pid in servers if _parent(pid) in servers}  # under the name of what they were forked from
+    return sorted(forked | {pid for pid, command in there.items() if b"spawn_main" in command})
+
+
+def _parent(pid: int) -> int:
+    with suppress(OSError):
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    return 0
 
 
 def until(true: Callable[[], object], seconds: float) -> bool:

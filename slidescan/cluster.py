@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
-from multiprocessing import resource_tracker
+from multiprocessing import forkserver, resource_tracker
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from slidescan.errors import ConfigError, WorkerError
@@ -127,13 +127,19 @@ def visible_gpus() -> list[str]:
 
 @contextmanager
 def processes(
-    client: Client | None, workers: int | None, *, gpu: bool, gpus: Sequence[str] | None = None
+    client: Client | None,
+    workers: int | None,
+    *,
+    gpu: bool,
+    gpus: Sequence[str] | None = None,
+    preload: Sequence[str] = (),
 ) -> Iterator[tuple[Client, int]]:
     """Give a Dask client and how many processes it has: the caller's, or a cluster of this machine's processes.
 
     On a CPU a process is a core: scoring then scales with processes, and its result does not depend on their number.
-    With GPUs a process sees one of them. Nobody else on this machine can talk to them: they ask for certificates that
-    were made a moment ago and are on no disk.
+    They are forked from one process that has imported what all need. With GPUs a process sees one of them, and is
+    started anew, for what has seen a GPU cannot be forked. Nobody else on this machine can talk to them: they ask for
+    certificates that were made a moment ago and are on no disk.
 
     Parameters
     ----------
@@ -145,6 +151,8 @@ def processes(
         Whether scoring is done on GPUs.
     gpus : sequence of str, optional
         Names of the GPUs, which the processes get in turn; default: `visible_gpus`. None given: all see all.
+    preload : sequence of str
+        Modules that are imported before processes are forked.
     """
     from dask import config
     from distributed import Client, LocalCluster
@@ -161,9 +169,12 @@ def processes(
         "distributed.scheduler.http.routes": [],  # its status pages name tasks and show logs
         "distributed.worker.http.routes": [],
     }
+    # All of it, for a process that is forked has the environment of when the first one was.
+    environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, cores() // n) if gpu else 1), _OURS: "1"}
     with (
         config.set(settings),
         _deaf_loop() as loop,
+        contextlib.nullcontext() if gpu else _forked(preload),
         _started(
             LocalCluster,
             loop=loop,
@@ -179,7 +190,7 @@ def processes(
             dashboard_address=f"{LOOPBACK}:0",
             worker_dashboard_address=f"{LOOPBACK}:0",
             memory_limit=1 / n,  # "auto" goes by threads, of which there are more than cores
-            env={"OMP_NUM_THREADS": str(max(1, cores() // n) if gpu else 1), _OURS: "1"},
+            env=environment,
             silence_logs=logging.CRITICAL,
         ) as cluster,
         Client(cluster, loop=loop) as local,
@@ -246,16 +257,49 @@ def _deaf_loop() -> Iterator[Any]:
     from distributed.utils import LoopRunner
 
     runner: Any = LoopRunner()
-    resource_tracker.ensure_running()  # its own start would lift the block in the thread that starts the first process
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
+    with _deaf_to_ctrl_c():
         runner.start()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     try:
         yield runner.loop
     finally:
         runner.stop()
+
+
+@contextmanager
+def _deaf_to_ctrl_c() -> Iterator[None]:
+    """Start threads and processes that Ctrl-C does not reach; here it waits until the block has ended."""
+    resource_tracker.ensure_running()  # its own start would lift the block in the thread that starts the first process
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def _forked(preload: Sequence[str]) -> Iterator[None]:
+    """Have Dask fork worker processes from one that has imported `preload`; it is started now if it is not there.
+
+    Importing torch and transformers takes a worker seconds and a few hundred MB, which processes forked so share. The
+    server lives as long as this process.
+    """
+    from dask import config
+    from distributed.utils import get_mp_context
+
+    with config.set({"distributed.worker.multiprocessing-method": "forkserver"}):
+        context = get_mp_context()  # sets what Dask would import
+        context.set_forkserver_preload(list(preload))
+        threads = os.environ.get("OMP_NUM_THREADS")
+        os.environ["OMP_NUM_THREADS"] = "1"  # is read when torch is imported
+        try:
+            with _deaf_to_ctrl_c():
+                forkserver.ensure_running()
+        finally:
+            if threads is None:
+                del os.environ["OMP_NUM_THREADS"]
+            else:
+                os.environ["OMP_NUM_THREADS"] = threads
+        yield
 
 
 def _seeing_one_of(gpus: Sequence[str]) -> Callable[..., Any]:

@@ -29,6 +29,7 @@ from slidescan.archive.worklist import Worklist
 from slidescan.cluster import in_flight, processes
 from slidescan.commit import disk_error, sweep
 from slidescan.config import ScanConfig
+from slidescan.detect import Family, Model
 from slidescan.detections import Detector
 from slidescan.errors import ConfigError, ResultError
 from slidescan.region import scored_at_once
@@ -48,6 +49,9 @@ _TABLES_EVERY_S, _TABLES_SHARE = 60, 30
 # Seconds before a slide is tried again, and how they grow: a mount that is restarted is back after some, and three
 # attempts cost no night.
 _BACKOFF_S, _BACKOFF_GROWTH = 5.0, 4.0
+# Modules that worker processes import: transformers takes them seconds.
+_NEEDED_BY_ALL = ("slidescan.archive.slide",)
+_NEEDED_BY_OURS = ("slidescan.detect.network", "transformers.models.d_fine.modeling_d_fine")
 # Slides in flight beside the processes: one more is opened and masked while the others are scored.
 _AHEAD = 1
 
@@ -265,7 +269,10 @@ class _Run:
         """Give the cluster, and how many processes it has."""
         # A process that sees one GPU has no cuda:1.
         gpus: list[str] | None = [] if self.detector.runs_on.startswith("cuda:") else None
-        return processes(client, workers, gpu=scored_at_once(self.detector) > 1, gpus=gpus)
+        on_gpu = scored_at_once(self.detector) > 1
+        is_ours = isinstance(self.detector, Model | Family)
+        preload = (*_NEEDED_BY_ALL, *(_NEEDED_BY_OURS if is_ours else ()))
+        return processes(client, workers, gpu=on_gpu, gpus=gpus, preload=preload)
 
     def new_task(self, entry: Entry) -> SlideTask:
         """Return the task that scans a slide from its beginning or from where it was."""
