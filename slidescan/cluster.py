@@ -241,6 +241,9 @@ def _start(cluster: Callable[..., Any], options: dict[str, Any]) -> Any:
     try:
         return cluster(**options)
     except BaseException:
+        if loop := options.get("loop"):  # what was begun there fails now, and nobody waits for it
+            loop.asyncio_loop.set_exception_handler(lambda loop, context: None)
+        _kill_forked()
         for begun in set(SpecCluster._instances) - before:
             SpecCluster._instances.discard(begun)
             with contextlib.suppress(Exception):  # Dask asserts that workers which never began had begun
@@ -299,7 +302,22 @@ def _forked(preload: Sequence[str]) -> Iterator[None]:
                 del os.environ["OMP_NUM_THREADS"]
             else:
                 os.environ["OMP_NUM_THREADS"] = threads
-        yield
+        try:
+            yield
+        except BaseException:
+            _kill_forked()
+            raise
+
+
+def _kill_forked() -> None:
+    """Kill the process that workers are forked from, and those that were: they would tell that this one is gone."""
+    import psutil
+
+    with contextlib.suppress(psutil.Error):
+        for server in psutil.Process().children():
+            if any("multiprocessing.forkserver" in word for word in server.cmdline()):
+                for process in (*server.children(), server):
+                    process.kill()
 
 
 def _seeing_one_of(gpus: Sequence[str]) -> Callable[..., Any]:

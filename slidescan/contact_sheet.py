@@ -20,7 +20,7 @@ from slidescan.slides import Slide
 if TYPE_CHECKING:
     from slidescan.figure import Plot
 
-__all__ = ["FlaggedRegions", "View", "contact_sheet", "field_of_view"]
+__all__ = ["FlaggedRegions", "View", "contact_sheet", "corners", "field_of_view", "middle_of_field"]
 
 _GREY = "#6E6E76"
 _TILE_IN, _HEADING_IN = 1.7, 0.3  # inches of a field of view, and of the line above it
@@ -49,7 +49,9 @@ class FlaggedRegions(tuple[FlaggedRegion, ...]):  # noqa: SLOT001  # a tuple's o
         return (tuple(self),), {"fingerprint": self._fingerprint, "frame": self._frame}
 
     def plot(self, slide: Slide | str | Path, *, columns: int = 6, fov_um: float = 64.0, px: int = 192) -> Plot:
-        """Return a contact sheet: a field of view around each region, its outline, rank, highest score and class.
+        """Return a contact sheet: a field of view of each region, its outline, rank, highest score and class.
+
+        The field shows the middle of the region; of one that is larger, its best detection, which has an outline, too.
 
         Parameters
         ----------
@@ -69,14 +71,19 @@ class FlaggedRegions(tuple[FlaggedRegion, ...]):  # noqa: SLOT001  # a tuple's o
             If the slide cannot be read.
         """
         slide = as_scanned(slide, self._fingerprint, self._frame)
-        views = [
-            View(
-                field_of_view(slide, region.box_l0, fov_um, px),
-                _around(region.polygon_l0, region.box_l0, slide.frame.mpp, fov_um),
-                f"{region.rank} · {region.peak:.2f} · {region.label}",
+        frame, views = slide.frame, []
+        for region in self:
+            middle_l0 = middle_of_field(region.box_l0, region.peak_box_l0, frame.px(fov_um))
+            outlines_l0 = [region.polygon_l0]
+            if region.n > 1:
+                outlines_l0.append(corners(region.peak_box_l0))
+            views.append(
+                View(
+                    field_of_view(slide, middle_l0, fov_um, px),
+                    [(outline - middle_l0) * frame.mpp + fov_um / 2 for outline in outlines_l0],
+                    f"{region.rank} · {region.peak:.2f} · {region.label}",
+                )
             )
-            for region in self
-        ]
         return contact_sheet(views, columns=columns, fov_um=fov_um)
 
 
@@ -85,28 +92,41 @@ class View(NamedTuple):
 
     rgb: NDArray[np.uint8]
     """(px, px, 3)"""
-    outline_um: NDArray[np.float64]
-    """What it is about: (N, 2), not closed, µm from the upper left corner."""
+    outlines_um: Sequence[NDArray[np.float64]]
+    """What it is about: (N, 2) each, not closed, µm from the upper left corner."""
     said: str
     """The line above it."""
     color: str = _GREY
     """Of that line, and of the frame."""
 
-    @classmethod
-    def of_box(cls, rgb: NDArray[np.uint8], xyxy_um: Sequence[float], said: str, color: str = _GREY) -> View:
-        """Return a view about a box, µm from the upper left corner."""
-        x0, y0, x1, y1 = xyxy_um
-        return cls(rgb, np.array([(x0, y0), (x1, y0), (x1, y1), (x0, y1)]), said, color)
+
+def corners(box: Box) -> NDArray[np.float64]:
+    """Return the corners of a box, (4, 2)."""
+    return np.array([(box.x0, box.y0), (box.x1, box.y0), (box.x1, box.y1), (box.x0, box.y1)])
 
 
-def field_of_view(slide: Slide, box_l0: Box, fov_um: float, px: int) -> NDArray[np.uint8]:
-    """Return a square of the slide around the middle of a box, uint8 (px, px, 3) RGB; white outside the slide.
+def middle_of_field(box_l0: Box, within_l0: Box, fov_l0: float) -> tuple[float, float]:
+    """Return where a field of view is centred: on a box, or where it is larger than the field, on one within it.
+
+    Examples
+    --------
+    >>> middle_of_field(Box(0, 0, 100, 60), Box(0, 0, 10, 10), 256)
+    (50.0, 30.0)
+    >>> middle_of_field(Box(0, 0, 900, 60), Box(0, 0, 10, 10), 256)
+    (5.0, 5.0)
+    """
+    shown = box_l0 if max(box_l0.width, box_l0.height) <= fov_l0 else within_l0
+    return (shown.x0 + shown.x1) / 2, (shown.y0 + shown.y1) / 2
+
+
+def field_of_view(slide: Slide, middle_l0: tuple[float, float], fov_um: float, px: int) -> NDArray[np.uint8]:
+    """Return a square of the slide, uint8 (px, px, 3) RGB; white outside the slide.
 
     Parameters
     ----------
     slide : Slide
-    box_l0 : Box
-        Level-0 px.
+    middle_l0 : tuple of float
+        x, y, level-0 px.
     fov_um : float
         Edge, µm.
     px : int
@@ -124,8 +144,7 @@ def field_of_view(slide: Slide, box_l0: Box, fov_um: float, px: int) -> NDArray[
     if not 1 <= px <= _MOST_PX:
         raise ConfigError(f"px: expected 1 to {_MOST_PX} px, got {px!r}")
     plane = slide.frame.at(fov_um / px)
-    box_m = box_l0.scale(slide.frame.factor_to(plane))
-    x, y = (round((low + high - px) / 2) for low, high in ((box_m.x0, box_m.x1), (box_m.y0, box_m.y1)))
+    x, y = (round(at * slide.frame.factor_to(plane) - px / 2) for at in middle_l0)
     return slide.read(x, y, px, px, plane).rgb
 
 
@@ -163,7 +182,8 @@ def contact_sheet(views: Sequence[View], *, columns: int = 6, fov_um: float = 64
         axes = figure.add_subplot(grid[divmod(place, columns)])
         # Axes in µm, whatever the pixels.
         axes.imshow(view.rgb, extent=(0, fov_um, fov_um, 0))
-        axes.add_patch(Polygon(view.outline_um, fill=False, edgecolor=mark, linewidth=1))
+        for outline_um in view.outlines_um:
+            axes.add_patch(Polygon(outline_um, fill=False, edgecolor=mark, linewidth=1))
         axes.set(xlim=(0, fov_um), ylim=(fov_um, 0), xticks=[], yticks=[])
         for spine in axes.spines.values():
             spine.set(color=view.color, linewidth=2.5)
@@ -180,10 +200,3 @@ def _fitting(line: str) -> str:
         return line
     half = _MOST_CHARACTERS // 2
     return f"{line[:half]}…{line[-half:]}"
-
-
-def _around(polygon_l0: NDArray[np.float64], box_l0: Box, mpp: float, fov_um: float) -> NDArray[np.float64]:
-    """Return an outline in the field of view around its box, µm."""
-    middle = (box_l0.x0 + box_l0.x1) / 2, (box_l0.y0 + box_l0.y1) / 2
-    moved: NDArray[np.float64] = (polygon_l0 - middle) * mpp + fov_um / 2
-    return moved

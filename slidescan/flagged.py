@@ -6,7 +6,7 @@ Both are pure functions of stitched detections in level-0 px, deterministic, and
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 import numpy as np
@@ -44,6 +44,8 @@ class FlaggedRegion:
     mean: float
     evidence: float
     area_mm2: float
+    peak_box_l0: Box
+    """The detection of highest score."""
 
     @property
     def box_l0(self) -> Box:
@@ -111,10 +113,7 @@ def flag_regions(
         for rows in _halved(whole, centers, frame.px(max_um))
     ]
     regions.sort(key=lambda r: (-r.evidence, r.box_l0))
-    return tuple(
-        FlaggedRegion(rank, r.label, r.polygon_l0, r.n, r.peak, r.mean, r.evidence, r.area_mm2)
-        for rank, r in enumerate(regions, 1)
-    )
+    return tuple(replace(region, rank=rank) for rank, region in enumerate(regions, 1))
 
 
 def _linked(xy: NDArray[np.float64], reach: float) -> NDArray[np.intp]:
@@ -194,6 +193,7 @@ def _region(found: Detections, corners: NDArray[np.float64], frame: Frame, class
         mean=float(scores.mean()),
         evidence=float(evidence),
         area_mm2=area_px * frame.mm2_per_px,
+        peak_box_l0=Box(*found.xyxy[int(np.lexsort((*found.xyxy.T, -found.score))[0])].tolist()),
     )
 
 

@@ -88,7 +88,7 @@ def scan(
     overwrite : bool
         Replace another scan's result in `out`.
     title : str, optional
-        Heading of the overview picture; default: the slide's name.
+        Heading of the overview picture; default: the name of `out`.
     timeout_s : float, optional
         On a cluster: seconds that reading a region, and scoring it, may each take before its worker process is ended. A
         region that cannot be read in time, twice, counts as not analysed; one that cannot be scored ends the scan.
@@ -162,7 +162,9 @@ def scan(
         result = _assemble(opened, prepared, config, parts, profile, key, threshold, started)
         if out is not None:
             drawn = result
-            result = result.save(directory, lambda: draw_overview(prepared.thumbnail, drawn, title or opened.name))
+            result = result.save(
+                directory, lambda: draw_overview(prepared.thumbnail, drawn, title or directory.resolve().name)
+            )
             _sweep(directory)
     return result
 

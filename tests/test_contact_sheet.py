@@ -10,11 +10,11 @@ import pytest
 from matplotlib.patches import Polygon
 
 import slidescan as ss
-from slidescan.contact_sheet import View, contact_sheet
+from slidescan.contact_sheet import View, contact_sheet, corners
 from slidescan.errors import ConfigError
-from slidescan.geometry import Frame
+from slidescan.geometry import Box, Frame
 from slidescan.slides import Slide, memory_slide
-from tests.discs import MPP, ORACLE, discs
+from tests.discs import MPP, ORACLE, config, discs
 from tests.reviewed import APART
 
 
@@ -48,6 +48,24 @@ def test_it_shows_the_regions_in_order(result: ss.ScanResult, slide: Slide, tmp_
     assert (tmp_path / "sheet.png").stat().st_size > 5000
 
 
+def test_of_a_region_larger_than_the_field_its_best_detection_is_seen(slide: Slide) -> None:
+    """Not glass or other tissue in the middle of its box; the detection has an outline of its own."""
+    result = ss.scan(slide, ORACLE, config=config(flagged__link_um=400.0))
+    region = result.regions[0]
+    assert min(region.box_l0.width, region.box_l0.height) * MPP > 64
+    box = region.peak_box_l0
+    best = result.found.score == region.peak
+    assert (box.x0, box.y0, box.x1, box.y1) in [tuple(row) for row in result.found.xyxy[best].tolist()]
+    (axes,) = result.flagged(1).plot(slide, fov_um=64.0, px=128).axes
+    whole, around = (patch.get_xy()[:-1] for patch in axes.patches if isinstance(patch, Polygon))
+    np.testing.assert_allclose(np.ptp(whole, axis=0), np.ptp(region.polygon_l0, axis=0) * MPP)
+    np.testing.assert_allclose(
+        [around.min(0), around.max(0)], 32 + np.outer([-0.5, 0.5], [box.width, box.height]) * MPP
+    )
+    pixels = np.asarray(axes.images[0].get_array())
+    assert pixels[60:68, 60:68].mean() < 100
+
+
 def test_regions_are_a_tuple_that_travels(result: ss.ScanResult, slide: Slide) -> None:
     """Pickled regions can still be seen; none at all is a sheet that says so."""
     again = pickle.loads(pickle.dumps(result.flagged(2)))
@@ -61,7 +79,7 @@ def test_a_long_line_stays_above_its_own_field() -> None:
     """A slide's id of forty letters, above rank and score, is no wider than the field."""
     field = np.zeros((8, 8, 3), np.uint8)
     said = "TCGA-A2-A0T2-01Z-00-DX1.29A5C4B1-0F\n12 · 0.97 · accept"
-    views = [View.of_box(field, (1, 1, 2, 2), said)] * 3
+    views = [View(field, [corners(Box(1, 1, 2, 2))], said)] * 3
     figure = contact_sheet(views, fov_um=64.0, columns=3)
     figure.canvas.draw()
     for axes in figure.axes:
@@ -70,7 +88,7 @@ def test_a_long_line_stays_above_its_own_field() -> None:
         assert heading.y1 <= figure.bbox.height
         assert axes.get_title().endswith("12 · 0.97 · accept")
         assert axes.get_title().startswith("TCGA-A2")
-    figure = contact_sheet([View.of_box(field, (1, 1, 2, 2), "12 · 0.97 · mitotic figure")], fov_um=64.0)
+    figure = contact_sheet([View(field, [corners(Box(1, 1, 2, 2))], "12 · 0.97 · mitotic figure")], fov_um=64.0)
     assert figure.axes[0].get_title() == "12 · 0.97 · mitotic figure"  # what the bundled detector says fits
 
 

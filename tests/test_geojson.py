@@ -30,6 +30,7 @@ from slidescan.export import (
     write_geojson,
 )
 from slidescan.flagged import FlaggedRegion
+from slidescan.geometry import Box
 
 
 def _read(path: Path) -> dict:
@@ -129,7 +130,17 @@ def test_columns_of_other_length_are_refused() -> None:
 def test_flagged_regions_are_locked_annotations(tmp_path: Path) -> None:
     """A flagged region is a locked annotation with its rank and count in the name, the same on every export."""
     outline = np.array([[0.0, 0], [400, 0], [400, 300]])
-    region = FlaggedRegion(1, "mitotic figure", outline, n=7, peak=0.98, mean=0.7, evidence=12.5, area_mm2=0.01)
+    region = FlaggedRegion(
+        1,
+        "mitotic figure",
+        outline,
+        n=7,
+        peak=0.98,
+        mean=0.7,
+        evidence=12.5,
+        area_mm2=0.01,
+        peak_box_l0=Box(0, 0, 9, 9),
+    )
     (feature,) = region_features([region], run_namespace="slide:model", offset_l0=(100, 0))
     (again,) = region_features([region], run_namespace="slide:model")
     out = _write_one(tmp_path, feature)
@@ -143,7 +154,9 @@ def test_flagged_regions_are_locked_annotations(tmp_path: Path) -> None:
 
 def test_region_without_outline_is_refused() -> None:
     """An outline of two points is an error that names the region."""
-    region = FlaggedRegion(3, "x", np.zeros((2, 2)), n=1, peak=1.0, mean=1.0, evidence=1.0, area_mm2=0.0)
+    region = FlaggedRegion(
+        3, "x", np.zeros((2, 2)), n=1, peak=1.0, mean=1.0, evidence=1.0, area_mm2=0.0, peak_box_l0=Box(0, 0, 9, 9)
+    )
     with pytest.raises(ConfigError, match="flagged region 3"):
         list(region_features([region], run_namespace=""))
 
@@ -368,7 +381,10 @@ def test_a_class_has_one_colour() -> None:
     """Of its regions and of its detections, or a viewer that keeps the first it sees shows two classes alike."""
     classes = ["mitotic figure", "apoptotic body"]
     square = np.array([[0.0, 0], [9, 0], [9, 9]])
-    regions = [FlaggedRegion(rank, name, square, 1, 0.9, 0.9, 2.0, 0.1) for rank, name in enumerate(classes, 1)]
+    regions = [
+        FlaggedRegion(rank, name, square, 1, 0.9, 0.9, 2.0, 0.1, Box(0, 0, 9, 9))
+        for rank, name in enumerate(classes, 1)
+    ]
     found = Detections.build([[0, 0, 9, 9]] * 2, [0.9, 0.9], [0, 1])
     shown = [
         *region_features(regions, run_namespace="a:b", classes=classes),

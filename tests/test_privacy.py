@@ -11,8 +11,11 @@ import pytest
 import tifffile
 
 import slidescan as ss
+from slidescan import scan_slide
+from slidescan.archive.engine import estimate_archive
 from slidescan.errors import SlidescanError
 from slidescan.testing import TISSUE_GROUND, OracleDetector, disc_image, random_centers
+from tests.archives import write_slide
 
 CANARY = "DOE^JANE-19570401"
 ORACLE = OracleDetector(mpp=0.5, input_px=256, object_um=20.0, max_per_tile=1000)
@@ -94,3 +97,40 @@ def test_errors_do_not_quote_the_slides_text(tmp_path: Path) -> None:
         [sys.executable, "-m", "slidescan.cli", "info", tmp_path / "c.svs"], capture_output=True, text=True, check=False
     )
     assert "JANE" not in done.stdout + done.stderr
+
+
+def test_a_file_named_after_a_patient_goes_by_the_id_of_the_list(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever becomes of it: done, damaged, without scale, of another digest, not there; also in a dry run's words."""
+    folder = tmp_path / "Doe Jane 1957"
+    write_slide(folder / "Jane 1.tiff", 1)
+    write_slide(folder / "Jane 2.tiff", 2, mpp=None)
+    (folder / "Jane 3.svs").write_bytes(b"II*\0 not a slide")
+    write_slide(folder / "Jane 4.tiff", 4)
+    (folder / "Jane 6.mrxs").write_bytes(b"\xff\xd8 no slide")
+    names = [f"Jane {n}.{'svs' if n in (3, 5) else 'mrxs' if n == 6 else 'tiff'}" for n in range(1, 7)]
+    rows = [f"{name},P{n},{'0' * 64 if n == 4 else ''}" for n, name in enumerate(names, 1)]
+    (folder / "slides.csv").write_text("\n".join(["slide_path,slide_id,sha256", *rows]) + "\n")
+    records = ss.scan_archive(folder / "slides.csv", ORACLE, out=tmp_path / "runs", workers=1)
+    assert [record.reason for record in records] == [
+        None, "no_mpp", "open_error", "wrong_digest", "not_found", "open_error"
+    ]  # fmt: skip
+    assert all(record.message.startswith(f"{record.slide_id}: ") for record in records[1:])
+    for _, told in estimate_archive(folder / "slides.csv", ORACLE, workers=1):
+        assert "Jane" not in str(told)
+    assert "Jane" not in "".join(capfd.readouterr())
+    for file in (tmp_path / "runs").rglob("*"):
+        assert "Jane" not in file.name
+        assert not file.is_file() or b"Jane" not in file.read_bytes(), file.name
+
+
+def test_a_picture_is_headed_by_the_name_of_its_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not by that of the file, which may be a patient's."""
+    headings: list[str] = []
+    draw = scan_slide.draw_overview
+    monkeypatch.setattr(scan_slide, "draw_overview", lambda *a: (headings.append(a[2]), draw(*a))[1])
+    write_slide(tmp_path / "Jane.tiff", 1)
+    ss.scan(tmp_path / "Jane.tiff", ORACLE, out=tmp_path / "runs" / "P1")
+    ss.scan(tmp_path / "Jane.tiff", ORACLE, out=tmp_path / "runs" / "P2", title="case 2")
+    assert headings == ["P1", "case 2"]

@@ -56,7 +56,9 @@ def test_what_is_exported_comes_back(tmp_path: Path) -> None:
     phantom = write_phantom(tmp_path / "x.svs", Phantom((1536, 1280), tissue=0.6, n_figures=9), workers=1)
     truth = phantom.truth
     ids = detection_ids("a:b", truth.xyxy, truth.label)
-    region = FlaggedRegion(1, "mitotic figure", np.array([[0.0, 0], [900, 0], [900, 900]]), 3, 0.9, 0.8, 2.0, 0.1)
+    region = FlaggedRegion(
+        1, "mitotic figure", np.array([[0.0, 0], [900, 0], [900, 900]]), 3, 0.9, 0.8, 2.0, 0.1, Box(0, 0, 9, 9)
+    )
     features = [
         *region_features([region], run_namespace="a:b"),
         *detection_features(truth, classes=["mitotic figure"], ids=ids, measurements={"atypical": np.ones(len(truth))}),

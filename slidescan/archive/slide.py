@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -148,26 +149,29 @@ def estimate_slide(task: SlideTask) -> dict[str, Any]:
 
 
 def _explained(task: SlideTask, do: Callable[[], T], failed: Callable[[str, str], T]) -> T:
+    def fail(reason: str, said: object) -> T:
+        return failed(reason, _as_listed(str(said), task))
+
     try:
         return do()
     except (ConfigError, ResultError):  # of all slides
         raise
     except SlideNotFoundError as exc:
-        return failed("not_found", _without_paths(exc, task))
+        return fail("not_found", exc)
     except _ExplainedError as exc:
-        return failed(exc.reason, str(exc))
+        return fail(exc.reason, exc)
     except SlideReadError as exc:
-        return failed("read_error", _without_paths(exc, task))
+        return fail("read_error", exc)
     except SlideUnsupportedError as exc:
-        return failed("unsupported", _without_paths(exc, task))
+        return fail("unsupported", exc)
     except SlideError as exc:
-        return failed("open_error", _without_paths(exc, task))
+        return fail("open_error", exc)
     except WorkerTimeoutError as exc:
-        return failed("timeout", str(exc))
+        return fail("timeout", exc)
     except WorkerError as exc:
-        return failed("killed", str(exc))
+        return fail("killed", exc)
     except ModelError as exc:
-        return failed("model_error", str(exc))
+        return fail("model_error", exc)
     except Exception as exc:  # noqa: BLE001  # a fault of ours must not end a night's run, and is reported
         if is_short_of_memory(exc):
             return failed("out_of_memory", OUT_OF_MEMORY)
@@ -193,9 +197,9 @@ def _opened(task: SlideTask) -> Slide:
     try:
         slide = open_slide(entry.path, mpp=entry.mpp)
     except ConfigError as exc:  # of this row, such as a URL of no known kind
-        raise _ExplainedError("unsupported", _without_paths(exc, task)) from exc
+        raise _ExplainedError("unsupported", str(exc)) from exc
     except MissingExtraError as exc:
-        raise _ExplainedError("missing_package", _without_paths(exc, task)) from exc
+        raise _ExplainedError("missing_package", str(exc)) from exc
     if slide.mpp is None:
         reason = "no_mpp" if slide.mpp_source == "none" else "implausible_mpp"
         raise _ExplainedError(reason, f"{where.name}: µm/px: {slide.mpp_problem}; give it in the list's column mpp")
@@ -281,16 +285,19 @@ def _told(result: ScanResult) -> dict[str, Any]:
     }
 
 
-def _without_paths(error: Exception, task: SlideTask) -> str:
-    """Return an error's text with paths of the slide and of what lies beside it cut to their names.
+def _as_listed(said: str, task: SlideTask) -> str:
+    """Return an error's text with the slide called by its id, and nothing of where it and what is beside it lies.
 
-    Where an archive lies is nobody's business, and folders are named after patients.
+    Where an archive lies is nobody's business, and folders and files are named after patients.
     """
-    said, where = str(error), locate(task.entry.path)
+    where = locate(task.entry.path)
     places = [where, where.absolute(), where.resolve()] if isinstance(where, Path) else []
     folders = sorted({f"{place.parent}{os.sep}" for place in places} - {os.sep, f".{os.sep}"}, key=len, reverse=True)
     for told, short in ((task.entry.path, where.name), *((folder, "") for folder in folders)):
         said = said.replace(" ".join(told.split()), short)  # an error's text has lost its double spaces, too
+    for name in (where.name, where.stem):  # the folder beside a MIRAX slide has its stem
+        words = re.escape(" ".join(name.split()))
+        said = re.sub(rf"(?<![\w.-]){words}(?![\w-])", lambda _: task.entry.slide_id, said)
     return said
 
 

@@ -156,12 +156,26 @@ class Case:
 
     def parts(self, item: ReviewItem) -> NDArray[np.float32]:
         """Return the boxes (N, 4) of the detections in a region, from left to right; none for a detection."""
+        parts = self._inside(item)
+        ordered: NDArray[np.float32] = parts[np.lexsort(parts.T[::-1])]  # by score it would tell scores
+        return ordered
+
+    def focus(self, item: ReviewItem) -> Box:
+        """Return what a field too small for an item shows: its best detection, of one without score the middle one."""
+        parts, box = self._inside(item), item.box_l0
+        if not len(parts):
+            return box
+        off = (parts[:, :2] + parts[:, 2:]) / 2 - ((box.x0 + box.x1) / 2, (box.y0 + box.y1) / 2)
+        return Box(*parts[0 if item.score is not None else int((off**2).sum(1).argmin())].tolist())
+
+    def _inside(self, item: ReviewItem) -> NDArray[np.float32]:
+        """Return the boxes (N, 4) of the detections in a region, best first; none for a detection."""
         box, found = item.box_l0, self._found_l0
         meets = (found[:, 2:] >= (box.x0, box.y0)) & (found[:, :2] <= (box.x1, box.y1))  # a tree of few is soon built
         near = found[meets.all(1)]
-        parts = near[inside([item], (near[:, :2] + near[:, 2:]) / 2)[:, 1]] if len(near) else near
-        ordered: NDArray[np.float32] = parts[np.lexsort(parts.T[::-1])]  # by score it would tell scores
-        return ordered
+        if not len(near):
+            return near
+        return near[np.sort(inside([item], (near[:, :2] + near[:, 2:]) / 2)[:, 1])]
 
     def read_from(self, slide_at: SlideAt) -> None:
         """Take pixels from a slide, opened when it is first needed."""

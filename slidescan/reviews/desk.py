@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any, get_args
 
 from slidescan.errors import ConfigError, ResultError, SlideError
@@ -317,6 +317,7 @@ class Desk:
             "rank": item.rank,
             "mpp": self._review.cases[item.slide_id].frame.mpp,
             "box_l0": [box.x0, box.y0, box.x1, box.y1],
+            "focus_l0": list(astuple(self._review.cases[item.slide_id].focus(item))),
             "polygon_l0": polygon,
             "parts_l0": self._review.cases[item.slide_id].parts(item)[:MOST_PARTS].tolist(),
             "decided": _said(said.get(self._review.reviewer)),

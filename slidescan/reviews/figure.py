@@ -18,7 +18,7 @@ _COLORS = {"accept": "#009E73", "reject": "#D55E00", "unsure": "#E69F00"}
 
 
 def views(review: Review, items: Sequence[ReviewItem], fov_um: float, px: int) -> list[View]:
-    """Return the fields of view of items: box, rank, score and this reviewer's decision.
+    """Return the fields of view of items: boxes, rank, score and this reviewer's decision.
 
     A blinded review shows a running number in place of rank and score.
     """
@@ -32,6 +32,6 @@ def views(review: Review, items: Sequence[ReviewItem], fov_um: float, px: int) -
         made = review.decision(item.id)
         if made is not None:
             said.append(made.decision)
-        view = View.of_box(review.crop(item.id, fov_um, px), review.box_um(item.id, fov_um), of + " · ".join(said))
+        view = View(review.crop(item.id, fov_um, px), review.outlines_um(item.id, fov_um), of + " · ".join(said))
         shown.append(view if made is None else view._replace(color=_COLORS[made.decision]))
     return shown

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from slidescan.contact_sheet import contact_sheet, field_of_view
+from slidescan.contact_sheet import contact_sheet, corners, field_of_view, middle_of_field
 from slidescan.errors import ConfigError, MissingExtraError
+from slidescan.geometry import Box
 from slidescan.reviews.agreement import Kappa, cohen_kappa
 from slidescan.reviews.case import Case
 from slidescan.reviews.chosen import Choice, Sort
@@ -274,7 +275,10 @@ class Review:
         return table_of(rows, blinded=self.blinded)
 
     def crop(self, item_id: str, fov_um: float = 64.0, px: int = 256) -> NDArray[np.uint8]:
-        """Return a square field of view around an item, uint8 (px, px, 3) RGB; white outside the slide.
+        """Return a square field of view of an item, uint8 (px, px, 3) RGB; white outside the slide.
+
+        It shows the item's middle; of a region larger than the field its best detection, in a blinded review the one
+        nearest to the middle.
 
         Parameters
         ----------
@@ -292,15 +296,30 @@ class Review:
             If it cannot be opened or read.
         """
         item = self.item(item_id)
-        return field_of_view(self._cases[item.slide_id].slide(), item.box_l0, fov_um, px)
+        return field_of_view(self._cases[item.slide_id].slide(), self._middle_l0(item, fov_um), fov_um, px)
 
     def box_um(self, item_id: str, fov_um: float = 64.0) -> tuple[float, float, float, float]:
         """Return the item's box in its field of view: x0, y0, x1, y1 in µm from the upper left corner."""
         item = self.item(item_id)
-        half_w, half_h = (
-            self._cases[item.slide_id].frame.um(side) / 2 for side in (item.box_l0.width, item.box_l0.height)
-        )
-        return fov_um / 2 - half_w, fov_um / 2 - half_h, fov_um / 2 + half_w, fov_um / 2 + half_h
+        (x0, y0), _, (x1, y1), _ = self._in_field([corners(item.box_l0)], item, fov_um)[0].tolist()
+        return x0, y0, x1, y1
+
+    def outlines_um(self, item_id: str, fov_um: float = 64.0) -> list[NDArray[np.float64]]:
+        """Return the corners (4, 2) of the item's box and of each detection in it, as `box_um`."""
+        item = self.item(item_id)
+        parts = [Box(*part) for part in self._cases[item.slide_id].parts(item).tolist()]
+        boxes = [item.box_l0, *(parts if len(parts) > 1 else ())]
+        return self._in_field([corners(box) for box in boxes], item, fov_um)
+
+    def _middle_l0(self, item: ReviewItem, fov_um: float) -> tuple[float, float]:
+        case = self._cases[item.slide_id]
+        return middle_of_field(item.box_l0, case.focus(item), case.frame.px(fov_um))
+
+    def _in_field(
+        self, outlines_l0: Sequence[NDArray[np.float64]], item: ReviewItem, fov_um: float
+    ) -> list[NDArray[np.float64]]:
+        middle_l0, mpp = self._middle_l0(item, fov_um), self._cases[item.slide_id].frame.mpp
+        return [(outline - middle_l0) * mpp + fov_um / 2 for outline in outlines_l0]
 
     def plot(self, n: int = 24, *, columns: int = 6, fov_um: float = 64.0, px: int = 192) -> Plot:
         """Return a contact sheet of the first `n` items with what was decided, a matplotlib figure.

@@ -21,7 +21,7 @@ from slidescan.errors import ConfigError, ResultError
 from slidescan.reviews import Review
 from slidescan.slides import Slide, memory_slide
 from tests.archives import write_slide
-from tests.discs import MPP, ORACLE
+from tests.discs import MPP, ORACLE, config
 from tests.reviewed import APART, lines
 
 ROOT = Path(__file__).parents[2]
@@ -216,6 +216,27 @@ def test_crops_show_the_right_place(result: ss.ScanResult, slide: Slide) -> None
     for wrong in ({"fov_um": 0}, {"fov_um": float("nan")}, {"px": 0}, {"px": 5000}):
         with pytest.raises(ConfigError, match=next(iter(wrong))):
             looked.crop(item.id, **wrong)
+
+
+@pytest.mark.parametrize("blinded", [False, True])
+def test_a_crop_of_a_large_region_shows_a_detection(slide: Slide, tmp_path: Path, blinded: bool) -> None:
+    """The best one; in a blinded review the one nearest to the region's middle, which tells no score."""
+    result = ss.scan(slide, ORACLE, out=tmp_path / "case", config=config(flagged__link_um=400.0))
+    looked = ss.review(result, slides=slide, reviewer="ann", blinded=blinded)
+    item = max(looked.items(), key=lambda item: item.n)
+    box, centers = item.box_l0, result.found.centers
+    assert max(box.width, box.height) * MPP > 64
+    middle = np.array([(box.x0 + box.x1) / 2, (box.y0 + box.y1) / 2])
+    nearest = int(((centers - middle) ** 2).sum(1).argmin())
+    shown = centers[nearest if blinded else 0]
+    x0, y0, x1, y1 = looked.box_um(item.id)
+    np.testing.assert_allclose(((x0 + x1) / 2 - 32, (y0 + y1) / 2 - 32), (middle - shown) * MPP, atol=0.01)
+    assert looked.crop(item.id, px=128)[60:68, 60:68].mean() < 100
+    _, *parts = looked.outlines_um(item.id)
+    assert len(parts) == item.n
+    assert any(np.allclose(part.mean(0), 32, atol=0.01) for part in parts)
+    x0, y0, x1, y1 = looked.box_um(item.id, 2000.0)  # as it lies, where it fits
+    np.testing.assert_allclose(((x0 + x1) / 2, (y0 + y1) / 2), 1000.0)
 
 
 def test_pixels_of_no_other_slide_are_shown(result: ss.ScanResult, slide: Slide, tmp_path: Path) -> None:

@@ -78,8 +78,9 @@ export class Field {
   }
 
   place(item, fovUm) {
-    const [x0, y0, x1, y1] = item.box_l0;
     const percent = (px) => (100 * px * item.mpp) / fovUm;
+    const size = ([left, top, right, bottom]) => Math.max(right - left, bottom - top) * item.mpp;
+    const [x0, y0, x1, y1] = size(item.box_l0) <= fovUm ? item.box_l0 : item.focus_l0; // as the server centres pictures
     const put = (box, [left, top, right, bottom]) => Object.assign(box.style, {
       left: `${50 + percent(left - (x0 + x1) / 2)}%`, top: `${50 + percent(top - (y0 + y1) / 2)}%`,
       width: `${percent(right - left)}%`, height: `${percent(bottom - top)}%`,
