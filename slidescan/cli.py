@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from slidescan import cli_archive, cli_review, cli_train
-from slidescan.cli_archive import PrecisionOpt, assigned, with_reason
+from slidescan.cli_archive import ModelMppOpt, PrecisionOpt, assigned, with_reason
 from slidescan.cli_progress import slide_scanned
 from slidescan.cli_report import area, chosen, duration, report, say_profile, seconds_of, warnings_in_a_line
 from slidescan.endings import ends_at_once, ends_in_a_line
@@ -96,6 +96,7 @@ def info(
     slide: SlideArg,
     mpp: MppOpt = None,
     model: ModelOpt = "mitosis",
+    model_mpp: ModelMppOpt = None,
     precision: PrecisionOpt = "auto",
     config: ConfigOpt = None,
     set_: SetOpt = None,
@@ -116,7 +117,7 @@ def info(
 
     from slidescan.prepare import estimate_s, prepare
 
-    prepared = prepare(opened, _detector(model, precision), settings, allow_coarse=allow_coarse)
+    prepared = prepare(opened, _detector(model, precision, model_mpp), settings, allow_coarse=allow_coarse)
     typer.echo(f"detector    {chosen(prepared)}")
     if prepared.tissue is not None:
         note = f"; {prepared.tissue.note}" if prepared.tissue.note else ""
@@ -134,6 +135,7 @@ def scan(
     out: Annotated[Path, typer.Option("--out", "-o", help="Directory that will hold <slide id>/.")] = Path("runs"),
     mpp: MppOpt = None,
     model: ModelOpt = "mitosis",
+    model_mpp: ModelMppOpt = None,
     precision: PrecisionOpt = "auto",
     config: ConfigOpt = None,
     set_: SetOpt = None,
@@ -153,7 +155,7 @@ def scan(
     opened = _open(slide, mpp, backend, verify)
     result = _scan(
         opened,
-        _detector(model, precision),
+        _detector(model, precision, model_mpp),
         out / (slide_id or opened.name),
         settings,
         title=slide_id,
@@ -201,7 +203,10 @@ def export(
 
         only = decided(result, decisions, reviewer=reviewer)
         named = {id_: label for id_, label in only.items() if label is not None}
-    if format_ == "csv" or (format_ is None and out.suffix.lower() == ".csv"):
+    is_csv = format_ == "csv" or (format_ is None and out.suffix.lower() == ".csv")
+    if is_csv and what == "regions":
+        raise ConfigError("--what regions: expected GeoJSON, which has regions, got CSV, which has detections only")
+    if is_csv:
         n = result.to_csv(out, min_score=min_score, top_k=top_k, only=only, named=named)
     else:
         n = result.to_geojson(out, origin=origin, min_score=min_score, top_k=top_k, what=what, only=only, named=named)
@@ -294,10 +299,10 @@ def _open(path: str | Path, mpp: float | None, backend: Backend, verify: bool = 
         return open_slide(path, mpp=mpp, backend=backend, verify=verify)
 
 
-def _detector(model: str, precision: Precision = "auto") -> Detector:
+def _detector(model: str, precision: Precision = "auto", mpp: float | None = None) -> Detector:
     from slidescan.detect import load_detector
 
-    return load_detector(model, precision=precision)
+    return load_detector(model, precision=precision, mpp=mpp)
 
 
 def _scan(

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from slidescan.detections import Detector
     from slidescan.jobqueue import Queue
 
-__all__ = ["PrecisionOpt", "archive", "assigned", "heeded_signals", "status", "with_reason"]
+__all__ = ["ModelMppOpt", "PrecisionOpt", "archive", "assigned", "heeded_signals", "status", "with_reason"]
 
 PrecisionOpt = Annotated[
     Literal["auto", "fp32", "bf16"],
@@ -33,6 +33,10 @@ PrecisionOpt = Annotated[
         help="Of the network's convolutions. bf16 is faster on a GPU, and on a CPU that has it (AVX-512, AMX); auto: "
         "bf16 on a GPU and fp32 on a CPU."
     ),
+]
+ModelMppOpt = Annotated[
+    float | None,
+    typer.Option(help="µm/px the model was trained at, where its directory does not say: transformers' own."),
 ]
 _AGAIN_S = 0.05  # after which a signal that was lost comes again: finalizers end sooner
 
@@ -45,6 +49,7 @@ def archive(
     model: Annotated[
         str, typer.Option("--model", "-m", help="Detector: `mitosis`, a directory, or a Hugging Face id.")
     ] = "mitosis",
+    model_mpp: ModelMppOpt = None,
     precision: PrecisionOpt = "auto",
     config: Annotated[
         Path | None, typer.Option("--config", "-c", help="YAML with settings; see configs/slurm.yaml.")
@@ -78,7 +83,8 @@ def archive(
     if retry_failed and retry_failed not in REASONS:
         raise ConfigError(f"--retry-failed must be one of {', '.join(REASONS)}, or nothing, got {retry_failed!r}")
     settings, queue = load_settings(config, assigned(set_ or []))
-    part, entries, detector = _shard(shard), read_listing(listing), load_detector(model, precision=precision)
+    part, entries = _shard(shard), read_listing(listing)
+    detector = load_detector(model, precision=precision, mpp=model_mpp)
     with heeded_signals(), _cluster(scheduler, queue) as client:
         n = queue.workers if queue is not None and client is not None else workers
         common: dict[str, Any] = {"config": settings, "client": client, "workers": n, "shard": part}
@@ -211,7 +217,8 @@ def _estimate(entries: list[Any], detector: Detector, common: dict[str, Any]) ->
         n += 1
         if "reason" in told:
             bad += 1
-            typer.echo(f"{entry.slide_id}: would fail, {told['reason']}: {told['message']}")
+            why = told["message"].removeprefix(f"{entry.slide_id}: ")
+            typer.echo(f"{entry.slide_id}: would fail, {told['reason']}: {why}")
         for name in total:
             total[name] += told.get(name) or 0
     typer.echo(f"slides      {n:,}, {bad:,} of which would fail; {total['bytes'] / 1e9:,.1f} GB")

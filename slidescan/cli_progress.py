@@ -67,7 +67,8 @@ def slides_done() -> Iterator[Callable[[ArchiveProgress], None]]:
         def on_slide(now: ArchiveProgress) -> None:
             record = now.record
             if record.reason is not None and record.reason != "no_tissue":
-                told = f"{record.slide_id}: {record.state}, {record.reason}: {record.message}"
+                why = record.message.removeprefix(f"{record.slide_id}: ")
+                told = f"{record.slide_id}: {record.state}, {record.reason}: {why}"
                 console.print(told, markup=False, highlight=False, soft_wrap=True)
             rate = f"{now.megapixels / now.seconds:.1f} MP/s" if now.seconds else ""
             failed = f"{now.failed:,} failed  " if now.failed else ""

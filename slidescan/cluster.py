@@ -6,8 +6,10 @@ import asyncio
 import atexit
 import contextlib
 import logging
+import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -158,6 +160,8 @@ def processes(
     from distributed import Client, LocalCluster
     from distributed.security import Security
 
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        sys.exit(1)  # in a worker that imports the script which started it, and would start workers; it is told there
     if client is not None:
         yield client, max(len(_workers(client)), workers or 0)
         return
@@ -208,7 +212,10 @@ def _started(cluster: Callable[..., Any], **options: Any) -> Iterator[Any]:
         try:
             started = _start(cluster, options)
         except RuntimeError as exc:
-            raise WorkerError("worker processes end while they are started; is there memory for them?") from exc
+            raise WorkerError(
+                "worker processes end while they are started: a script that scans an archive does it below "
+                '`if __name__ == "__main__":`, or memory is short'
+            ) from exc
     try:
         with started:
             try:

@@ -40,6 +40,8 @@ def commit(path: Path, write: Callable[[Path], None]) -> None:
     )
     partial = path.with_name(f".{name}.{_place()}-{os.getpid()}-{threading.get_ident()}.partial")
     try:
+        if not path.parent.is_dir():  # libraries would tell of the name aside
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
         for left in reversed(range(_TRIES)):
             try:
                 write(partial)

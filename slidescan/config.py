@@ -154,6 +154,24 @@ class ScanConfig(_Section):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
+def checked(config: ScanConfig | None) -> ScanConfig:
+    """Return the settings, the defaults for None.
+
+    Raises
+    ------
+    ConfigError
+        If it is something else, such as a mapping or the path of a file.
+    """
+    if config is None:
+        return ScanConfig()
+    if not isinstance(config, ScanConfig):
+        raise ConfigError(
+            f"config: expected a ScanConfig, got {type(config).__name__}; ScanConfig.load makes one of a file, a "
+            "mapping, or both"
+        )
+    return config
+
+
 def _first_problem(exc: ValidationError) -> str:
     """Say the first validation failure in the words of a person who edits YAML."""
     problem = exc.errors()[0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, SupportsIndex, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,6 +44,16 @@ class FlaggedRegions(tuple[FlaggedRegion, ...]):  # noqa: SLOT001  # a tuple's o
         self = super().__new__(cls, regions)
         self._fingerprint, self._frame = fingerprint, frame
         return self
+
+    @overload
+    def __getitem__(self, key: SupportsIndex) -> FlaggedRegion: ...
+    @overload
+    def __getitem__(self, key: slice) -> FlaggedRegions: ...
+    def __getitem__(self, key: SupportsIndex | slice) -> FlaggedRegion | FlaggedRegions:
+        """Return one, or some that can be seen, too."""
+        if isinstance(key, slice):
+            return FlaggedRegions(super().__getitem__(key), fingerprint=self._fingerprint, frame=self._frame)
+        return super().__getitem__(key)
 
     def __getnewargs_ex__(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return (tuple(self),), {"fingerprint": self._fingerprint, "frame": self._frame}

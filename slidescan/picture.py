@@ -31,7 +31,7 @@ _SLACK = 0.02  # of the tile: how far two tiles may disagree on the centre of on
 
 def detect_image(
     image: str | Path | NDArray[np.uint8] | Slide,
-    detector: Detector | str = "mitosis",
+    detector: Detector | str | Path = "mitosis",
     *,
     min_score: float | None = None,
     tile_px: int | None = None,
@@ -43,7 +43,7 @@ def detect_image(
     ----------
     image : str, Path, ndarray of uint8 (H, W, 3), or Slide
         A PNG, JPEG or slide; RGB.
-    detector : Detector or str
+    detector : Detector, str or Path
         A detector, or a name or directory for `load_detector`; a px is the unit of a model that names no µm/px.
     min_score : float, optional
         In (0, 1]; default: the detector's operating threshold.
@@ -78,7 +78,7 @@ def detect_image(
         raise ConfigError(f"tile_px: expected a multiple of {_SIDE_PX} from {_LEAST_PX} to {_MOST_PX}, got {tile_px}")
     if min_score is not None and not 0 < min_score <= 1:
         raise ConfigError(f"min_score: expected a number in (0, 1], got {min_score}")
-    if isinstance(detector, str):
+    if isinstance(detector, str | Path):
         from slidescan.detect import load_detector
 
         detector = load_detector(detector, mpp=1.0)

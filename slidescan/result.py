@@ -132,6 +132,7 @@ class ScanResult:
 
     def flagged(self, n: int = 20) -> FlaggedRegions:
         """Return the `n` regions with most evidence, a tuple; ``.plot(slide)`` is their contact sheet."""
+        _check_count("n", n)
         fingerprint = self.provenance["slide"]["fingerprint"]
         return FlaggedRegions(self.regions[:n], fingerprint=fingerprint, frame=self.frame)
 
@@ -172,8 +173,11 @@ class ScanResult:
         named : mapping of str to str, optional
             By id the class of those whose class is not to be the detector's.
         """
+        if what not in ("all", "detections", "regions"):
+            raise ConfigError(f"what: expected all, detections or regions, got {what!r}")
         offset = self.origin_l0(origin)
         lowest = self._lowest(min_score)
+        _check_count("top_k", top_k)
         found, classes = self._renamed(named)
 
         def features() -> Iterator[Any]:
@@ -206,6 +210,7 @@ class ScanResult:
         if Path(path).suffix.lower() != ".csv":
             raise ConfigError(f"{Path(path).name}: expected a name that ends in .csv")
         lowest = self._lowest(min_score)
+        _check_count("top_k", top_k)
         # In float32, as everywhere: a score that is the threshold counts.
         rows = self._table(named).filter(
             pc.greater_equal(pc.field("score"), pa.scalar(np.float32(lowest), pa.float32()))
@@ -245,8 +250,7 @@ class ScanResult:
 
         if slide is not None:
             slide = as_scanned(slide, self.provenance["slide"]["fingerprint"], self.frame)
-        if regions < 0:
-            raise ConfigError(f"regions: expected a number of regions, got {regions}")
+        _check_count("regions", regions)
         return draw_map(
             self.anomaly,
             self.frame,
@@ -313,7 +317,7 @@ class ScanResult:
     def _lowest(self, min_score: float | None) -> float:
         if min_score is not None and not 0 <= min_score <= 1:
             raise ConfigError(f"min_score: expected a number from 0 to 1, got {min_score}")
-        return self.threshold if min_score is None else min_score
+        return self.threshold if min_score is None else float(min_score)
 
     @property
     def _namespace(self) -> str:
@@ -341,6 +345,11 @@ class ScanResult:
         return to_table(found, self.ids, classes, self._said)
 
 
+def _check_count(name: str, count: int | None) -> None:
+    if count is not None and count < 0:
+        raise ConfigError(f"{name}: expected a number of regions or detections, got {count}")
+
+
 def load_result(path: str | Path, *, verify: bool = True) -> ScanResult:
     """Read a result directory.
 
@@ -357,6 +366,8 @@ def load_result(path: str | Path, *, verify: bool = True) -> ScanResult:
         If the directory is missing, unfinished, damaged, or of a newer slidescan.
     """
     out = Path(path)
+    if out.name == MANIFEST and out.is_file():
+        out = out.parent
     manifest = read_manifest(out)
     if manifest is None:
         below = sorted(each.parent for each in (*out.glob(f"*/{MANIFEST}"), *out.glob(f"slides/*/{MANIFEST}")))
@@ -364,6 +375,8 @@ def load_result(path: str | Path, *, verify: bool = True) -> ScanResult:
             f"there are {len(below)} below it, such as {below[0]}: name one"
             if below
             else "the scan has not finished; run the same command to continue"
+            if any(out.glob("parts-*"))
+            else "no scan has finished there"
             if out.is_dir()
             else "no such directory"
         )

@@ -13,15 +13,15 @@ import hashlib
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from slidescan.anomaly import anomaly_map, coverage_map
 from slidescan.commit import sweep
-from slidescan.config import ScanConfig
+from slidescan.config import ScanConfig, checked
 from slidescan.detections import Detections, Detector
 from slidescan.errors import ConfigError, ResultError, ResultInTheWayError, SlideReadError
 from slidescan.geometry import Box, Frame
@@ -51,7 +51,7 @@ _HEX = "[0-9a-f]"
 
 def scan(
     slide: Slide | str | Path,
-    detector: Detector | str = "mitosis",
+    detector: Detector | str | Path = "mitosis",
     *,
     out: str | Path | None = None,
     config: ScanConfig | None = None,
@@ -71,7 +71,7 @@ def scan(
     ----------
     slide : Slide, str or Path
         An open slide, or a path to open with its own µm/px.
-    detector : Detector or str
+    detector : Detector, str or Path
         A detector, or a name or path for `load_detector`.
     out : str or Path, optional
         The result directory. One that holds this very scan, finished or begun, is continued. Without it nothing is kept
@@ -112,8 +112,10 @@ def scan(
     >>> import slidescan as ss
     >>> result = ss.scan("case.svs", "mitosis", out="runs/case")  # doctest: +SKIP
     """
-    config = config or ScanConfig()
-    if isinstance(detector, str):
+    config = checked(config)
+    if workers is not None and workers < 1:
+        raise ConfigError(f"workers: expected 1 or more, got {workers}")
+    if isinstance(detector, str | Path):
         from slidescan.detect import load_detector
 
         detector = load_detector(detector)
@@ -135,7 +137,7 @@ def scan(
         else:
             directory = Path(out)
         held.enter_context(claimed(directory))
-        done = _is_done(directory, key, overwrite=overwrite)
+        done = _is_done(directory, key, opened, variant, config, overwrite=overwrite)
         if out is not None and remember:
             noted(directory, {directory.resolve().name: None if opened.backend == "memory" else opened.path})
         if done:
@@ -235,7 +237,7 @@ def _assemble(
     return ScanResult(frame, tuple(detector.classes), detections, anomaly, provenance)
 
 
-def _is_done(out: Path, key: str, *, overwrite: bool) -> bool:
+def _is_done(out: Path, key: str, slide: Slide, detector: Detector, config: ScanConfig, *, overwrite: bool) -> bool:
     """Return whether `out` holds this very scan, finished; make room in it otherwise."""
     if overwrite:
         (out / MANIFEST).unlink(missing_ok=True)
@@ -244,10 +246,23 @@ def _is_done(out: Path, key: str, *, overwrite: bool) -> bool:
         if manifest["run_key"] == key:
             return True
         raise ResultInTheWayError(
-            f"{out}: holds the result of another slide, detector, setting or version; choose another output directory "
-            "or pass --overwrite (overwrite=True)"
+            f"{out}: holds the result of another {_what_differs(manifest, slide, detector, config)}; choose another "
+            "output directory or pass --overwrite (overwrite=True)"
         )
     return False
+
+
+def _what_differs(manifest: Mapping[str, Any], slide: Slide, detector: Detector, config: ScanConfig) -> str:
+    """Say in what a result differs from a scan, the first that a person would ask for."""
+    other = {
+        "slide": manifest["slide"]["fingerprint"] != slide.fingerprint,
+        "µm/px of the slide": manifest["slide"]["mpp"] != slide.frame.mpp,
+        "reader": manifest["slide"]["backend"] != slide.backend,
+        "detector": manifest["detector"]["sha256"] != detector.sha256,
+        "set of settings": manifest["config"] != config.model_dump(mode="json"),
+        "slidescan": manifest["versions"]["slidescan"] != versions()["slidescan"],
+    }
+    return next((name for name, differs in other.items() if differs), "device or precision")
 
 
 def _sweep(out: Path) -> None:

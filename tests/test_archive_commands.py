@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import subprocess
 import sys
 import time
@@ -27,7 +28,9 @@ class TestCommands:
         run = [*command, "archive", str(tmp_path / "in"), "-o", str(tmp_path / "runs"), "--workers", "1"]
         done = subprocess.run(run, capture_output=True, text=True, check=False)
         assert done.returncode == 1
-        assert done.stderr.startswith("b: failed, open_error: b.svs")  # and nothing else: this is no terminal
+        assert done.stderr.startswith(
+            "b: failed, open_error: OpenSlide cannot open it"
+        )  # and nothing else: this is no terminal
         assert len(done.stderr.splitlines()) == 1
         assert "Traceback" not in done.stderr
         assert "slides      2: 1 done, 1 failed, 0 to do" in done.stdout
@@ -111,3 +114,20 @@ class TestCommands:
                 cli.main()
             assert ended.value.code == 3
             assert told in capsys.readouterr().err
+
+
+def test_a_script_without_a_guard_is_told_of_it(tmp_path: Path) -> None:
+    """Worker processes import the script that started them; one line says what that asks of it."""
+    write_slide(tmp_path / "in" / "a.tiff", 1)
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys\nimport slidescan as ss\nfrom slidescan.endings import ends_in_a_line\n"
+        "from tests.discs import ORACLE\n"
+        "with ends_in_a_line('script'):\n    ss.scan_archive(sys.argv[1], ORACLE, out=sys.argv[2], workers=1)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [sys.executable, script, tmp_path / "in", tmp_path / "runs"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, env=environment)
+    assert done.returncode == 3
+    (line,) = done.stderr.splitlines()
+    assert 'does it below `if __name__ == "__main__":`' in line

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -119,6 +120,7 @@ def test_validate_names_the_line_that_breaks(tmp_path: Path) -> None:
         (["detect", "{case}", "--model", "photos", "--precision", "bf16"], 2, "got bf16"),
         (["archive", ".", "--model", "photos", "--precision", "bf16"], 2, "got bf16"),
         (["scan", "{case}", "--scheduler", "tcp://127.0.0.1:9"], 2, "127.0.0.1:9"),
+        (["scan", "{case}", "--model", "plain"], 2, "--model-mpp"),
         (["scan"], 2, "'slide'"),
         (["scann", "x"], 2, "scann"),
         (["export", "nowhere", "-o", "x.geojson"], 3, "nowhere"),
@@ -132,6 +134,8 @@ def test_a_wrong_command_is_one_line(phantom: Path, tmp_path: Path, arguments: l
     (tmp_path / "empty.svs").touch()
     (tmp_path / "text.svs").write_text("not a slide")
     detector_of_photos(tmp_path / "photos")
+    shutil.copytree(tmp_path / "photos", tmp_path / "plain")
+    (tmp_path / "plain" / "slidescan.json").unlink()
     done = slidescan(*(a.replace("{case}", str(phantom)) for a in arguments), cwd=tmp_path)
     if arguments[0] == "validate":
         assert done.returncode in (1, 3)

@@ -21,6 +21,7 @@ from slidescan.phantom import Phantom, write_phantom
 from slidescan.slides import memory_slide
 from slidescan.train import qupath
 from slidescan.train.annotated import Annotated
+from slidescan.train.own import kind_of
 from slidescan.train.qupath import load_slides
 from slidescan.train.windows import Windows
 
@@ -122,6 +123,26 @@ def test_qupath_attributes_are_measurements(tmp_path: Path, measurements: Any, e
     """In both forms that QuPath has written."""
     (found,) = load_qupath(slides(tmp_path, feature("Point", [40, 60], measurements=measurements)))
     np.testing.assert_array_equal(found.attributes, [[expected]])
+
+
+def test_an_outline_without_class_that_is_no_object(tmp_path: Path) -> None:
+    """A tumour's outline is not taken for the one class there is; one that is called so is."""
+    tumour = [[0, 0], [120, 0], [120, 90], [0, 90], [0, 0]]  # 60 µm, objects are 5
+    document = {"type": "FeatureCollection", "features": [POINT, feature("Polygon", [tumour], classification=None)]}
+    with pytest.raises(ConfigError, match=r"a\.geojson: feature 1: .*an outline without class 8 times as large"):
+        load_qupath(slides(tmp_path, document), classes=("cell",))
+    document["features"][1] = feature("Polygon", [tumour])
+    (one,) = load_qupath(slides(tmp_path, document), classes=("cell",))
+    assert len(one.label) == 2
+
+
+def test_a_stray_json_does_not_make_pictures_of_slides(tmp_path: Path) -> None:
+    """Notes beside annotated slides are notes."""
+    slides(tmp_path, {"type": "FeatureCollection", "features": [POINT]})
+    (tmp_path / "notes.json").write_text("{}")
+    assert kind_of(tmp_path) == "slides"
+    (tmp_path / "a.geojson").unlink()
+    assert kind_of(tmp_path) == kind_of(tmp_path / "notes.json") == "pictures"
 
 
 def test_without_a_class(tmp_path: Path) -> None:

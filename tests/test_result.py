@@ -96,20 +96,48 @@ def test_a_name_or_a_score_that_cannot_be_meant(tmp_path: Path) -> None:
         for write, name in ((result.to_csv, "case.csv"), (result.to_geojson, "case.geojson")):
             with pytest.raises(ConfigError, match=r"min_score: expected a number from 0 to 1"):
                 write(tmp_path / name, min_score=score)
+        with pytest.raises(ConfigError, match="top_k: expected a number of regions or detections, got -1"):
+            write(tmp_path / name, top_k=-1)
+    with pytest.raises(ConfigError, match="what: expected all, detections or regions, got 'region'"):
+        result.to_geojson(tmp_path / "case.geojson", what="region")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="n: expected a number"):
+        result.flagged(-1)
     with pytest.raises(ConfigError, match=r"case\.geojson: expected a name that ends in \.csv"):
         result.to_csv(tmp_path / "case.geojson")
     assert not list(tmp_path.iterdir())
+    n = result.to_geojson(tmp_path / "case.geojson", min_score=result.detections.score[4], what="detections")  # float32
+    assert n == result.to_csv(tmp_path / "case.csv", min_score=result.detections.score[4])
 
 
 @pytest.mark.parametrize("below", ["runs", "runs/slides"])
 def test_a_folder_of_results_is_told_from_a_scan_that_has_not_finished(tmp_path: Path, below: str) -> None:
     """Who names the folder above is told of what is in it."""
     (tmp_path / "runs").mkdir()
-    with pytest.raises(ResultError, match="the scan has not finished"):
+    with pytest.raises(ResultError, match="no scan has finished there"):
         ss.load_result(tmp_path / "runs")
     ss.scan(discs(n=10)[0], ORACLE, out=tmp_path / below / "case", config=config())
     with pytest.raises(ResultError, match=r"there are 1 below it, such as .*/case: name one"):
         ss.load_result(tmp_path / "runs")
+
+
+def test_a_manifest_stands_for_its_directory(tmp_path: Path) -> None:
+    result = ss.scan(discs(n=3)[0], ORACLE, out=tmp_path / "case", config=config())
+    assert ss.load_result(tmp_path / "case" / "manifest.json").ids == result.ids
+
+
+def test_a_folder_that_is_not_there_is_named_and_nothing_hidden(tmp_path: Path) -> None:
+    """Not the file aside that was to be moved."""
+    result = ss.scan(discs(n=3)[0], ORACLE, config=config())
+    for write, name in ((result.to_csv, "case.csv"), (result.to_geojson, "case.geojson")):
+        with pytest.raises(ResultError, match=rf"nowhere/{name}: cannot be written \(No such file or directory\)"):
+            write(tmp_path / "nowhere" / name)
+
+
+def test_a_part_of_flagged_regions_can_be_seen(tmp_path: Path) -> None:
+    slide, _ = discs(n=10)
+    flagged = ss.scan(slide, ORACLE, config=config()).flagged(5)
+    assert flagged[0] is list(flagged)[0]  # noqa: RUF015
+    assert [axes.get_title() for axes in flagged[1:2].plot(slide).axes] == [flagged.plot(slide).axes[1].get_title()]
 
 
 def test_a_plot_takes_a_path(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 import slidescan as ss
 from slidescan.anomaly import Coverage
 from slidescan.config import ScanConfig
-from slidescan.errors import ConfigError, ResolutionError, SlideReadError
+from slidescan.errors import ConfigError, ModelError, ResolutionError, SlideReadError
 from slidescan.geometry import Box
 from slidescan.prepare import prepare
 from slidescan.slides import memory_slide
@@ -76,7 +76,7 @@ def test_the_number_of_workers_does_not_matter(tmp_path: Path) -> None:
     """One thread or three write byte-identical detections and map."""
     slide, _ = discs()
     for n in (1, 3):
-        ss.scan(slide, ORACLE, out=tmp_path / str(n), config=config(), workers=n)
+        ss.scan(slide, ORACLE, out=tmp_path / str(n), config=config(), workers=n, title="case")
     one, three = (json.loads((tmp_path / n / "manifest.json").read_text())["files"] for n in ("1", "3"))
     assert one == three
 
@@ -230,3 +230,20 @@ def test_import_is_light() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_settings_and_detectors_of_another_kind(tmp_path: Path) -> None:
+    """A mapping or a file of settings is told of `load`; a detector may be named by a Path."""
+    slide, _ = discs(n=3)
+    for wrong, kind in (({"detect.threshold": 0.3}, "dict"), ("settings.yaml", "str")):
+        with pytest.raises(ConfigError, match=rf"config: expected a ScanConfig, got {kind}; ScanConfig.load makes one"):
+            ss.scan(slide, ORACLE, config=wrong)  # type: ignore[arg-type]
+        with pytest.raises(ConfigError, match="config: expected a ScanConfig"):
+            ss.scan_archive([], ORACLE, out=tmp_path, config=wrong)  # type: ignore[arg-type]
+    for call in (
+        lambda: ss.scan(slide, tmp_path / "model"),
+        lambda: ss.detect_image(np.zeros((9, 9, 3), np.uint8), tmp_path / "model"),
+        lambda: ss.scan_archive([], tmp_path / "model", out=tmp_path / "runs"),
+    ):
+        with pytest.raises(ModelError, match="model"):
+            call()

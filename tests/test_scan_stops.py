@@ -15,7 +15,7 @@ from distributed import Client, LocalCluster
 
 import slidescan as ss
 from slidescan.detections import Detections
-from slidescan.errors import ResultError, SlideReadError
+from slidescan.errors import ConfigError, ResultError, SlideReadError
 from slidescan.phantom import write_phantom
 from slidescan.prepare import prepare
 from slidescan.provenance import run_key
@@ -38,7 +38,7 @@ def stopped_after_one_region(slide: Slide, out: Path) -> None:
 def test_an_interrupted_scan_continues(tmp_path: Path) -> None:
     """After a stop the committed regions are kept, only the rest is scored, and the result is byte-identical."""
     slide, _ = discs()
-    ss.scan(slide, ORACLE, out=tmp_path / "whole", config=config())
+    ss.scan(slide, ORACLE, out=tmp_path / "whole", config=config(), title="case")
 
     def stop(state: ss.scan_slide.Progress) -> None:
         if state.regions_done == 3:
@@ -64,7 +64,7 @@ def test_an_interrupted_scan_continues(tmp_path: Path) -> None:
 def test_a_killed_process_continues(tmp_path: Path) -> None:
     """SIGKILL in the middle costs the regions in flight and nothing else."""
     slide, _ = discs()
-    ss.scan(slide, ORACLE, out=tmp_path / "whole", config=config())
+    ss.scan(slide, ORACLE, out=tmp_path / "whole", config=config(), title="case")
     program = (
         "import os, signal, sys\n"
         "sys.path.insert(0, sys.argv[2])\n"
@@ -104,8 +104,16 @@ def test_a_finished_scan_is_not_repeated_and_another_is_not_overwritten(tmp_path
     again = ss.scan(slide, ORACLE, out=tmp_path / "case", config=config(), on_progress=states.append)
     assert (states, len(again.detections)) == ([], len(first.detections))
     other = config(detect__min_score=0.4)
-    with pytest.raises(ResultError, match="--overwrite"):
+    with pytest.raises(ResultError, match=r"result of another set of settings; .*--overwrite"):
         ss.scan(slide, ORACLE, out=tmp_path / "case", config=other)
+    for what, given in (
+        ("slide", (discs(n=5)[0], ORACLE)),
+        ("detector", (slide, replace(ORACLE, max_per_tile=999))),
+    ):
+        with pytest.raises(ResultError, match=f"holds the result of another {what}; "):
+            ss.scan(*given, out=tmp_path / "case", config=config())
+    with pytest.raises(ConfigError, match="workers: expected 1 or more, got 0"):
+        ss.scan(slide, ORACLE, out=tmp_path / "case", config=config(), workers=0)
     replaced = ss.scan(slide, ORACLE, out=tmp_path / "case", config=other, overwrite=True)
     assert replaced.config.detect.min_score == 0.4
 
@@ -209,12 +217,12 @@ def test_scan_on_a_dask_cluster_of_processes(tmp_path: Path) -> None:
     path = tmp_path / "case.tiff"
     write_phantom(path, Phantom((1500, 1200), MPP, tissue=1.0, n_figures=5, n_look_alikes=0))
     slide = ss.open_slide(path)
-    ss.scan(slide, ORACLE, out=tmp_path / "here", config=config())
+    ss.scan(slide, ORACLE, out=tmp_path / "here", config=config(), title="case")
     with (
         LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address="127.0.0.1:0", silence_logs=50) as cluster,
         Client(cluster) as client,
     ):
-        ss.scan(slide, ORACLE, out=tmp_path / "there", config=config(), client=client)
+        ss.scan(slide, ORACLE, out=tmp_path / "there", config=config(), client=client, title="case")
     files = [json.loads((tmp_path / n / "manifest.json").read_text())["files"] for n in ("here", "there")]
     assert files[0] == files[1]
 

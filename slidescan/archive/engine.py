@@ -22,13 +22,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slidescan.archive.listing import Entry, read_listing
-from slidescan.archive.record import MOST_ATTEMPTS, Record, read_records, write_tables
+from slidescan.archive.record import MOST_ATTEMPTS, REASONS, Record, read_records, write_tables
 from slidescan.archive.report import write_report
 from slidescan.archive.slide import SlideTask, estimate_slide, killed, scan_slide
 from slidescan.archive.worklist import Worklist
 from slidescan.cluster import in_flight, processes
 from slidescan.commit import disk_error, sweep
-from slidescan.config import ScanConfig
+from slidescan.config import ScanConfig, checked
 from slidescan.detect import Family, Model
 from slidescan.detections import Detector
 from slidescan.errors import ConfigError, ResultError
@@ -73,7 +73,7 @@ class ArchiveProgress:
 
 def scan_archive(
     listing: str | Path | list[Entry],
-    detector: Detector | str = "mitosis",
+    detector: Detector | str | Path = "mitosis",
     *,
     out: str | Path,
     config: ScanConfig | None = None,
@@ -97,7 +97,7 @@ def scan_archive(
     ----------
     listing : str, Path or list of Entry
         What `read_listing` reads.
-    detector : Detector or str
+    detector : Detector, str or Path
         A detector, or a name or path for `load_detector`.
     out : str or Path
         Directory for ``slides/<slide id>/`` (results), ``records/``, ``index.parquet``, ``failures.csv``,
@@ -140,9 +140,13 @@ def scan_archive(
     ResultError
         If `out` cannot be written, or `max_failures` was reached.
     """
+    if workers is not None and workers < 1:
+        raise ConfigError(f"workers: expected 1 or more, got {workers}")
+    if isinstance(retry_failed, str) and retry_failed not in REASONS:
+        raise ConfigError(f"retry_failed: expected True or one of {', '.join(REASONS)}, got {retry_failed!r}")
     listed = listing if isinstance(listing, list) else read_listing(listing)
     entries = _share(listed, shard)
-    run = _Run(Path(out), detector, config or ScanConfig(), allow_coarse, timeout_s)
+    run = _Run(Path(out), detector, checked(config), allow_coarse, timeout_s)
     if remember:
         noted(run.out, {entry.slide_id: entry.path for entry in listed})
     todo = Worklist(task for entry in entries if (task := run.task(entry, retry_failed)) is not None)
@@ -201,7 +205,7 @@ def scan_archive(
 
 def estimate_archive(
     listing: str | Path | list[Entry],
-    detector: Detector | str = "mitosis",
+    detector: Detector | str | Path = "mitosis",
     *,
     config: ScanConfig | None = None,
     client: Client | None = None,
@@ -212,7 +216,7 @@ def estimate_archive(
 ) -> Iterator[tuple[Entry, dict[str, Any]]]:
     """Open every slide of a list and yield what a scan would do with it, or why it would fail; nothing is written."""
     entries = _share(listing if isinstance(listing, list) else read_listing(listing), shard)
-    run = _Run(None, detector, config or ScanConfig(), allow_coarse, timeout_s)
+    run = _Run(None, detector, checked(config), allow_coarse, timeout_s)
     with tempfile.TemporaryDirectory(prefix="slidescan-") as scratch:  # for marks of what does not open in time
         tasks = (run.new_task(entry) for entry in entries)
         todo = Worklist(replace(task, out=Path(scratch, task.entry.slide_id)) for task in tasks)
@@ -239,12 +243,12 @@ class _Run:
     def __init__(
         self,
         out: Path | None,
-        detector: Detector | str,
+        detector: Detector | str | Path,
         config: ScanConfig,
         allow_coarse: bool,
         timeout_s: float | None = None,
     ) -> None:
-        if isinstance(detector, str):
+        if isinstance(detector, str | Path):
             from slidescan.detect import load_detector
 
             detector = load_detector(detector)

@@ -177,8 +177,8 @@ def read_card(path: Path, config: dict[str, Any], mpp: float | None) -> Card:
         return card
     if mpp is None:
         raise ModelError(
-            f"{path.name}: expected slidescan.json or the model's resolution, found neither; pass mpp=… (µm/px it was "
-            "trained at)"
+            f"{path.name}: expected slidescan.json or the model's resolution, found neither; say what µm/px it was "
+            "trained at: --model-mpp, load_detector(…, mpp=…)"
         )
     return Card(path.name, _labels(config), mpp, input_px=_trained_px(path))
 

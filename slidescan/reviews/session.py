@@ -326,6 +326,8 @@ class Review:
 
         The rest is as in `FlaggedRegions.plot`; a blinded review shows a running number in place of rank and score.
         """
+        if n < 0:
+            raise ConfigError(f"n: expected a number of items, got {n}")
         return contact_sheet(views(self, self.items()[:n], fov_um, px), columns=columns, fov_um=fov_um)
 
     def item(self, item_id: str) -> ReviewItem:

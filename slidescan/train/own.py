@@ -187,7 +187,11 @@ def load_annotated(path: Path, settings: TrainSettings, mpp: float) -> list[Anno
 
 def kind_of(path: Path) -> str:
     """Say whether a directory (or file) holds annotated pictures or slides."""
-    return "pictures" if path.suffix.lower() == ".json" or any(path.glob("*.json")) else "slides"
+    if path.suffix.lower() == ".json":
+        return "pictures"
+    # Beside annotated slides a .json is something else.
+    is_coco = any(path.glob("*.json")) and not any(path.glob("*.geojson*"))
+    return "pictures" if is_coco else "slides"
 
 
 def _within(points: NDArray[np.float64], boxes: NDArray[np.float64]) -> NDArray[np.bool_]:

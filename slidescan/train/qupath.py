@@ -24,6 +24,7 @@ __all__ = ["load_slides", "patient_in"]
 
 _GEOJSON = (".geojson", ".geojson.gz")
 _NO_OBJECTS = ("root", "tmaCore")  # the slide, and its cores
+_HUGE = 8  # times the edge of an object: what is larger and has no class is a tumour's outline, say
 _REGION_KEYS = {"rank", "evidence"}  # measurements by which a flagged region that slidescan exported is known
 
 
@@ -200,6 +201,11 @@ def _add_features(objects: Objects, path: Path, half_px: float) -> None:
             unnamed += 1
             continue
         boxes = _boxes(where, feature.get("geometry"), half_px) + np.array(origin * 2)
+        if not name and len(boxes) and (boxes[:, 2:] - boxes[:, :2]).max() > _HUGE * 2 * half_px:
+            raise ConfigError(
+                f"{where}: expected a class, or an object, got an outline without class {_HUGE} times as large as one; "
+                "give it a class, such as Ignore*, or delete it"
+            )
         objects.add(where, name or objects.classes[0], boxes, measured)
     if unnamed:
         raise ConfigError(

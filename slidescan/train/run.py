@@ -180,6 +180,7 @@ def train_detector(
         if variant.finish_steps:
             run.finish(variant, one)
         if settings.test is not None or isinstance(one.source, CropSource):
+            log(f"test: looking at all of it with {name} µm/px")
             test, assembled = one.source.shown("test"), one.source.assembled("test")
             report[name] = evaluate(
                 Model(out / name, device=settings.device), test, out / name, assembled=assembled, shifts=settings.shifts
@@ -223,6 +224,7 @@ def settle(
 ) -> Card:
     """Write the model with its calibration and threshold, both from the validation patients, and return its card."""
     write_model(network, card, directory)
+    log("validation: looking at all that was held out for it")
     _, kinds = find_all(Model(directory, device=device), source.shown("validation"))
     if not kinds:
         raise ConfigError("validation: expected images to choose threshold and calibration by, got none")

@@ -103,7 +103,7 @@ class TrainSettings(_Strict):
             "checkpoint_steps": 2,
             "shifts": 1,
         }
-        small = {"steps": 4, "minutes": None, "input_px": 256, "tile_px": [128], "mine_steps": 2}
+        small = {"steps": 4, "minutes": None, "input_px": 512, "tile_px": [128], "mine_steps": 2}
         variants = [v.model_copy(update={**small, "finish_steps": v.finish_steps and 4}) for v in self.variants]
         return self.model_copy(update={**tiny, "precision": "fp32", "variants": variants})
 
@@ -130,6 +130,9 @@ def load_settings(path: Path) -> TrainSettings:
         if not first["loc"]:  # of the settings as a whole
             raise ConfigError(f"{path}: {first['msg'].removeprefix('Value error, ')}") from exc
         key = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            section: type[BaseModel] = VariantSettings if first["loc"][0] == "variants" else TrainSettings
+            raise ConfigError(f"{path}: unknown key {key}; known there: {', '.join(section.model_fields)}") from exc
         raise ConfigError(f"{path}: {key}: {first['msg']}, got {first['input']!r}") from exc
     places: dict[str, Any] = {key: getattr(settings, key) for key in ("data", "validation", "test", "decisions")}
     changes = {key: path.parent / place for key, place in places.items() if place is not None}

@@ -228,8 +228,8 @@ class TestScans:
     def test_a_url_as_a_file(self, served: Served, tmp_path: Path) -> None:
         """The result is the file's, byte for byte, and nothing of the URL is in it."""
         write_phantom(tmp_path / "case.tiff", Phantom((1500, 1200), 0.5, n_figures=6))
-        local = ss.scan(tmp_path / "case.tiff", ORACLE, out=tmp_path / "local", config=config())
-        ss.scan(f"{served.url}/case.tiff{SECRET}", ORACLE, out=tmp_path / "remote", config=config())
+        local = ss.scan(tmp_path / "case.tiff", ORACLE, out=tmp_path / "local", config=config(), title="case")
+        ss.scan(f"{served.url}/case.tiff{SECRET}", ORACLE, out=tmp_path / "remote", config=config(), title="case")
         told = [json.loads((tmp_path / name / "manifest.json").read_text()) for name in ("local", "remote")]
         assert told[0]["files"] == told[1]["files"]
         assert told[0]["run_key"] == told[1]["run_key"]
