@@ -242,7 +242,7 @@ def test_what_cannot_be_drawn_is_one_line(result: ss.ScanResult, slide: Slide) -
         ({"width_in": float("nan")}, "width_in: expected"),
         ({"um": 0.0}, "um: expected a scale bar of up to 720 µm, got 0.0"),
         ({"um": 900.0}, "um: expected"),
-        ({"regions": -1}, "regions: expected a number of regions, got -1"),
+        ({"regions": -1}, "regions: expected a number of regions or detections, got -1"),
     ):
         with pytest.raises(ConfigError, match=words_) as refused:
             result.plot(slide, **options)
