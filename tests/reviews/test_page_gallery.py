@@ -15,7 +15,7 @@ from slidescan.reviews.case import Case
 from slidescan.reviews.desk import Desk
 from slidescan.slides import Slide
 from tests.chromium import CHROMIUM, WHY, Tab
-from tests.discs import discs
+from tests.discs import MPP, ORACLE, config, discs
 from tests.paged import HOSTILE, READY, REVIEW, SEEN, N, at, decided, press
 
 # A connection that a browser holds open ends with the server's loop, of which asyncio complains.
@@ -82,6 +82,26 @@ class TestGallery:
             box, bar, text = tab.run(script)
             assert box == pytest.approx(item.box_l0.width * desk._review.cases["case"].frame.mpp / fov_um, abs=0.01)
             assert (bar, text) == (pytest.approx(bar_um / fov_um, abs=0.01), f"{bar_um} µm")
+
+    def test_of_a_region_larger_than_the_field_a_detection_is_seen(
+        self, opened: Callable[..., Desk], slide: Slide, tmp_path: Path, tab: Tab
+    ) -> None:
+        """Its box is where the picture has the detection, in the middle."""
+        result = ss.scan(slide, ORACLE, out=tmp_path / "large", config=config(flagged__link_um=400.0))
+        desk = opened(ss.review(result, slides=slide, reviewer="ann"))
+        (item,) = desk._review.items()
+        assert item.box_l0.width * MPP > 128
+        middles = tab.run(
+            "(() => { const f = document.querySelector('.ss-large').getBoundingClientRect();"
+            " return [...document.querySelectorAll('.ss-large .ss-parts .ss-box')].map((box) => {"
+            " const b = box.getBoundingClientRect();"
+            " return [(b.left + b.right - f.left - f.right) / f.width,"
+            " (b.top + b.bottom - f.top - f.bottom) / f.height];"
+            " }); })()"
+        )
+        assert len(middles) == item.n
+        assert any(abs(x) < 0.01 and abs(y) < 0.01 for x, y in middles)
+        assert desk._review.crop(item.id, 128.0, 128)[60:68, 60:68].mean() < 100
 
     def test_hostile_names_are_text(self, opened: Callable[..., Desk], case: Path, slide: Slide, tab: Tab) -> None:
         of_case = Case(ss.load_result(case), "region", slide_id=HOSTILE, group=HOSTILE)
