@@ -41,7 +41,7 @@ def tune(smoke: bool) -> str:
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(os.cpu_count() or 1, len(parts)), context) as pool:  # compiling is most of the time
         list(pool.map(_compile, *zip(*parts, strict=True)))  # into Triton's cache on disk
-    tuned: dict[str, Launch] = {}
+    tuned = dict(fused.launch_table())
     for kind in kinds:
         dtype, depth, way = kind
         key = fused.launch_key(way, depth, dtype.itemsize)

@@ -29,7 +29,8 @@ import slidescan as ss
 from slidescan.archive import ArchiveProgress, Entry, archive_status, read_listing
 from slidescan.archive.record import Record, read_records, write_tables
 from slidescan.archive.slide import SlideTask
-from slidescan.cluster import in_flight, processes
+from slidescan.cluster import in_flight
+from slidescan.processes import processes
 from slidescan.testing import TISSUE_GROUND, OracleDetector, disc_image
 
 _MOST_BYTES = 2 << 30

@@ -50,8 +50,8 @@ if TYPE_CHECKING:
     from slidescan.phantom import Phantom as Phantom
     from slidescan.picture import detect_image as detect_image
     from slidescan.result import ScanResult as ScanResult
-    from slidescan.result import load_result as load_result
     from slidescan.reviews import review as review
+    from slidescan.saved import load_result as load_result
     from slidescan.scan_slide import scan as scan
     from slidescan.slides import Slide as Slide
     from slidescan.slides import open_slide as open_slide
@@ -69,7 +69,7 @@ _HOME = {
     "accelerate": "ops",
     "detect_image": "picture",
     "load_detector": "detect",
-    "load_result": "result",
+    "load_result": "saved",
     "open_archive": "archive",
     "open_slide": "slides",
     "review": "reviews",

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from slidescan import cli_archive, cli_review, cli_train
-from slidescan.cli_archive import ModelMppOpt, PrecisionOpt, assigned, with_reason
+from slidescan.cli_archive import ModelMppOpt, PrecisionOpt, assigned, detector_of, with_reason
 from slidescan.cli_progress import slide_scanned
 from slidescan.cli_report import area, chosen, duration, report, say_profile, seconds_of, warnings_in_a_line
 from slidescan.endings import ends_at_once, ends_in_a_line
@@ -20,7 +20,6 @@ from slidescan.errors import ConfigError
 
 if TYPE_CHECKING:
     from slidescan.config import ScanConfig
-    from slidescan.detect.model import Precision
     from slidescan.detections import Detector
     from slidescan.result import ScanResult
     from slidescan.slides import Slide
@@ -117,7 +116,7 @@ def info(
 
     from slidescan.prepare import estimate_s, prepare
 
-    prepared = prepare(opened, _detector(model, precision, model_mpp), settings, allow_coarse=allow_coarse)
+    prepared = prepare(opened, detector_of(model, precision, model_mpp), settings, allow_coarse=allow_coarse)
     typer.echo(f"detector    {chosen(prepared)}")
     if prepared.tissue is not None:
         note = f"; {prepared.tissue.note}" if prepared.tissue.note else ""
@@ -155,7 +154,7 @@ def scan(
     opened = _open(slide, mpp, backend, verify)
     result = _scan(
         opened,
-        _detector(model, precision, model_mpp),
+        detector_of(model, precision, model_mpp),
         out / (slide_id or opened.name),
         settings,
         title=slide_id,
@@ -192,7 +191,7 @@ def export(
     reviewer: Annotated[str | None, typer.Option(help="With --decisions: count only this reviewer's.")] = None,
 ) -> None:
     """Write a result for QuPath or a spreadsheet."""
-    from slidescan.result import load_result
+    from slidescan.saved import load_result
 
     result = load_result(run)
     if reviewer is not None and decisions is None:
@@ -263,7 +262,7 @@ def demo(
     from slidescan.demo import compare, seam_phantom, write
 
     settings = _settings(None, None)
-    detector = _detector("mitosis")
+    detector = detector_of("mitosis")
     phantom = seam_phantom(detector, settings, size_px=size_px, seed=seed)
     path = out / f"phantom-{seed}.tiff"
     seconds = write(path, phantom)
@@ -297,12 +296,6 @@ def _open(path: str | Path, mpp: float | None, backend: Backend, verify: bool = 
 
     with warnings_in_a_line():
         return open_slide(path, mpp=mpp, backend=backend, verify=verify)
-
-
-def _detector(model: str, precision: Precision = "auto", mpp: float | None = None) -> Detector:
-    from slidescan.detect import load_detector
-
-    return load_detector(model, precision=precision, mpp=mpp)
 
 
 def _scan(

@@ -22,10 +22,20 @@ from slidescan.timeouts import LONGEST_S
 if TYPE_CHECKING:
     from distributed import Client
 
+    from slidescan.detect.model import Precision
     from slidescan.detections import Detector
     from slidescan.jobqueue import Queue
 
-__all__ = ["ModelMppOpt", "PrecisionOpt", "archive", "assigned", "heeded_signals", "status", "with_reason"]
+__all__ = [
+    "ModelMppOpt",
+    "PrecisionOpt",
+    "archive",
+    "assigned",
+    "detector_of",
+    "heeded_signals",
+    "status",
+    "with_reason",
+]
 
 PrecisionOpt = Annotated[
     Literal["auto", "fp32", "bf16"],
@@ -77,14 +87,13 @@ def archive(
     """Scan many slides; run it again after anything and it continues."""
     from slidescan.archive import read_listing, scan_archive
     from slidescan.archive.record import REASONS
-    from slidescan.detect import load_detector
     from slidescan.jobqueue import load_settings
 
     if retry_failed and retry_failed not in REASONS:
         raise ConfigError(f"--retry-failed must be one of {', '.join(REASONS)}, or nothing, got {retry_failed!r}")
     settings, queue = load_settings(config, assigned(set_ or []))
     part, entries = _shard(shard), read_listing(listing)
-    detector = load_detector(model, precision=precision, mpp=model_mpp)
+    detector = detector_of(model, precision, model_mpp)
     with heeded_signals(), _cluster(scheduler, queue) as client:
         n = queue.workers if queue is not None and client is not None else workers
         common: dict[str, Any] = {"config": settings, "client": client, "workers": n, "shard": part}
@@ -152,6 +161,16 @@ def status(
     if write:
         write_report(out, open_archive(out).records.values())
     typer.echo(json.dumps(now.told()) if as_json else "\n".join(now.lines()))
+
+
+def detector_of(model: str, precision: Precision = "auto", mpp: float | None = None) -> Detector:
+    """Return the detector that the options name."""
+    from slidescan.detect import load_detector
+
+    detector = load_detector(model, precision=precision, mpp=mpp)
+    if mpp is not None and mpp != detector.mpp:
+        raise ConfigError(f"--model-mpp: expected none, for {model} says what it was trained at, got {mpp:g}")
+    return detector
 
 
 def with_reason(arguments: list[str]) -> list[str]:

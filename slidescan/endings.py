@@ -6,7 +6,7 @@ import atexit
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import NoReturn
 
 from slidescan.errors import ResultError, SlideError, SlidescanError, WorkerError
@@ -14,6 +14,8 @@ from slidescan.errors import ResultError, SlideError, SlidescanError, WorkerErro
 __all__ = ["OUT_OF_MEMORY", "ends_at_once", "ends_in_a_line", "is_short_of_memory"]
 
 OUT_OF_MEMORY = "there was not enough memory; a smaller tiling.region_px, or on a GPU tiling.tile_px, may help"
+
+_UNSAID = 120  # Python's own exit code where its output could not be written
 
 
 def is_short_of_memory(error: Exception) -> bool:
@@ -50,16 +52,23 @@ def ends_at_once(main: Callable[[], None]) -> NoReturn:
     """Run a program's `main` and end with its exit code, but without Python's own tidying up.
 
     Where torch and transformers are loaded it takes a second, and nothing is left to tidy up once the functions
-    registered for the end have run. A bug keeps its traceback, and ends as Python ends.
+    registered for the end have run; threads are not waited for. A bug keeps its traceback, and ends as Python ends.
     """
     code: object = None
     try:
         main()
     except SystemExit as ended:
         code = ended.code
+    if isinstance(code, str):  # as Python has it
+        sys.stderr.write(f"{code}\n")
+        code = 1
+    status = code if isinstance(code, int) else 0
     try:
         atexit._run_exitfuncs()
         sys.stdout.flush()
-        sys.stderr.flush()
+    except OSError:
+        status = status or _UNSAID
     finally:
-        os._exit(code if isinstance(code, int) else 0)
+        with suppress(OSError):
+            sys.stderr.flush()
+        os._exit(status)

@@ -130,7 +130,7 @@ class RegionPart:
                     data["saturated"],
                     int(data["n_retiled"]),
                     bool(data["crashed"]),
-                    str(data["runs_on"]),
+                    str(data["runs_on"]) if "runs_on" in data else "",
                 )
         except (OSError, ValueError, KeyError, EOFError, BadZipFile):
             return None

@@ -1,17 +1,8 @@
-"""`ScanResult` and its directory, saved so that half a result is never taken for a whole one.
-
-::
-
-    <out>/detections.parquet  anomaly.ome.zarr/  flagged.geojson  overview.png  manifest.json
-
-``manifest.json`` is written last and lists size and sha256 of every other file: without it a directory is not a result.
-Nothing in the directory names the slide's path or carries text from inside the slide file.
-"""
+"""`ScanResult`: what one scan found on one slide, and what is asked of it."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import astuple, dataclass, replace
 from functools import cached_property
 from itertools import islice
@@ -22,32 +13,28 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv as csv
-import pyarrow.parquet as pq
 
 from slidescan.anomaly import AnomalyMap
-from slidescan.commit import commit, disk_error
+from slidescan.commit import commit
 from slidescan.config import ScanConfig
 from slidescan.contact_sheet import FlaggedRegions
 from slidescan.detections import Detections
-from slidescan.errors import ConfigError, ResultError, SlidescanError
+from slidescan.errors import ConfigError
 from slidescan.export import detection_features, detection_ids, region_features, write_geojson
-from slidescan.export.stored import attribute_columns, from_table, read_map, to_table, write_map
+from slidescan.export.stored import attribute_columns, to_table
 from slidescan.flagged import FlaggedRegion, Hotspot, flag_regions, mitotic_hotspot
 from slidescan.geometry import Frame
 from slidescan.legend import counted
-from slidescan.manifest import MANIFEST, SCHEMA, check_files, listed, read_manifest, write_manifest
 from slidescan.provenance import as_scanned
 from slidescan.slides import Slide
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
     from slidescan.figure import Plot
 
-__all__ = ["MANIFEST", "ScanResult", "load_result", "read_manifest"]
+__all__ = ["COMPUTED", "ScanResult"]
 
-# Cached properties of a result.
-_COMPUTED = ("config", "found", "ids", "regions", "hotspot")
+# Its cached properties.
+COMPUTED = ("config", "found", "ids", "regions", "hotspot")
 
 
 @dataclass(frozen=True, repr=False)
@@ -56,7 +43,7 @@ class ScanResult:
 
     Examples
     --------
-    >>> result = load_result("runs/case")  # doctest: +SKIP
+    >>> result = ss.load_result("runs/case")  # doctest: +SKIP
     >>> result.summary()  # doctest: +SKIP
     """
 
@@ -212,7 +199,7 @@ class ScanResult:
         lowest = self._lowest(min_score)
         _check_count("top_k", top_k)
         # In float32, as everywhere: a score that is the threshold counts.
-        rows = self._table(named).filter(
+        rows = self.table(named).filter(
             pc.greater_equal(pc.field("score"), pa.scalar(np.float32(lowest), pa.float32()))
         )
         if only is not None:
@@ -283,37 +270,6 @@ class ScanResult:
             },
         }
 
-    def save(self, out: Path, draw: Callable[[], Image]) -> ScanResult:
-        """Write the result directory, manifest last, and return the result bound to it; `draw` makes the overview."""
-        started = time.perf_counter()
-        try:
-            commit(
-                out / "detections.parquet", lambda partial: pq.write_table(self._table(), partial, compression="zstd")
-            )
-            write_map(out / "anomaly.ome.zarr", self.anomaly, self.frame)
-            self.to_geojson(out / "flagged.geojson", what="regions")
-            commit(out / "overview.png", lambda partial: draw().save(partial, format="PNG"))
-            files = listed(out)
-            write_s, seconds = round(time.perf_counter() - started, 3), self.provenance["seconds"]
-            seconds = {**seconds, "write": write_s, "total": round(seconds["total"] + write_s, 3)}
-            saved = replace(self, path=out, provenance={**self.provenance, "seconds": seconds})
-            manifest = {
-                "schema": SCHEMA,
-                "classes": list(self.classes),
-                "frame": {"size_wh": list(self.frame.size_wh), "mpp": self.frame.mpp},
-                "summary": self.summary(),
-                **saved.provenance,
-                "files": files,
-            }
-            write_manifest(out, manifest)
-        except OSError as exc:
-            if isinstance(exc, ResultError):
-                raise
-            raise disk_error(out, exc) from exc
-        # What was computed stays computed: a slide of half a million detections is clustered once.
-        saved.__dict__.update({name: self.__dict__[name] for name in _COMPUTED if name in self.__dict__})
-        return saved
-
     def _lowest(self, min_score: float | None) -> float:
         if min_score is not None and not 0 <= min_score <= 1:
             raise ConfigError(f"min_score: expected a number from 0 to 1, got {min_score}")
@@ -339,8 +295,8 @@ class ScanResult:
                 label[row] = classes[named[id_]]
         return replace(self.detections, label=label), tuple(classes)
 
-    def _table(self, named: Mapping[str, str] | None = None) -> pa.Table:
-        """Return the detections as an Arrow table, best first."""
+    def table(self, named: Mapping[str, str] | None = None) -> pa.Table:
+        """Return the detections as in ``detections.parquet``, best first; `named` as in `to_geojson`."""
         found, classes = self._renamed(named)
         return to_table(found, self.ids, classes, self._said)
 
@@ -348,56 +304,3 @@ class ScanResult:
 def _check_count(name: str, count: int | None) -> None:
     if count is not None and count < 0:
         raise ConfigError(f"{name}: expected a number of regions or detections, got {count}")
-
-
-def load_result(path: str | Path, *, verify: bool = True) -> ScanResult:
-    """Read a result directory.
-
-    Parameters
-    ----------
-    path : str or Path
-        The directory that holds ``manifest.json``.
-    verify : bool
-        Compare every file's sha256 with the manifest, not only its size.
-
-    Raises
-    ------
-    ResultError
-        If the directory is missing, unfinished, damaged, or of a newer slidescan.
-    """
-    out = Path(path)
-    if out.name == MANIFEST and out.is_file():
-        out = out.parent
-    manifest = read_manifest(out)
-    if manifest is None:
-        below = sorted(each.parent for each in (*out.glob(f"*/{MANIFEST}"), *out.glob(f"slides/*/{MANIFEST}")))
-        state = (
-            f"there are {len(below)} below it, such as {below[0]}: name one"
-            if below
-            else "the scan has not finished; run the same command to continue"
-            if any(out.glob("parts-*"))
-            else "no scan has finished there"
-            if out.is_dir()
-            else "no such directory"
-        )
-        raise ResultError(f"{out}: expected a result directory with {MANIFEST}; {state}")
-    try:
-        check_files(out, manifest, verify=verify)
-        return _load(out, manifest)
-    except (OSError, ValueError, KeyError, TypeError) as exc:
-        if isinstance(exc, SlidescanError):
-            raise
-        raise ResultError(f"{out}: damaged ({type(exc).__name__}); scan again with --overwrite") from exc
-
-
-def _load(out: Path, manifest: dict[str, Any]) -> ScanResult:
-    """Build the result from the files the manifest lists."""
-    frame = Frame(
-        (int(manifest["frame"]["size_wh"][0]), int(manifest["frame"]["size_wh"][1])), manifest["frame"]["mpp"]
-    )
-    classes = tuple(manifest["classes"])
-    table = pq.read_table(out / "detections.parquet")
-    detections = from_table(table, classes, manifest["detector"].get("attributes", ()))
-    provenance = {k: v for k, v in manifest.items() if k not in ("schema", "classes", "frame", "summary", "files")}
-    anomaly = read_map(out / "anomaly.ome.zarr", frame.at(float(manifest["config"]["map"]["um_per_px"])))
-    return ScanResult(frame, classes, detections, anomaly, provenance, out)

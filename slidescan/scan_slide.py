@@ -27,11 +27,13 @@ from slidescan.errors import ConfigError, ResultError, ResultInTheWayError, Slid
 from slidescan.geometry import Box, Frame
 from slidescan.heap import give_back_freed, give_back_pixels, keep_freed
 from slidescan.lease import claimed
+from slidescan.manifest import MANIFEST, read_manifest
 from slidescan.overview import draw_overview
 from slidescan.prepare import Prepared, prepare
 from slidescan.provenance import describe_slide, peak_rss_mb, run_key, versions
 from slidescan.region import RegionPart
-from slidescan.result import MANIFEST, ScanResult, load_result, read_manifest
+from slidescan.result import ScanResult
+from slidescan.saved import load_result, save_result
 from slidescan.score_regions import Progress, score_regions
 from slidescan.slides import Slide, open_slide
 from slidescan.slides.fingerprint import stamp
@@ -164,8 +166,8 @@ def scan(
         result = _assemble(opened, prepared, config, parts, profile, key, threshold, started)
         if out is not None:
             drawn = result
-            result = result.save(
-                directory, lambda: draw_overview(prepared.thumbnail, drawn, title or directory.resolve().name)
+            result = save_result(
+                result, directory, lambda: draw_overview(prepared.thumbnail, drawn, title or directory.resolve().name)
             )
             _sweep(directory)
     return result
@@ -258,6 +260,7 @@ def _what_differs(manifest: Mapping[str, Any], slide: Slide, detector: Detector,
         "slide": manifest["slide"]["fingerprint"] != slide.fingerprint,
         "µm/px of the slide": manifest["slide"]["mpp"] != slide.frame.mpp,
         "reader": manifest["slide"]["backend"] != slide.backend,
+        "µm/px of the detector": manifest["detector"]["mpp"] != detector.mpp,
         "detector": manifest["detector"]["sha256"] != detector.sha256,
         "set of settings": manifest["config"] != config.model_dump(mode="json"),
         "slidescan": manifest["versions"]["slidescan"] != versions()["slidescan"],

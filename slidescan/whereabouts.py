@@ -109,10 +109,11 @@ def _is_there(where: str) -> bool:
 
 
 def _forget_what_is_gone(folder: Path) -> None:
-    """Remove notes of output directories that are there no more."""
+    """Remove notes of output directories that are there no more, though the folder they were in is."""
     for note in folder.glob("*.json"):
         with contextlib.suppress(OSError, ValueError, TypeError), note.open(encoding="utf-8") as file:
-            if not os.path.lexists(json.loads(file.readline())):
+            out = json.loads(file.readline())
+            if os.path.isdir(os.path.dirname(out)) and not os.path.lexists(out):  # noqa: PTH112, PTH120  # never raise
                 note.unlink()
 
 

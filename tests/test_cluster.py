@@ -20,10 +20,11 @@ import pytest
 import yaml
 
 from slidescan import cluster, jobqueue, scheduler
-from slidescan.cluster import processes, visible_gpus
+from slidescan import processes as own
 from slidescan.config import ScanConfig
 from slidescan.errors import ConfigError, MissingExtraError
 from slidescan.jobqueue import Queue, from_queue, load_settings, prepared
+from slidescan.processes import processes, visible_gpus
 from slidescan.scheduler import connect
 
 if TYPE_CHECKING:
@@ -151,8 +152,9 @@ class TestThisMachine:
             assert {interface for _, interface, _ in listening() - before} <= {"127.0.0.1"}
 
     def test_each_process_sees_one_gpu(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(cluster, "cores", lambda: 6)
-        monkeypatch.setattr(cluster, "visible_gpus", lambda: ["3", "MIG-5"])
+        for module in (cluster, own):
+            monkeypatch.setattr(module, "cores", lambda: 6)
+        monkeypatch.setattr(own, "visible_gpus", lambda: ["3", "MIG-5"])
         with processes(None, None, gpu=True) as (client, n):
             seen = [client.submit(seen_by_a_worker, workers=[i], pure=False).result() for i in range(2)]
             workers = client.scheduler_info(n_workers=-1)["workers"].values()

@@ -13,6 +13,9 @@ import tifffile
 import slidescan as ss
 from slidescan import scan_slide
 from slidescan.archive.engine import estimate_archive
+from slidescan.archive.listing import Entry
+from slidescan.archive.slide import SlideTask, _as_listed
+from slidescan.config import ScanConfig
 from slidescan.errors import SlidescanError
 from slidescan.testing import TISSUE_GROUND, OracleDetector, disc_image, random_centers
 from tests.archives import write_slide
@@ -134,3 +137,21 @@ def test_a_picture_is_headed_by_the_name_of_its_result(tmp_path: Path, monkeypat
     ss.scan(tmp_path / "Jane.tiff", ORACLE, out=tmp_path / "runs" / "P1")
     ss.scan(tmp_path / "Jane.tiff", ORACLE, out=tmp_path / "runs" / "P2", title="case 2")
     assert headings == ["P1", "case 2"]
+
+
+@pytest.mark.parametrize(
+    ("path", "slide_id", "said", "expected"),
+    [
+        ("/a/Jane 1.tiff", "P1", "Jane 1.tiff: 1 parts", "P1: 1 parts"),
+        ("/a/1.svs", "P1", "1.svs: 1 parts; expected 1 to 8, got 1.5", "P1: 1 parts; expected 1 to 8, got 1.5"),
+        ("/a/slide.svs", "P1", "is slide.svs a slide?", "is P1 a slide?"),
+        ("/a/Jane.svs", "Jane.svs x", "Jane.svs: no", "Jane.svs x: no"),
+        ("/a/Jane.mrxs", "P1", "/a/Jane.mrxs: Jane/Slidedat.ini lacks", "P1: P1/Slidedat.ini lacks"),
+        ("/a/Jane.ome.zarr", "P1", "Jane.ome.zarr: Jane.ome.zarr/0/c lacks", "P1: P1/0/c lacks"),
+        ("s3://bucket/", "P1", "cannot read it: a reason", "cannot read it: a reason"),
+    ],
+)
+def test_what_a_message_calls_a_slide(path: str, slide_id: str, said: str, expected: str) -> None:
+    """Its id for its name and the folder beside it; no other word, and no id twice."""
+    task = SlideTask(Entry(slide_id, path), ORACLE, ScanConfig(), Path("out"), "key")
+    assert _as_listed(said, task) == expected

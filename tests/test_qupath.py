@@ -141,7 +141,10 @@ def test_a_stray_json_does_not_make_pictures_of_slides(tmp_path: Path) -> None:
     slides(tmp_path, {"type": "FeatureCollection", "features": [POINT]})
     (tmp_path / "notes.json").write_text("{}")
     assert kind_of(tmp_path) == "slides"
-    (tmp_path / "a.geojson").unlink()
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "a.geojson").rename(tmp_path / "annotations" / "a.geojson")
+    assert kind_of(tmp_path) == "slides"
+    (tmp_path / "annotations" / "a.geojson").unlink()
     assert kind_of(tmp_path) == kind_of(tmp_path / "notes.json") == "pictures"
 
 

@@ -182,8 +182,11 @@ def test_an_output_used_again_is_noted_anew(state: Path, tmp_path: Path, slide_i
 
 
 @pytest.mark.parametrize("name", ["x" * 300, "closed/a.tiff"])
-def test_a_place_that_cannot_be_looked_at_costs_nothing(state: Path, tmp_path: Path, name: str) -> None:
+def test_a_place_that_cannot_be_looked_at_costs_nothing(
+    state: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """An archive's other slides are scanned and reviewed."""
+    monkeypatch.setattr("slidescan.archive.engine._BACKOFF_S", 0.01)
     write_slide(tmp_path / "b.tiff", 2)
     (tmp_path / "closed").mkdir(mode=0o000)
     (tmp_path / "slides.csv").write_text(f"slide_path,slide_id\n{name},a\nb.tiff,b\n")

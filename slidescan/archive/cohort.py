@@ -15,7 +15,8 @@ from slidescan.archive.status import ArchiveStatus, standing
 from slidescan.errors import ConfigError
 from slidescan.flagged import FlaggedRegion
 from slidescan.manifest import MANIFEST
-from slidescan.result import ScanResult, load_result
+from slidescan.result import ScanResult
+from slidescan.saved import load_result
 
 __all__ = ["Archive", "ArchiveRegion", "open_archive"]
 

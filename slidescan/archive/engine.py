@@ -26,12 +26,13 @@ from slidescan.archive.record import MOST_ATTEMPTS, REASONS, Record, read_record
 from slidescan.archive.report import write_report
 from slidescan.archive.slide import SlideTask, estimate_slide, killed, scan_slide
 from slidescan.archive.worklist import Worklist
-from slidescan.cluster import in_flight, processes
+from slidescan.cluster import in_flight
 from slidescan.commit import disk_error, sweep
 from slidescan.config import ScanConfig, checked
 from slidescan.detect import Family, Model
 from slidescan.detections import Detector
 from slidescan.errors import ConfigError, ResultError
+from slidescan.processes import processes
 from slidescan.region import scored_at_once
 from slidescan.slides.fingerprint import stamp
 from slidescan.slides.remote import locate

@@ -25,7 +25,7 @@ from slidescan.errors import ConfigError
 from slidescan.slides.remote import Remote, locate
 from slidescan.slides.resolution import override
 
-__all__ = ["Entry", "read_listing"]
+__all__ = ["Entry", "read_listing", "stem_of"]
 
 # What a folder is searched for: slide formats by the suffix that is opened. A picture is no slide, and the files beside
 # a .mrxs or a .vms are theirs.
@@ -188,7 +188,7 @@ def _named(entries: list[Entry]) -> list[Entry]:
     twice = [path for path, n in Counter(entry.path for entry in entries).items() if n > 1]
     if twice:
         raise ConfigError(f"{locate(twice[0]).name}: expected each slide once, this one is listed twice")
-    names = [entry.slide_id or _stem(entry.path) for entry in entries]
+    names = [entry.slide_id or stem_of(entry.path) for entry in entries]
     times = Counter(name.casefold() for name in names)  # some file systems know one case
     named = []
     for entry, name in zip(entries, names, strict=True):
@@ -205,7 +205,8 @@ def _named(entries: list[Entry]) -> list[Entry]:
     return named
 
 
-def _stem(path: str) -> str:
+def stem_of(path: str) -> str:
+    """Return the name of a slide's file without what says its kind."""
     where = locate(path)
     # A name that is no text, from another system, would be a record that no JSON can hold.
     stem = where.stem.encode(errors="replace").decode()

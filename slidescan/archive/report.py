@@ -32,8 +32,8 @@ from slidescan.archive.record import REASONS, SCORE_BINS, Record
 from slidescan.archive.status import standing
 from slidescan.commit import commit
 from slidescan.errors import ResultError
+from slidescan.manifest import read_manifest
 from slidescan.overview import heat_panel
-from slidescan.result import read_manifest
 
 __all__ = ["write_report"]
 

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from slidescan.archive.listing import Entry
+from slidescan.archive.listing import Entry, stem_of
 from slidescan.archive.record import SCORE_BINS, Record
 from slidescan.cluster import from_within
 from slidescan.config import ScanConfig
@@ -295,10 +295,12 @@ def _as_listed(said: str, task: SlideTask) -> str:
     folders = sorted({f"{place.parent}{os.sep}" for place in places} - {os.sep, f".{os.sep}"}, key=len, reverse=True)
     for told, short in ((task.entry.path, where.name), *((folder, "") for folder in folders)):
         said = said.replace(" ".join(told.split()), short)  # an error's text has lost its double spaces, too
-    for name in (where.name, where.stem):  # the folder beside a MIRAX slide has its stem
-        words = re.escape(" ".join(name.split()))
-        said = re.sub(rf"(?<![\w.-]){words}(?![\w-])", lambda _: task.entry.slide_id, said)
-    return said
+    if not where.name:
+        return said
+    # Of the folder beside a MIRAX slide its stem is the name. The id may hold the name: nothing is replaced twice.
+    name, *folders = (re.escape(" ".join(each.split())) for each in (where.name, where.stem, stem_of(task.entry.path)))
+    words = "|".join([f"{name}(?![\\w-])", *(f"{folder}(?=/)" for folder in folders)])
+    return re.sub(rf"(?<![\w.-])(?:{words})", lambda _: task.entry.slide_id, said)
 
 
 def _place(error: BaseException) -> str:

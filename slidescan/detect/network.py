@@ -114,13 +114,12 @@ class Network:
         while True:
             try:
                 parts = [self._forward(_filled(part, self._batch)) for part in torch.split(pixels, self._batch)]
+                return tuple(torch.cat(columns)[: len(pixels)] for columns in zip(*parts, strict=True))
             except torch.OutOfMemoryError:  # a GPU's; the next batches are as small
                 if self._batch == 1:
                     raise
                 self._batch //= 2
-                torch.cuda.empty_cache()
-            else:
-                return tuple(torch.cat(columns)[: len(pixels)] for columns in zip(*parts, strict=True))
+            torch.cuda.empty_cache()  # here the error no longer holds what it was raised over
 
 
 def _filled(tiles: Tensor, batch: int) -> Tensor:

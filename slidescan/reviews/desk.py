@@ -304,6 +304,10 @@ class Desk:
     def _told(self, item: ReviewItem) -> dict[str, Any]:
         """Say of an item what may be shown; nothing else leaves."""
         box, said = item.box_l0, self._review.decisions(item.id)
+        case = self._review.cases[item.slide_id]
+        parts, focus = case.parts(item)[:MOST_PARTS].tolist(), list(astuple(case.focus(item)))
+        if parts and focus not in parts:  # of very many
+            parts.append(focus)
         polygon = None if item.polygon_l0 is None else item.polygon_l0.round(1).tolist()
         return {
             "id": item.id,
@@ -315,11 +319,11 @@ class Desk:
             "evidence": item.evidence,
             "n": item.n,
             "rank": item.rank,
-            "mpp": self._review.cases[item.slide_id].frame.mpp,
+            "mpp": case.frame.mpp,
             "box_l0": [box.x0, box.y0, box.x1, box.y1],
-            "focus_l0": list(astuple(self._review.cases[item.slide_id].focus(item))),
+            "focus_l0": focus,
             "polygon_l0": polygon,
-            "parts_l0": self._review.cases[item.slide_id].parts(item)[:MOST_PARTS].tolist(),
+            "parts_l0": parts,
             "decided": _said(said.get(self._review.reviewer)),
             "others": [] if self._review.blinded else _others(said, self._review.reviewer),
         }

@@ -14,7 +14,7 @@ from PIL import Image
 from slidescan.anomaly import AnomalyMap
 from slidescan.detections import Detections
 from slidescan.legend import RAMP_END_PER_MM2, ramp_rgb
-from slidescan.result import load_result
+from slidescan.saved import load_result
 
 __all__ = ["Layers", "layers_of"]
 

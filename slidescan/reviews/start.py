@@ -12,11 +12,13 @@ import numpy as np
 
 from slidescan.archive import Archive, ArchiveRegion, open_archive, read_listing
 from slidescan.errors import ConfigError, ResultError
-from slidescan.result import ScanResult, load_result, read_manifest
+from slidescan.manifest import read_manifest
+from slidescan.result import ScanResult
 from slidescan.reviews.case import Case, SlideAt
 from slidescan.reviews.decisions import DECISIONS, What
 from slidescan.reviews.items import ReviewItem
 from slidescan.reviews.session import Review, check_name
+from slidescan.saved import load_result
 from slidescan.slides import Slide
 from slidescan.whereabouts import recalled
 

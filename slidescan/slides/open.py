@@ -215,8 +215,8 @@ class _FileOpener:
         if path.suffix.lower() == ".mrxs":
             if not path.with_suffix("").is_dir():
                 raise SlideFormatError(
-                    f"{name}: expected the folder of a MIRAX slide beside it, {path.stem}, found none; this file holds "
-                    "but a preview: copy both"
+                    f"{name}: expected the folder of a MIRAX slide beside it, {path.stem}/, found none; this file is "
+                    "only a preview: copy both"
                 )
             return self._openslide(path)
         if is_image(head):

@@ -27,11 +27,12 @@ from numpy.typing import NDArray
 
 from slidescan.commit import commit
 from slidescan.errors import ConfigError
-from slidescan.result import ScanResult, load_result
+from slidescan.result import ScanResult
 from slidescan.reviews.attach import at_one_place
 from slidescan.reviews.case import Case
 from slidescan.reviews.decisions import Decision, Verdict
 from slidescan.reviews.start import Slides, decided_cases, open_runs
+from slidescan.saved import load_result
 from slidescan.train.annotated import Annotated, Objects, refuse_leaks
 from slidescan.train.qupath import patient_in
 from slidescan.train.settings import TrainSettings

@@ -23,7 +23,7 @@ from slidescan.train.augment import Rgb
 from slidescan.train.begun import digest_of
 from slidescan.train.coco import load_coco
 from slidescan.train.metrics import RADIUS_UM, Image
-from slidescan.train.qupath import load_slides
+from slidescan.train.qupath import geojson_files, load_slides
 from slidescan.train.settings import TrainSettings, VariantSettings
 from slidescan.train.source import LEAST_SCORE, Split
 from slidescan.train.windows import Example, Windows
@@ -190,8 +190,7 @@ def kind_of(path: Path) -> str:
     if path.suffix.lower() == ".json":
         return "pictures"
     # Beside annotated slides a .json is something else.
-    is_coco = any(path.glob("*.json")) and not any(path.glob("*.geojson*"))
-    return "pictures" if is_coco else "slides"
+    return "pictures" if any(path.glob("*.json")) and not geojson_files(path) else "slides"
 
 
 def _within(points: NDArray[np.float64], boxes: NDArray[np.float64]) -> NDArray[np.bool_]:

@@ -20,7 +20,7 @@ from slidescan.export.rules import class_of, kind_of
 from slidescan.slides import Slide, open_slide
 from slidescan.train.annotated import Annotated, Objects, read_json
 
-__all__ = ["load_slides", "patient_in"]
+__all__ = ["geojson_files", "load_slides", "patient_in"]
 
 _GEOJSON = (".geojson", ".geojson.gz")
 _NO_OBJECTS = ("root", "tmaCore")  # the slide, and its cores
@@ -83,7 +83,7 @@ def load_slides(
         raise ConfigError(f"{root}: expected a directory of slides with GeoJSON, found none; check the path")
     if not (math.isfinite(object_um) and object_um > 0):
         raise ConfigError(f"object_um: expected the edge of an object's box in µm, above 0, got {object_um!r}")
-    geojson, known = _geojson_files(root), _patients(root)
+    geojson, known = geojson_files(root), _patients(root)
     slides: dict[str, Slide] = {}
     refused: dict[str, SlideFormatError] = {}
     for file in sorted(root.iterdir()):
@@ -128,7 +128,7 @@ def _is_geojson(file: Path) -> bool:
     return file.name.lower().endswith(_GEOJSON)
 
 
-def _geojson_files(root: Path) -> dict[str, Path]:
+def geojson_files(root: Path) -> dict[str, Path]:
     """Return the GeoJSON files by what is left of their names."""
     found: dict[str, Path] = {}
     for folder in (root, root / "annotations"):
