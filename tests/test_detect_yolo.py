@@ -123,7 +123,7 @@ def test_an_incomplete_directory_is_refused(tmp_path: Path) -> None:
     name = f"ultralytics:{tmp_path}"
     with pytest.raises(ModelError, match=r"expected model\.yaml and model\.safetensors"):
         load_detector(name)
-    with pytest.raises(ModelError, match="pass mpp="):
+    with pytest.raises(ModelError, match="--model-mpp"):
         load_detector(f"ultralytics:{described(tmp_path)}")
     card = {"name": "a", "classes": ["a", "b"], "mpp": 0.25}
     (tmp_path / "slidescan.json").write_text(json.dumps(card))
