@@ -83,7 +83,7 @@ def load_result(path: str | Path, *, verify: bool = True) -> ScanResult:
     if manifest is None:
         below = sorted(each.parent for each in (*out.glob(f"*/{MANIFEST}"), *out.glob(f"slides/*/{MANIFEST}")))
         state = (
-            f"there are {len(below)} below it, such as {below[0]}: name one"
+            f"of those below it, {len(below)}, name one, such as {below[0]}"
             if below
             else "the scan has not finished; run the same command to continue"
             if any(out.glob("parts-*"))

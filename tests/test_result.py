@@ -116,7 +116,7 @@ def test_a_folder_of_results_is_told_from_a_scan_that_has_not_finished(tmp_path:
     with pytest.raises(ResultError, match="no scan has finished there"):
         ss.load_result(tmp_path / "runs")
     ss.scan(discs(n=10)[0], ORACLE, out=tmp_path / below / "case", config=config())
-    with pytest.raises(ResultError, match=r"there are 1 below it, such as .*/case: name one"):
+    with pytest.raises(ResultError, match=r"of those below it, 1, name one, such as .*/case$"):
         ss.load_result(tmp_path / "runs")
 
 
