@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from slidescan import cli_archive, cli_review, cli_train
-from slidescan.cli_archive import ModelMppOpt, PrecisionOpt, assigned, detector_of, with_reason
+from slidescan.cli_archive import with_reason
+from slidescan.cli_options import ModelMppOpt, PrecisionOpt, assigned, detector_of
 from slidescan.cli_progress import slide_scanned
 from slidescan.cli_report import area, chosen, duration, report, say_profile, seconds_of, warnings_in_a_line
 from slidescan.endings import ends_at_once, ends_in_a_line

@@ -9,11 +9,11 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-import yaml
 
+from slidescan.cli_options import ModelMppOpt, PrecisionOpt, assigned, detector_of
 from slidescan.cli_progress import slides_done
 from slidescan.cli_report import area, duration, warnings_in_a_line
 from slidescan.errors import ConfigError, WorkerError
@@ -22,32 +22,11 @@ from slidescan.timeouts import LONGEST_S
 if TYPE_CHECKING:
     from distributed import Client
 
-    from slidescan.detect.model import Precision
     from slidescan.detections import Detector
     from slidescan.jobqueue import Queue
 
-__all__ = [
-    "ModelMppOpt",
-    "PrecisionOpt",
-    "archive",
-    "assigned",
-    "detector_of",
-    "heeded_signals",
-    "status",
-    "with_reason",
-]
+__all__ = ["archive", "heeded_signals", "status", "with_reason"]
 
-PrecisionOpt = Annotated[
-    Literal["auto", "fp32", "bf16"],
-    typer.Option(
-        help="Of the network's convolutions. bf16 is faster on a GPU, and on a CPU that has it (AVX-512, AMX); auto: "
-        "bf16 on a GPU and fp32 on a CPU."
-    ),
-]
-ModelMppOpt = Annotated[
-    float | None,
-    typer.Option(help="µm/px the model was trained at, where its directory does not say: transformers' own."),
-]
 _AGAIN_S = 0.05  # after which a signal that was lost comes again: finalizers end sooner
 
 
@@ -163,16 +142,6 @@ def status(
     typer.echo(json.dumps(now.told()) if as_json else "\n".join(now.lines()))
 
 
-def detector_of(model: str, precision: Precision = "auto", mpp: float | None = None) -> Detector:
-    """Return the detector that the options name."""
-    from slidescan.detect import load_detector
-
-    detector = load_detector(model, precision=precision, mpp=mpp)
-    if mpp is not None and mpp != detector.mpp:
-        raise ConfigError(f"--model-mpp: expected none, for {model} says what it was trained at, got {mpp:g}")
-    return detector
-
-
 def with_reason(arguments: list[str]) -> list[str]:
     """Give ``--retry-failed`` its value where it has none: Typer knows no option with a value that may be left out."""
     if "--retry-failed" not in arguments:
@@ -182,20 +151,6 @@ def with_reason(arguments: list[str]) -> list[str]:
     at = arguments.index("--retry-failed") + 1
     told = at < len(arguments) and arguments[at] in REASONS
     return arguments if told else [*arguments[:at], "", *arguments[at:]]
-
-
-def assigned(assignments: list[str]) -> dict[str, Any]:
-    """Return what `--set section.key=value` options say."""
-    found = {}
-    for assignment in assignments:
-        key, equals, value = assignment.partition("=")
-        if not equals:
-            raise ConfigError(f"--set expects section.key=value, got {assignment!r}")
-        try:
-            found[key.strip()] = yaml.safe_load(value)
-        except yaml.YAMLError as exc:
-            raise ConfigError(f"--set {key.strip()}: expected a YAML value, got {value!r}") from exc
-    return found
 
 
 @contextmanager

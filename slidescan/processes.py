@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 __all__ = ["processes", "visible_gpus"]
 
 _DRAIN_S = 5  # for regions in flight when a run is ended; SLURM kills 30 s after it asked, others after 10
-_ours: set[int] = set()  # processes that workers are forked from
 _CLOSING_S = 2  # for what did begin of a cluster whose start was cut short
+_servers_started: set[int] = set()  # processes that workers are forked from
 
 
 @contextmanager
@@ -227,7 +227,7 @@ def _forked(preload: Sequence[str]) -> Iterator[None]:
                 del os.environ["OMP_NUM_THREADS"]
             else:
                 os.environ["OMP_NUM_THREADS"] = threads
-        _ours.update(_servers() - before)  # one that was there is the caller's
+        _servers_started.update(_servers() - before)  # one that was there is the caller's
         try:
             yield
         except Exception:
@@ -256,13 +256,13 @@ def _kill_forked() -> None:
     """
     import psutil
 
-    for pid in _ours:
+    for pid in _servers_started:
         with contextlib.suppress(psutil.Error):
             server = psutil.Process(pid)
             for process in (*server.children(), server):
                 with contextlib.suppress(psutil.Error):
                     process.kill()
-    _ours.clear()
+    _servers_started.clear()
 
 
 def visible_gpus() -> list[str]:
