@@ -49,7 +49,7 @@ class Case:
         self._run_key, self._model = str(provenance["run_key"]), str(provenance["detector"]["sha256"])
         self._fingerprint, self._color = str(provenance["slide"]["fingerprint"]), provenance["slide"]["color"]
         self._slide_at: SlideAt | None = None
-        self._seen: tuple[str, NDArray[np.float32]] = "", self._found_l0[:0]
+        self._seen: tuple[ReviewItem | None, NDArray[np.float32]] = None, self._found_l0[:0]
         self._strangers: frozenset[str] = frozenset()
         self._attached: dict[str, str] = {}
         self._former: dict[str, list[str]] = {}
@@ -172,8 +172,8 @@ class Case:
     def _inside(self, item: ReviewItem) -> NDArray[np.float32]:
         """Return the boxes (N, 4) of the detections in a region, best first; none for a detection."""
         seen = self._seen
-        if seen[0] != item.id:  # parts and focus are asked for one after the other, of several by several threads
-            seen = self._seen = item.id, self._found_in(item)
+        if seen[0] is not item:  # parts and focus are asked for one after the other, of several by several threads
+            seen = self._seen = item, self._found_in(item)
         return seen[1]
 
     def _found_in(self, item: ReviewItem) -> NDArray[np.float32]:
