@@ -24,9 +24,10 @@ def marked_crops(n: int = 12, edge: int = 128, *, off_centre: bool = False) -> l
     return crops
 
 
-def dots(image: NDArray[np.uint8]) -> NDArray[np.float64]:
-    """Centres (x, y) of the green dots of an image."""
+def dots(image: NDArray[np.uint8], least_px: int = 1) -> NDArray[np.float64]:
+    """Centres (x, y) of the green dots of an image, those of fewer px left out."""
     green = (image[..., 1].astype(int) - image[..., 0] > 90) & (image[..., 2] < 130)
     labels, count = ndimage.label(green, np.ones((3, 3)))
-    found = ndimage.center_of_mass(green, labels, range(1, count + 1))
+    large = np.flatnonzero(np.bincount(labels.ravel(), minlength=count + 1)[1:] >= least_px) + 1
+    found = ndimage.center_of_mass(green, labels, large)
     return np.array(found, np.float64).reshape(-1, 2)[:, ::-1] + 0.5

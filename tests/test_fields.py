@@ -17,7 +17,7 @@ from slidescan.errors import ConfigError
 from slidescan.train.augment import augment, jitter_stain
 from slidescan.train.crops import cover, load_crops
 from slidescan.train.fields import FieldMaker
-from tests.marked import dots, marked_crops
+from tests.marked import GREEN, dots, marked_crops
 
 
 def test_covering_hides_the_figure_and_nothing_else() -> None:
@@ -44,6 +44,34 @@ def test_covering_hides_both_plates_of_a_late_figure(apart_px: int) -> None:
         covered = cover(np.random.default_rng(2), replace(crop, image=image))
         assert covered is not None
         assert len(dots(covered)) == 0
+
+
+@given(seed=st.integers(0, 10_000))
+def test_a_covered_crop_has_nothing_as_dark_left(seed: int) -> None:
+    """Chromosomes scattered around the centre are covered, or the crop is not used."""
+    rng = np.random.default_rng(seed)
+    (crop,) = marked_crops(1)
+    image = crop.image.copy()
+    y, x = np.mgrid[:128, :128] + 0.5
+    for angle, px in zip(rng.uniform(0, 2 * np.pi, 4), rng.uniform(10, 32, 4), strict=True):
+        speck = np.hypot(x - 64 - px * np.cos(angle), y - 64 - px * np.sin(angle)) <= rng.uniform(4.5, 6)
+        image[speck] = GREEN
+    covered = cover(rng, replace(crop, image=image))
+    assert covered is None or len(dots(covered, least_px=32)) == 0  # half of a dot
+
+
+def test_nothing_dark_is_laid_where_a_figure_was() -> None:
+    """In a clear cell a dark cover would look like a figure: it is pale tissue, or the crop is not used."""
+    (crop,) = marked_crops(1)
+    y, x = np.mgrid[:128, :128] + 0.5
+    dark = crop.image.copy()
+    dark[np.hypot(x - 64, y - 64) > 24] = (130, 100, 150)
+    assert cover(np.random.default_rng(0), replace(crop, image=dark)) is None
+    dark[:56, :56] = crop.image[:56, :56]
+    for seed in range(5):
+        covered = cover(np.random.default_rng(seed), replace(crop, image=dark))
+        assert covered is not None
+        assert covered[60:68, 60:68].mean() > 170
 
 
 def test_a_figure_mirrored_at_the_edge_of_its_slide_is_a_figure(tmp_path: Path) -> None:

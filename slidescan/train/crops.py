@@ -33,10 +33,11 @@ CROP_MPP = 0.25  # µm/px of the crops, from their scanners
 OBJECT_UM = 12.5  # edge of the annotators' nominal box: 50 px of 0.25 µm
 # A figure with its cytoplasm, measured on the crops: chromatin rarely reaches beyond 5 µm of the centre.
 FIGURE_RADIUS_UM = 5.0
-# Where the second plate of a late figure lies, from the annotated centre, µm, and how dark it is next to the darkest
-# there; by eye, on 48 of the crops in which something is. Of 32 places that a network trained on other patients took
-# for figures in covered crops, a third were such plates, of which the disc of a figure left a half.
-_REST_UM, _REST_SHARE, _REST_RADIUS_UM = (3.5, 10.0), 0.8, 3.0
+# The second plate of a late figure and chromosomes that strayed: how far from the annotated centre they lie, µm, and
+# how dark they are next to the darkest there, both smoothed.
+_PART_UM, _PART_SHARE, _PART_RADIUS_UM = 10.0, 0.75, 3.0
+_PLATE_UM = 3.5  # from the centre on, what is dark is not under the middle of the figure's own cover
+_SMOOTH_UM = 0.75  # standard deviation: of a dark speck little is left
 _CROP_PX = 128
 
 
@@ -130,34 +131,46 @@ def load_crops(
 
 
 def cover(rng: np.random.Generator, crop: Crop) -> Rgb | None:
-    """Return the crop's image with every figure hidden under tissue of its own margin, or None if there is no room.
+    """Return the crop's image with every figure hidden under tissue of its own margin, or None where none is hidden.
 
     The figure is a disc around its centre, and what is as dark beside it: the plates of a late figure lie up to 10 µm
-    from there, and half a plate left over is a figure that nobody annotated.
+    from there, and half a plate left over is a figure that nobody annotated. So is a dark nucleus in the clear
+    cytoplasm of a figure: what is laid over it is paler than the crop, and where something as dark is left the crop
+    is not used.
     """
     shown = np.concatenate((crop.figures, crop.cut))[:, :2]
-    density: F32 = -np.log((crop.image.astype(np.float32) + 1) / 256).sum(2)  # optical, of all colours
-    rests = _rests(crop, density)
+    density = _density(crop.image, crop.mpp)
+    away_um = _away_px(crop.figures[:, :2], len(density)) * crop.mpp
+    # From this density on it may be a part of the figure, (n, 1, 1).
+    part = _PART_SHARE * np.where(away_um < FIGURE_RADIUS_UM, density, 0).max((1, 2), initial=0, keepdims=True)
+    peaks = density == ndimage.maximum_filter(density, round(4.0 / crop.mpp) + 1)
+    beside = (away_um > _PLATE_UM) & (away_um < _PART_UM) & (density >= part)
+    rests = np.argwhere(peaks & beside.any(0))[:, ::-1] + 0.5
     canvas = crop.image.astype(np.float32)
-    figure_px, rest_px = FIGURE_RADIUS_UM / crop.mpp, _REST_RADIUS_UM / crop.mpp
+    figure_px, rest_px = FIGURE_RADIUS_UM / crop.mpp, _PART_RADIUS_UM / crop.mpp
     # µm: hides a figure of 5 µm, or a plate, and leaves 2 µm to blend.
     for centres, radius_um in ((shown, 7.0), (rests, 5.5)):
         radius = round(radius_um / crop.mpp)
-        grid = np.arange(radius, len(canvas) - radius + 1, max(1, radius // 4), dtype=np.float64)
+        grid = np.arange(radius, len(canvas) - radius + 1, max(1, radius // 4))
         spots = np.stack(np.meshgrid(grid, grid), -1).reshape(-1, 2)
-        away, beside = (np.linalg.norm(spots[:, None] - xy, axis=-1).min(1, initial=np.inf) for xy in (shown, rests))
-        free = spots[(away >= radius + figure_px - 1) & (beside >= radius + rest_px - 1)]
-        # The palest quarter: half a nucleus in the clear cytoplasm of a figure looks like one.
-        dark = ndimage.uniform_filter(density, 2 * radius)[free[:, 1].astype(int), free[:, 0].astype(int)]
-        free = free[np.argsort(dark)[: -(-len(free) // 4)]]
+        far, aside = (np.linalg.norm(spots[:, None] - xy, axis=-1).min(1, initial=np.inf) for xy in (shown, rests))
+        darkest, dark = (
+            smooth(density, 2 * radius)[spots[:, 1], spots[:, 0]]
+            for smooth in (ndimage.maximum_filter, ndimage.uniform_filter)
+        )
+        free = (far >= radius + figure_px - 1) & (aside >= radius + rest_px - 1)
+        free &= (darkest < part.min(initial=np.inf)) & (dark <= density.mean())
+        spots = spots[free][np.argsort(dark[free])[: -(-free.sum() // 4)]]  # the palest quarter
         alpha = disc(radius, 2.0 / crop.mpp)
         for centre in centres:
-            if len(free) == 0:
+            if len(spots) == 0:
                 return None
-            x, y = free[rng.integers(len(free))].astype(int)
+            x, y = spots[rng.integers(len(spots))]
             patch = crop.image[y - radius : y + radius, x - radius : x + radius]
             patch = np.rot90(patch, int(rng.integers(4)))
             blend(canvas, patch, alpha, centre)
+    if ((away_um < _PART_UM) & (_density(canvas, crop.mpp) >= part)).any():
+        return None
     return (canvas + 0.5).astype(np.uint8)
 
 
@@ -187,16 +200,17 @@ def blend(canvas: F32, patch: Rgb | F32, alpha: F32, centre: NDArray[np.float64]
     under += alpha[top:bottom, left:right, None] * (patch[top:bottom, left:right] - under)
 
 
-def _rests(crop: Crop, density: F32) -> NDArray[np.float64]:
-    """Return the middles (n, 2) of what lies beside a figure's centre and is about as dark as it."""
-    density = ndimage.gaussian_filter(density, 0.75 / crop.mpp)
-    y, x = np.nonzero(density == ndimage.maximum_filter(density, round(4.0 / crop.mpp) + 1))
-    away_um = np.linalg.norm(np.stack((x, y), 1)[:, None] + 0.5 - crop.figures[:, :2], axis=-1) * crop.mpp
-    dark = density[y, x]
-    darkest = np.where(away_um < FIGURE_RADIUS_UM, dark[:, None], 0).max(0, initial=0)
-    rest = (away_um > _REST_UM[0]) & (away_um < _REST_UM[1]) & (dark[:, None] >= _REST_SHARE * darkest)
-    middles: NDArray[np.float64] = np.stack((x, y), 1)[rest.any(1)] + 0.5
-    return middles
+def _density(image: Rgb | F32, mpp: float) -> F32:
+    """Return the optical density of all colours together, smoothed."""
+    density: F32 = -np.log((image.astype(np.float32) + 1) / 256).sum(2)
+    return ndimage.gaussian_filter(density, _SMOOTH_UM / mpp)  # type: ignore[no-any-return]
+
+
+def _away_px(centres: NDArray[np.float64], edge: int) -> NDArray[np.float64]:
+    """Return how far each px of a square is from each centre (x, y), shape (n, edge, edge)."""
+    y, x = np.mgrid[:edge, :edge] + 0.5
+    away: NDArray[np.float64] = np.hypot(x - centres[:, 0, None, None], y - centres[:, 1, None, None])
+    return away
 
 
 def _mirrored(figures: Figures, pads: Sequence[tuple[int, int]]) -> Figures:
