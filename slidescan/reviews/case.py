@@ -41,6 +41,7 @@ class Case:
         self.group = group
         self.what = what
         self.frame = result.frame
+        self.classes = result.classes
         self.items = {item.id: item for item in items_of(result, what, self.slide_id, group)}
         # Of a region its detections are shown, too; float32 is off by 0.01 px at 200,000 px.
         self._found_l0 = result.found.xyxy.astype(np.float32) if what == "region" else np.empty((0, 4), np.float32)

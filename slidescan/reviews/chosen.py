@@ -11,7 +11,7 @@ from slidescan.errors import ConfigError
 from slidescan.reviews.decisions import Decision, Verdict
 from slidescan.reviews.items import ReviewItem
 
-__all__ = ["STATES", "TELL_OTHERS", "TELL_SCORES", "Choice", "Sort", "nearest"]
+__all__ = ["STATES", "TELL_SCORES", "Choice", "Sort", "nearest"]
 
 Sort = Literal["evidence", "score", "uncertainty", "slide", "shuffled"]
 

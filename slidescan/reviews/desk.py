@@ -17,7 +17,7 @@ from slidescan.errors import ConfigError, ResultError, SlideError
 from slidescan.legend import RAMP_END_PER_MM2
 from slidescan.reviews.asked import Asked, NotThereError
 from slidescan.reviews.case import MOST_PARTS, Case
-from slidescan.reviews.chosen import STATES, TELL_OTHERS, TELL_SCORES, Sort, nearest
+from slidescan.reviews.chosen import STATES, TELL_SCORES, Sort, nearest
 from slidescan.reviews.decisions import Decision, Verdict
 from slidescan.reviews.items import ReviewItem
 from slidescan.reviews.layers import Layers, layers_of
@@ -58,7 +58,9 @@ class Desk:
         self._layers: OrderedDict[int, Layers] = OrderedDict()
         self._tilings: dict[int, Tiling] = {}
         items = review.items()
-        self._labels = sorted({item.label for item in items})
+        self._labels = sorted({item.label for item in items})  # what can be listed
+        # What can be said: the majority of a region has one class, a detection in it perhaps another.
+        self._classes = sorted({*self._labels, *(name for case in review.cases.values() for name in case.classes)})
         self._on_slide = {item.slide_id for item in items}
         self._kinds: Mapping[str, Callable[[Asked], dict[str, Any] | Picture]] = {
             "state": self._state,
@@ -122,6 +124,7 @@ class Desk:
             "total": len(review),
             "left": left,
             "labels": self._labels,
+            "classes": self._classes,
             "slides": slides,
             "sorts": sorts[::-1] if review.blinded else sorts,
             "notice": notice(review),
@@ -146,8 +149,7 @@ class Desk:
         asked.nothing_else()
         with self._lock:
             if kept < 0:
-                if decision in TELL_OTHERS:
-                    self._review.refresh()
+                self._review.refresh()
                 self._listed = kept = self._listed + 1
                 self._listings[kept] = self._review.items(
                     sort,  # type: ignore[arg-type]  # one of them

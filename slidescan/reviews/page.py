@@ -19,14 +19,18 @@ _SERVED = {
 }
 
 
-@cache
 def asset(name: str) -> tuple[bytes, str] | None:
     """Return a file and its media type; None for any other name."""
+    return _asset(name) if name in (*_SERVED, "review.js", "review.css") else None  # others are not kept
+
+
+@cache
+def _asset(name: str) -> tuple[bytes, str]:
     if name == "review.js":
         return module("start").encode(), "text/javascript"
     if name == "review.css":
         return style("start").encode(), "text/css"
-    return (_text(name).encode(), _SERVED[name]) if name in _SERVED else None
+    return _text(name).encode(), _SERVED[name]
 
 
 def module(*last: str) -> str:

@@ -44,6 +44,11 @@ class Review:
         self.reviewer = reviewer
         self.blinded = blinded
         self._cases = {case.slide_id: case for case in cases}
+        if len(self._cases) < len(cases):
+            twice = [case.slide_id for case in cases if self._cases[case.slide_id] is not case]
+            raise ConfigError(
+                f"review: expected one result a slide, got two of {twice[0]!r}; review one after the other"
+            )
         self._items: dict[str, ReviewItem] = {}
         for item in shown:  # a slide that is in an archive twice, under two names, is reviewed once
             self._items.setdefault(item.id, replace(item, score=None, evidence=None, rank=None) if blinded else item)

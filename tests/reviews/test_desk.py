@@ -70,6 +70,22 @@ def test_what_is_left_counts_whoever_decided(case: Path, slide: Slide) -> None:
     assert (review.undo(), review.left) == (ids[-1], 0)
 
 
+def test_a_new_list_knows_what_others_decided_meanwhile(case: Path, desk: Desk) -> None:
+    listed = {"page": 0, "size": 1}
+    id_ = desk.answer("items", listed)["items"][0]["id"]
+    ss.review(ss.load_result(case, verify=False), reviewer="ben").decide(id_, "reject")
+    (others,) = desk.answer("items", listed)["items"][0]["others"]
+    assert (others["reviewer"], others["decision"]) == ("ben", "reject")
+
+
+def test_every_class_of_the_detector_can_be_said(case: Path, slide: Slide) -> None:
+    """Also one that no region in review is of."""
+    result = ss.load_result(case, verify=False)
+    two = replace(result, classes=(*result.classes, "other"))
+    state = Desk(ss.review(two, slides=slide, reviewer="ann")).answer("state", {})
+    assert (state["labels"], state["classes"]) == (["disc"], ["disc", "other"])
+
+
 def test_filters(desk: Desk) -> None:
     score = desk.answer("items", {"page": 0, "size": 100, "sort": "score"})["items"][5]["score"]
     for values, n in (

@@ -13,7 +13,7 @@ import pytest
 
 import slidescan as ss
 from slidescan.reviews.desk import Desk
-from slidescan.reviews.page import MODULES, asset, module
+from slidescan.reviews.page import MODULES, _asset, asset, module
 from slidescan.slides import Slide
 from tests.chromium import CHROMIUM, WHY, Tab
 from tests.discs import discs
@@ -48,6 +48,13 @@ class TestFiles:
             )
             assert text.count("\n") < 350, path.name
 
+    def test_what_is_no_file_is_not_kept(self) -> None:
+        """Anybody on this machine may ask for names without end."""
+        before = _asset.cache_info().currsize
+        assert asset("x" * 1000) is None
+        assert asset("../server.py") is None
+        assert _asset.cache_info().currsize == before
+
     def test_openseadragon_has_its_licence(self) -> None:
         assert b"openseadragon 6.1.1" in (ASSETS / "openseadragon.min.js").read_bytes()[:100]
         assert "CodePlex Foundation" in (ASSETS / "openseadragon.LICENSE.txt").read_text()
@@ -60,7 +67,7 @@ def slide() -> Slide:
 
 
 def two_classes(desk: Desk) -> None:
-    desk._labels = ["disc", HOSTILE]
+    desk._classes = ["disc", HOSTILE]
 
 
 def type_note_and_class(tab: Tab) -> None:

@@ -318,6 +318,14 @@ def test_archive(archive: Path, tmp_path: Path) -> None:
     assert titles == {"a", "b"}
 
 
+def test_two_results_of_one_slide_are_not_reviewed_at_once(archive: Path, tmp_path: Path) -> None:
+    """A decision on a region of the one would be written to the other's log."""
+    other = shutil.copytree(archive / "runs", tmp_path / "other")
+    regions = [*ss.open_archive(archive / "runs").top(2), *ss.open_archive(other).top(2)]
+    with pytest.raises(ConfigError, match="expected one result a slide, got two of"):
+        ss.review(regions, reviewer="ann")
+
+
 def test_a_slide_that_is_there_twice_is_reviewed_once(archive: Path) -> None:
     """One content, one set of ids, whatever the names."""
     opened = ss.open_archive(archive / "runs")

@@ -100,6 +100,9 @@ export class SlideView {
     this.viewer.addHandler("canvas-click", (event) => { if (event.quick) this.#clicked(event.position); });
     for (const name of ["update-viewport", "resize"]) this.viewer.addHandler(name, () => this.paint());
     this.stage.append(this.overlay.canvas);
+    const { canvas } = this.viewer; // the stop of the Tab key
+    canvas.setAttribute("role", "application");
+    canvas.setAttribute("aria-label", "Slide: + and − zoom, Shift and the arrows move, 0 shows all of it");
   }
 
   #clicked({ x, y }) {

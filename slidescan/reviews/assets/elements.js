@@ -14,7 +14,7 @@ export function button(text, onclick, { key, ...more } = {}) {
   const made = element("button", { type: "button", onclick, text, ...more });
   if (key) {
     made.append(" ", element("kbd", { text: key, aria: { hidden: "true" } }));
-    made.setAttribute("aria-keyshortcuts", key);
+    made.setAttribute("aria-keyshortcuts", { "←": "ArrowLeft", "→": "ArrowRight" }[key] ?? key);
   }
   return made;
 }

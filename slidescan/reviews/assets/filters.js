@@ -9,8 +9,14 @@ const FIELDS_UM = [32, 64, 128, 256, 512, 1024];
 
 export class Filters {
   constructor({ state, fovUm, onChange, onField }) {
-    const select = (name, text, options, value = "") => {
-      const made = element("select", { onchange: onChange, name },
+    let byPointer = false;
+    const select = (name, text, options, value = "", change = onChange) => {
+      const onchange = () => {
+        if (byPointer) made.blur(); // or the next key would choose from it
+        change();
+      };
+      const made = element("select", { onchange, name, onpointerdown: () => { byPointer = true; },
+        onkeydown: () => { byPointer = false; } },
         ...options.map(([key, shown]) => element("option", { value: key, text: shown })));
       made.value = value;
       return [made, element("label", {}, `${text} `, made)];
@@ -27,8 +33,8 @@ export class Filters {
     if (state.labels.length > 1) labels.push(parts);
     this.minScore = element("input", { type: "number", min: 0, max: 1, step: 0.05, onchange: onChange, name: "min_score" });
     if (!state.blinded) labels.push(element("label", {}, "Score from ", this.minScore));
-    [this.field, parts] = select("field", "Field", FIELDS_UM.map((um) => [um, `${um} µm`]), String(fovUm));
-    this.field.onchange = () => onField(Number(this.field.value));
+    [this.field, parts] = select("field", "Field", FIELDS_UM.map((um) => [um, `${um} µm`]), String(fovUm),
+      () => onField(Number(this.field.value)));
     labels.push(parts);
     this.root = element("form", { className: "ss-filters", onsubmit: (event) => event.preventDefault(),
       aria: { label: "Filters" } }, ...labels);

@@ -40,6 +40,8 @@ export function listen(target, root, acts) {
       acts.leave();
       return;
     }
+    // A button held down by Enter is pressed again and again, on what comes next.
+    if (event.repeat && event.key === "Enter" && event.target.closest("button")) event.preventDefault();
     if (isTyping(event.target) || root.querySelector("dialog[open]")) return;
     const arrow = event.key.startsWith("Arrow");
     if (arrow && event.target instanceof HTMLInputElement && ["range", "radio"].includes(event.target.type)) return;

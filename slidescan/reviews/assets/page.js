@@ -16,6 +16,8 @@ const AHEAD = 8; // items whose pictures are fetched before they are needed
 
 export async function mount(root, transport, { OpenSeadragon = globalThis.OpenSeadragon, keysFrom = root } = {}) {
   root.tabIndex = -1; // a click beside everything leaves the keys here
+  root.setAttribute("role", "region");
+  root.setAttribute("aria-label", "Review");
   root.classList.add("slidescan-review");
   const state = await transport.request("state", {});
   const review = new Page(root, transport, state, { OpenSeadragon, keysFrom });
@@ -28,19 +30,21 @@ class Page {
   constructor(root, transport, state, { OpenSeadragon, keysFrom }) {
     Object.assign(this, { root, transport, state });
     this.left = state.left;
+    this.asked = 0; // lists
+    this.acting = null; // what is being written, and the move that follows it
     this.crops = new Crops(transport, state.of === "detection" ? 64 : 128);
     const say = (...said) => this.panel.say(...said);
     const acts = {
-      ...Object.fromEntries(Object.keys(VERDICTS).map((verdict) => [verdict, () => this.decide(verdict)])),
+      ...Object.fromEntries(Object.keys(VERDICTS).map((verdict) => [verdict, () => this.#act(() => this.decide(verdict))])),
       label: (key) => this.panel.choose(Number(key)),
       previous: () => this.go(this.index - 1),
       next: () => this.go(this.index + 1),
-      undo: () => this.undo(),
+      undo: () => this.#act(() => this.undo()),
       context: () => this.toggleContext(),
       heat: () => this.toggleHeat(),
       box: () => this.toggleBoxes(),
       note: () => this.panel.note.focus(),
-      leave: () => this.gallery.select(this.current?.id, { focus: true }),
+      leave: () => this.#leave(),
       closer: () => this.context.zoom(true),
       farther: () => this.context.zoom(false),
       whole: () => this.context.whole(),
@@ -79,11 +83,14 @@ class Page {
     return this.pages.get(Math.floor(index / PER_PAGE))?.[index % PER_PAGE];
   }
 
-  /* List anew, and begin at the first item that is not decided. */
+  /* List anew, and begin at the first item that is not decided; what was asked for last is shown, whatever comes last. */
   async list() {
     const { values } = this.filters;
+    const asked = this.asked += 1;
     try {
       const told = await this.transport.request("items", { ...values, page: 0, size: PER_PAGE });
+      await this.acting; // which is of the list before
+      if (asked !== this.asked) return;
       Object.assign(this, { listing: told.listing, total: told.total, values, pages: new Map([[0, told.items]]), index: 0,
         shownPage: null });
       if (!told.total) {
@@ -93,11 +100,24 @@ class Page {
         return;
       }
       const { index } = await this.transport.request("next", { listing: told.listing, start: 0 }).catch(() => ({}));
+      if (asked !== this.asked) return;
+      await this.acting;
       await this.go(index ?? 0);
       this.root.dataset.ready = `${this.listing}`;
     } catch (error) {
-      this.panel.say(error.message, { wrong: true });
+      if (asked === this.asked) this.panel.say(error.message, { wrong: true });
     }
+  }
+
+  /* Decide or undo, one at a time. */
+  #act(act) {
+    if (!this.busy) this.acting = act();
+  }
+
+  /* Take the keys back from a field. */
+  #leave() {
+    this.gallery.select(this.current?.id, { focus: true });
+    if (!this.gallery.root.contains(document.activeElement)) this.root.focus(); // the slide is shown, or nothing is listed
   }
 
   async #page(number) {
@@ -123,15 +143,16 @@ class Page {
     this.index = index;
     const item = this.current;
     const focused = document.activeElement;
-    const onCard = this.root.contains(focused) && focused.closest(".ss-card") !== null; // of this view
+    // Of this view; on a radio button the arrows would choose another class for the next item.
+    const onCard = this.root.contains(focused) && focused.closest(".ss-card, .ss-panel [type=radio]") !== null;
     const focus = focused === document.body || focused === this.root || onCard;
     // First the one to be decided on, then its page, then those to come.
-    const shown = this.panel.show(item, index + 1, this.total, this.crops);
+    const shown = this.panel.show(item, index + 1, this.total, this.crops, { aloud: !focus });
     if (this.shownPage !== number) {
       this.gallery.show(this.pages.get(number), number * PER_PAGE, this.total, this.crops);
       this.shownPage = number;
     }
-    this.gallery.select(item.id, { focus });
+    this.gallery.select(item.id, { focus: focus || focused?.disabled }); // it was on the button to a page beyond the last
     if (!this.context.root.hidden) this.context.show(item, { stay });
     this.#ahead(index);
     await shown;
@@ -139,9 +160,10 @@ class Page {
 
   /* Go to the item of this list at a place of a slide; the view stays where it was clicked. */
   async goTo(place) {
+    const { listing } = this;
     try {
-      const { index } = await this.transport.request("find", { listing: this.listing, ...place });
-      if (index !== null) await this.go(index, { stay: true });
+      const { index } = await this.transport.request("find", { listing, ...place });
+      if (index !== null && listing === this.listing) await this.go(index, { stay: true });
     } catch (error) {
       this.panel.say(error.message, { wrong: true });
     }
@@ -208,7 +230,7 @@ class Page {
     for (const [number, items] of this.pages) {
       const i = items.findIndex(({ id }) => id === answer.item.id);
       if (i < 0) continue;
-      this.panel.forget();
+      this.panel.forget(answer.item.id);
       await this.go(number * PER_PAGE + i);
       this.panel.say(`Undone: ${counted(number * PER_PAGE + i + 1)} of ${counted(this.total)}.`);
       return;
@@ -237,7 +259,7 @@ class Page {
       if (i >= 0) items[i] = item;
     }
     this.gallery.update(item);
-    if (this.current?.id === item.id) this.panel.update(item);
+    this.panel.decided(item);
     this.#progressed(left);
   }
 

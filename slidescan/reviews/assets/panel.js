@@ -1,9 +1,12 @@
 /* The item in question, large, with what is known of it and what can be said of it. */
 import { Field, VERDICTS, button, counted, element, scored } from "./elements.js";
 
+const known = ({ decided, label }) => ({ note: decided?.note ?? "", label: decided?.label ?? label });
+
 export class Panel {
   constructor({ acts, state }) {
-    this.labels = state.labels;
+    this.labels = state.classes;
+    this.drafts = new Map(); // by item id what was typed or chosen there and not decided with
     this.blinded = state.blinded;
     this.field = new Field("ss-large");
     this.title = element("h2", { text: "" });
@@ -11,9 +14,9 @@ export class Panel {
     this.others = element("dl", { className: "ss-facts", hidden: true });
     this.group = `ss-label-${Math.random()}`; // of this view: in a notebook there may be two
     this.note = element("textarea", { rows: 2, maxLength: 10000, placeholder: "Note (n); no patients' names" });
-    this.choices = this.labels.slice(0, 9).map((label, i) => element("label", {},
+    this.choices = this.labels.map((label, i) => element("label", {},
       element("input", { type: "radio", name: this.group, value: label }), ` ${label} `,
-      element("kbd", { text: i + 1, aria: { hidden: "true" } })));
+      i < 9 ? element("kbd", { text: i + 1, aria: { hidden: "true" } }) : null));
     this.radios = this.choices.map((choice) => choice.firstChild);
     this.verdicts = Object.keys(VERDICTS).map((verdict) => button(
       verdict[0].toUpperCase() + verdict.slice(1), acts[verdict], { key: verdict[0], className: "ss-verdict", data: { verdict } },
@@ -34,9 +37,11 @@ export class Panel {
       element("div", { className: "ss-moves", role: "group", aria: { label: "Go" } }, ...moves));
   }
 
-  show(item, number, total, crops) {
+  show(item, number, total, crops, { aloud = false } = {}) {
     const same = this.item?.id === item.id; // shown again, larger or from elsewhere: what was typed stays
+    if (!same) this.#keep();
     this.item = item;
+    this.title.setAttribute("aria-live", aloud ? "polite" : "off"); // where focus moves to its card, that is read
     this.title.textContent = `${counted(number)} of ${counted(total)}`;
     const [x0, y0, x1, y1] = item.box_l0;
     const um = (px) => (px * item.mpp).toFixed(0);
@@ -48,19 +53,34 @@ export class Panel {
     this.facts.replaceChildren(...facts.filter(([, value]) => value).map(([name, value]) =>
       element("div", {}, element("dt", { text: name }), element("dd", { text: value }))));
     if (!same) {
-      this.note.value = item.decided?.note ?? "";
-      this.#choose(item.decided?.label ?? item.label);
+      const { note, label } = this.drafts.get(item.id) ?? known(item);
+      this.note.value = note;
+      this.#choose(label);
     }
-    this.update(item);
+    this.#update(item);
     return this.field.fill(item, crops);
   }
 
-  /* Have the next item shown as it is known, the same one, too. */
-  forget() {
-    this.item = null;
+  /* Keep what was typed or chosen and not decided with. */
+  #keep() {
+    if (!this.item) return;
+    const { note, label } = known(this.item);
+    if (this.note.value === note && this.#chosen === label) this.drafts.delete(this.item.id);
+    else this.drafts.set(this.item.id, { note: this.note.value, label: this.#chosen });
   }
 
-  update(item) {
+  /* Have an item shown as it is known the next time, even if it is shown now. */
+  forget(id) {
+    this.drafts.delete(id);
+    if (this.item?.id === id) this.item = null;
+  }
+
+  decided(item) {
+    this.drafts.delete(item.id);
+    if (this.item?.id === item.id) this.#update(item);
+  }
+
+  #update(item) {
     this.item = item;
     const verdict = item.decided?.decision;
     this.root.dataset.decision = verdict ?? "none";
@@ -84,10 +104,13 @@ export class Panel {
     for (const radio of this.radios) radio.checked = radio.value === label;
   }
 
+  get #chosen() {
+    return this.radios.find((radio) => radio.checked)?.value ?? known(this.item).label;
+  }
+
   /* The class chosen, null for the detector's. */
   get label() {
-    const chosen = this.radios.find((radio) => radio.checked)?.value ?? this.item.decided?.label;
-    return chosen === this.item.label ? null : chosen ?? null;
+    return this.#chosen === this.item.label ? null : this.#chosen;
   }
 
   say(text, { wrong = false } = {}) {

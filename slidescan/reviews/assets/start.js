@@ -11,18 +11,19 @@ class HttpCarrier {
 
   async request(kind, values, signal) {
     const text = JSON.stringify(values);
-    let answer;
+    let wrong;
     try {
-      answer = await (WRITES.includes(kind)
+      const answer = await (WRITES.includes(kind)
         ? fetch(`api/${kind}`, { method: "POST", body: text, headers: { ...this.headers, "Content-Type": "application/json" } })
         : fetch(`api/${kind}?q=${encodeURIComponent(text)}`, { headers: this.headers, signal }));
+      const isJson = answer.headers.get("Content-Type")?.startsWith("application/json");
+      if (answer.ok) return isJson ? await answer.json() : await answer.blob();
+      wrong = isJson ? (await answer.json()).error : `failed (${answer.status})`;
     } catch {
       const error = new Error("slidescan review does not answer. If it runs, load this page again: it shows what was saved.");
       throw Object.assign(error, { lost: true }); // what was asked for may have been done
     }
-    const isJson = answer.headers.get("Content-Type")?.startsWith("application/json");
-    if (!answer.ok) throw new Error(isJson ? (await answer.json()).error : `failed (${answer.status})`);
-    return isJson ? answer.json() : answer.blob();
+    throw new Error(wrong);
   }
 }
 

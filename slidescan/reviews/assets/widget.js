@@ -89,7 +89,7 @@ class MessageCarrier {
   #fail(why) {
     const all = [...this.waiting.values()];
     this.waiting.clear();
-    for (const { reject } of all) reject(new Error(why));
+    for (const { reject } of all) reject(Object.assign(new Error(why), { lost: true })); // it may have been done
   }
 }
 

@@ -1,0 +1,118 @@
+"""Fast, slow and careful hands on the review page, in a real browser: keys, focus and what was typed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from slidescan.reviews.desk import Desk
+from slidescan.slides import Slide
+from tests.chromium import CHROMIUM, WHY, Tab
+from tests.discs import discs
+from tests.paged import REVIEW, N, at, decided, press
+
+pytestmark = [
+    pytest.mark.skipif(CHROMIUM is None, reason=WHY),
+    # A connection that a browser holds open ends with the server's loop, of which asyncio complains.
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+NOTE = "document.querySelector('textarea').value"
+
+
+@pytest.fixture(scope="module")
+def slide() -> Slide:
+    return discs(n=N, size_wh=(1600, 1200))[0]
+
+
+def write_note(tab: Tab, text: str) -> None:
+    press(tab, "n")
+    for letter in text:
+        tab.press(letter)
+    tab.press("Escape")
+
+
+def test_escape_leaves_a_note_while_the_slide_is_shown(opened: Callable[..., Desk], tab: Tab, case: Path) -> None:
+    opened()
+    press(tab, "f")
+    write_note(tab, "odd")
+    press(tab, "a")
+    at(tab, 2)
+    (line,) = (json.loads(text) for text in (case / "decisions.jsonl").read_text().splitlines())
+    assert (line["decision"], line["note"]) == ("accept", "odd")
+
+
+def test_a_note_is_there_when_one_comes_back(opened: Callable[..., Desk], tab: Tab, case: Path) -> None:
+    """What was typed and not decided with is kept with its item, and goes with its decision."""
+    opened()
+    write_note(tab, "odd")
+    press(tab, "ArrowRight")
+    at(tab, 2)
+    assert tab.run(NOTE) == ""
+    press(tab, "a")
+    at(tab, 3)
+    for n in (2, 1):
+        press(tab, "ArrowLeft")
+        at(tab, n)
+    assert tab.run(NOTE) == "odd"
+    press(tab, "r")
+    at(tab, 3)
+    lines = [json.loads(text) for text in (case / "decisions.jsonl").read_text().splitlines()]
+    assert [(line["decision"], line["note"]) for line in lines] == [("accept", ""), ("reject", "odd")]
+
+
+def test_enter_held_down_on_a_button_decides_once(opened: Callable[..., Desk], tab: Tab, case: Path) -> None:
+    opened()
+    tab.run("document.querySelector('.ss-verdict').focus()")
+    press(tab, "Enter")
+    at(tab, 2)
+    for _ in range(3):
+        press(tab, "Enter", repeats=True)
+    press(tab, "Enter")
+    at(tab, 3)
+    assert decided(case) == [("decide", "accept")] * 2
+
+
+def test_the_filter_chosen_last_is_what_is_listed(opened: Callable[..., Desk], tab: Tab) -> None:
+    """Whichever answer comes first; and a decision under way does not lead on in the new list."""
+    opened()
+    tab.run(
+        f"""(() => {{
+          const review = {REVIEW}, ask = review.transport.request.bind(review.transport);
+          review.transport.request = (kind, values, ...rest) => kind === 'items' && values.sort === 'score'
+            ? new Promise((answer) => {{ review.answerFirst = () => answer(ask(kind, values, ...rest)); }})
+            : ask(kind, values, ...rest);
+          review.filters.sort.value = 'score';
+          review.first = review.list();
+          review.filters.sort.value = 'slide';
+          review.filters.decision.value = 'undecided';
+        }})()"""
+    )
+    tab.run(f"{REVIEW}.list()")
+    tab.wait(f"{REVIEW}.values.sort === 'slide'")
+    tab.run(f"{REVIEW}.answerFirst(); {REVIEW}.first.then(() => null)")
+    assert tab.run(f"[{REVIEW}.values.sort, {REVIEW}.values.decision]") == ["slide", "undecided"]
+    tab.run(f"{{ document.querySelector('.ss-verdict').click(); {REVIEW}.list(); }}")
+    tab.wait(f"document.querySelector('.ss-panel h2').textContent === '1 of {N - 1}'")
+    at(tab, 1, N - 1)
+
+
+def test_the_keys_stay_where_a_page_is_the_last(opened: Callable[..., Desk], tab: Tab) -> None:
+    """The button that was pressed can be pressed no more; in a notebook the keys would go to the notebook."""
+    opened()
+    tab.click("[aria-label='Last page']")
+    at(tab, 25)
+    assert tab.run("document.activeElement.className") == "ss-card"
+
+
+def test_a_key_after_a_choice_is_the_reviews(opened: Callable[..., Desk], tab: Tab) -> None:
+    """With the focus on a class a decision takes it to the next item, where arrows would change the class."""
+    desk = opened(change=lambda desk: setattr(desk, "_classes", ["disc", "other"]))
+    tab.run("document.querySelector('.ss-panel [type=radio]').focus()")
+    assert tab.run("document.activeElement.type") == "radio"
+    press(tab, "a")
+    at(tab, 2)
+    assert tab.run("document.activeElement.className") == "ss-card"
+    assert desk.answer("state", {})["left"] == N - 1
