@@ -112,7 +112,7 @@ class Desk:
         asked.nothing_else()
         review = self._review
         with self._lock:
-            review.refresh()
+            self._refresh()
             left = review.left
         sorts = [sort for sort in get_args(Sort) if not (review.blinded and sort in TELL_SCORES)]
         slides = [{"n": n, "name": name} for n, name in enumerate(self._slides) if name in self._on_slide]
@@ -133,7 +133,7 @@ class Desk:
     def _summary(self, asked: Asked) -> dict[str, Any]:
         asked.nothing_else()
         with self._lock:
-            self._review.refresh()
+            self._refresh()
             return summary_of(self._review)
 
     def _items(self, asked: Asked) -> dict[str, Any]:
@@ -149,7 +149,7 @@ class Desk:
         asked.nothing_else()
         with self._lock:
             if kept < 0:
-                self._review.refresh()
+                self._refresh()
                 self._listed = kept = self._listed + 1
                 self._listings[kept] = self._review.items(
                     sort,  # type: ignore[arg-type]  # one of them
@@ -299,6 +299,12 @@ class Desk:
                     self._layers.popitem(last=False)
             self._layers.move_to_end(n)
             return self._layers[n]
+
+    def _refresh(self) -> None:
+        try:
+            self._review.refresh()
+        except ResultError as exc:
+            raise ResultError("what was decided cannot be read; the terminal says why") from exc
 
     def _without_path(self, error: ResultError, slide_id: str) -> ResultError:
         return ResultError(str(error).removeprefix(f"{self._review.cases[slide_id].log.path}: "))

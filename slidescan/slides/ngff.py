@@ -30,6 +30,7 @@ _CODECS = frozenset(
 ) | {"imagecodecs_jpeg", "imagecodecs_jpeg8", "imagecodecs_jpeg2k", "imagecodecs_deflate"}
 _UM = {"micrometer": 1.0, "millimeter": 1e3, "centimeter": 1e4, "meter": 1e6, "nanometer": 1e-3}  # µm, NGFF units
 _ROUNDING_PX = 1.5  # a level's side may differ by this from the exact ratio, as in TIFF
+_MOST_IMAGES = 100  # of one file that are looked for
 _MALFORMED = (KeyError, TypeError, ValueError, IndexError, AttributeError, StopIteration, ArithmeticError)
 
 
@@ -64,6 +65,7 @@ class ZarrImage:
     axes: tuple[str, ...]
     resolution: Resolution
     is_ngff: bool
+    others: int = 0
 
     def wh(self, sizes: tuple[int, ...]) -> tuple[int, int]:
         """Return the x and y entries of a shape."""
@@ -72,7 +74,8 @@ class ZarrImage:
 
 def is_zarr(path: Where) -> bool:
     """Return whether a directory is a Zarr group or array."""
-    return any(read_small(path / name, 0) is not None for name in META)
+    found = any(read_small(path / name, 0, absent_if_refused=True) is not None for name in META)
+    return found or read_small(path / META[0], 0) is not None  # which says so where all are refused
 
 
 def read_zarr_image(path: Where) -> ZarrImage:
@@ -93,14 +96,20 @@ class _Reader:
     def image(self) -> ZarrImage:
         if not is_zarr(self._root):
             self._fail("a directory without Zarr metadata; give a slide file or an .ome.zarr")
-        told = self._multiscale(self._root)
+        told, others = self._multiscale(self._root), 0
         if told is None and (nested := self._multiscale(self._root / "0")) is not None:
             # bioformats2raw puts each image into a numbered group; the first is the slide.
+            # Those of its scale may be slides, too; label and macro image have another, or none.
+            for n in range(1, _MOST_IMAGES):
+                other = self._multiscale(self._root / str(n))
+                if other is None:
+                    break
+                others += _steps(other) is not None and _steps(other) == _steps(nested)
             self._root, told = self._root / "0", nested
         paths, axes, resolution = self._plain() if told is None else self._ngff(told)
         datasets = [self._dataset(p, axes) for p in paths]
         datasets.sort(key=lambda d: -d.shape[axes.index("x")])
-        image = ZarrImage(tuple(datasets), axes, resolution, told is not None)
+        image = ZarrImage(tuple(datasets), axes, resolution, told is not None, others)
         sizes = [image.wh(dataset.shape) for dataset in datasets]
         for width, height in sizes[1:]:
             width0, height0 = sizes[0]
@@ -179,7 +188,7 @@ class _Reader:
 
     def _json(self, where: Where) -> dict[str, Any]:
         try:
-            content = read_small(where, MAX_BLOB_BYTES)
+            content = read_small(where, MAX_BLOB_BYTES, absent_if_refused=True)
             if content is None:
                 return {}
             if len(content) > MAX_BLOB_BYTES:
@@ -243,6 +252,14 @@ def _scale(steps: list[dict[str, Any]]) -> list[float]:
 
 def _ints(values: list[Any]) -> tuple[int, ...]:
     return tuple(int(n) for n in values)
+
+
+def _steps(told: dict[str, Any]) -> object:
+    """Return what an image says of its finest level's scale, None where nothing."""
+    try:
+        return told["datasets"][0]["coordinateTransformations"]
+    except _MALFORMED:
+        return None
 
 
 def _mapping(value: object) -> dict[str, Any]:

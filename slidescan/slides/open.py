@@ -84,6 +84,11 @@ def open_slide(
         If it cannot be read at all.
     ConfigError
         If an option is out of range.
+
+    Warns
+    -----
+    SlideWarning
+        If the file holds further images that may be slides, too: only one is read.
     """
     if backend not in get_args(Backend):
         raise ConfigError(f"backend: expected one of {', '.join(get_args(Backend))}, got {backend!r}")
@@ -91,6 +96,11 @@ def open_slide(
     slide = Slide(where, _FileOpener(where, backend), mpp=mpp, color=color).opened()
     if verify and slide.backend == "tiff" and not _agrees(where, backend):
         slide = Slide(where, _FileOpener(where, "openslide"), mpp=mpp, color=color).opened()
+    if slide.others:
+        more = f"{slide.others} more image{'s' * (slide.others > 1)}"
+        warnings.warn(
+            f"{where.name}: holds {more}, not read; export each as a file of its own", SlideWarning, stacklevel=2
+        )
     return slide
 
 

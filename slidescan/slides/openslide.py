@@ -121,7 +121,7 @@ class OpenSlideSource:
         if columns == rows == 1:
             out[...] = WHITE
             holes.append(Box(x, y, x + width, y + height))
-        elif columns * tile_w >= rows * tile_h and columns > 1:
+        elif columns > 1 and (rows == 1 or columns * tile_w >= rows * tile_h):
             cut = (x // tile_w + columns // 2) * tile_w - x
             handle = self._salvage(handle, level, x, y, out[:, :cut], holes)
             handle = self._salvage(handle, level, x + cut, y, out[:, cut:], holes)

@@ -9,6 +9,7 @@ a URL, which can hold a password, only the file's name is ever told.
 from __future__ import annotations
 
 import io
+import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ import numpy as np
 from slidescan.errors import ConfigError, MissingExtraError, SlideFormatError, SlideNotFoundError, SlideReadError
 from slidescan.slides.pool import TilePool, owners
 
-__all__ = ["Remote", "RemoteFile", "Where", "locate", "read_small"]
+__all__ = ["RefusedError", "Remote", "RemoteFile", "Where", "locate", "read_small"]
 
 # Bytes. A block holds a few JPEG tiles, and is little to fetch for one; a run of them is one request.
 _BLOCK_BYTES, _RUN_BYTES = 1 << 16, 1 << 21
@@ -34,6 +35,8 @@ _PAUSES_S = (0.5, 2.0, 8.0)  # before a request is repeated: a server that is re
 _FINAL = frozenset(range(400, 500)) - {408, 429}  # HTTP: asking again will not help
 
 _blocks = TilePool(_POOL_BYTES)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_blocks.clear)
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -139,7 +142,13 @@ class Remote:
             time.sleep(pause_s)
         if isinstance(problem, FileNotFoundError):
             raise SlideNotFoundError(f"{self!r}: no such file; check the URL")
-        raise SlideReadError(f"{self!r}: its server {_said(problem)}; run the same command again to continue")
+        advice = "check the URL and your access" if _is_final(problem) else "run the same command again to continue"
+        refused = isinstance(problem, PermissionError) or _status(problem) in (401, 403)
+        raise (RefusedError if refused else SlideReadError)(f"{self!r}: its server {_said(problem)}; {advice}")
+
+
+class RefusedError(SlideReadError):
+    """A server refuses a file, as S3 does where there is none and the files may not be listed."""
 
 
 Where = Path | Remote
@@ -155,7 +164,7 @@ def locate(path: Any) -> Where:
     return Path(local).expanduser().absolute()  # workers are started elsewhere
 
 
-def read_small(where: Where, most_bytes: int) -> bytes | None:
+def read_small(where: Where, most_bytes: int, *, absent_if_refused: bool = False) -> bytes | None:
     """Return a whole small file, one byte more than `most_bytes` of a larger one, None where there is none."""
     try:
         if isinstance(where, Remote):
@@ -164,6 +173,10 @@ def read_small(where: Where, most_bytes: int) -> bytes | None:
             return file.read(most_bytes + 1)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         return None
+    except RefusedError:
+        if absent_if_refused:
+            return None
+        raise
 
 
 class RemoteFile:

@@ -107,6 +107,11 @@ class Slide:
         return self.levels[0].size_wh
 
     @property
+    def others(self) -> int:
+        """Further images in the file that may be slides, too, and are not read."""
+        return self._facts.others
+
+    @property
     def bounds_l0(self) -> Box | None:
         """The scanned rectangle in level-0 px where the file names one; viewers may crop to it, slidescan does not."""
         return self._facts.bounds_l0

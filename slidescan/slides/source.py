@@ -79,6 +79,8 @@ class Facts:
     resolution: Resolution
     bounds_l0: Box | None = None
     icc: bytes | None = None
+    others: int = 0
+    """Further images in the file that may be slides, too, and are not read."""
 
 
 class Source(Protocol):

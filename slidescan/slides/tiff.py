@@ -1,8 +1,9 @@
 """TIFF slides, fast: each tile is fetched and decoded once a read, straight from the file.
 
 Hides which directories are levels. Aperio: tiled directories of the first one's shape (label, macro and thumbnail are
-never read). OME-TIFF: the first image and its SubIFDs. Anything else: the first directory and those marked as reduced
-copies. What OpenSlide knows under another vendor's name (overlapping tiles, several regions) is left to it.
+never read). OME-TIFF: the largest image that is no label or macro image, and its SubIFDs. Anything else: the first
+directory that is no reduced copy, and those that are. What OpenSlide knows under another vendor's name (overlapping
+tiles, several regions), or fills from finer levels, is left to it.
 Invariants: sizes are checked before decoding; a tile of zero length is white (Aperio and Philips leave glass out); any
 other tile that cannot be decoded is a hole and costs nothing else.
 """
@@ -35,6 +36,8 @@ __all__ = ["TiffSource"]
 
 _ROUNDING_PX = 1.5  # a level's side may differ by this from the exact ratio: floor, ceil and round are all in use
 _PROBES = 4  # tiles decoded at opening, to decline a codec variant before a scan relies on it
+# Names of images beside the slide: Bio-Formats' for SVS, SCN and NDPI. Who they show is on them.
+_ASIDE = re.compile(r"\b(label|macro|thumbnail|overview)\b", re.IGNORECASE)
 # OME PhysicalSize units in µm (OME-XML 2016-06); the default is µm.
 _UM = {"m": 1e6, "cm": 1e4, "mm": 1e3, "µm": 1.0, "um": 1.0, "nm": 1e-3, "in": 25400.0}
 
@@ -65,27 +68,30 @@ class TiffSource:
         self._file, self._key = open_file(path), next(owners)
         directories = read_directories(self._file)
         directories[0].check()
-        text = directories[0].blob(270)
+        text, others = directories[0].blob(270), 0
         aperio = text.startswith(b"Aperio")
         if aperio:
             first, below, vendor = directories[0], [d for d in directories[1:] if d.is_tiled], "aperio"
             resolution = _aperio_resolution(text)
         elif b"<OME" in text[:4096]:
-            first, resolution = _ome(directories, text)
+            first, resolution, others = _ome(directories, text)
             below, vendor = first.subs, "ome"
         else:
             if self._file.vendor not in (None, "generic-tiff", "aperio"):
                 raise Declined(f"{path.name}: a {self._file.vendor} file needs OpenSlide")
-            first, vendor = directories[0], "generic-tiff"
-            below = [d for d in directories[1:] if d.is_tiled and d.first(254, 0) & 1] + first.subs
+            first = next((d for d in directories if not _is_reduced(d)), directories[0])
+            below, vendor = [d for d in directories if d.is_tiled and _is_reduced(d)] + first.subs, "generic-tiff"
             told = first.resolution
             resolution = NOTHING if told is None else judge(*told, "tiff-resolution")
         levels = [first, *_copies(first, below, aperio)]
         self._grids = [self._grid(d, aperio) for d in levels]
         icc = first.blob(34675) or None
         sizes = [d.size_wh for d in levels]
-        self.facts = Facts("tiff", vendor, pyramid(sizes, [d.tile_wh for d in levels]), resolution, icc=icc)
+        tiles = [d.tile_wh for d in levels]
+        self.facts = Facts("tiff", vendor, pyramid(sizes, tiles), resolution, icc=icc, others=others)
         check_levels(path.name, self.facts.levels)
+        if aperio and any(_lacks_tissue(self._grids[0], grid) for grid in self._grids[1:]):
+            raise Declined(f"{path.name}: levels that lack tiles of the finest need OpenSlide, which fills them")
         self._probe()
 
     def read_level(self, level: int, x: int, y: int, out: NDArray[np.uint8]) -> list[Box]:
@@ -161,6 +167,26 @@ class TiffSource:
         raise Declined(f"{self._file.name}: none of {len(chosen)} sampled tiles decodes ({reason})")
 
 
+def _is_reduced(directory: Directory) -> bool:
+    return bool(directory.first(254, 0) & 1)
+
+
+def _lacks_tissue(finest: _Grid, grid: _Grid) -> bool:
+    """Return whether a level has no tile where the finest has one."""
+    (width, height), (tile_w, tile_h), (finest_w, finest_h) = grid.size_wh, grid.codec.tile_wh, finest.codec.tile_wh
+    rows = -(-finest.size_wh[1] // finest_h)
+    used = (finest.counts[: rows * finest.columns] > 0).reshape(rows, finest.columns)
+    scale_x, scale_y = finest.size_wh[0] / width, finest.size_wh[1] / height
+    n = -(-height // tile_h) * grid.columns
+    for row, column in (divmod(int(index), grid.columns) for index in np.flatnonzero(grid.counts[:n] == 0)):
+        # Less a px of the level on each side: its edges lie between those of the finest.
+        x0, x1 = (max(0, column * tile_w + 1) * scale_x, (min(width, (column + 1) * tile_w) - 1) * scale_x)
+        y0, y1 = (max(0, row * tile_h + 1) * scale_y, (min(height, (row + 1) * tile_h) - 1) * scale_y)
+        if used[int(y0 // finest_h) : int(y1 // finest_h) + 1, int(x0 // finest_w) : int(x1 // finest_w) + 1].any():
+            return True
+    return False
+
+
 def _copies(first: Directory, below: list[Directory], aperio: bool) -> Iterator[Directory]:
     """Yield the directories that are smaller copies of `first`, largest first; others are not levels."""
     width0, height0 = last_wh = first.size_wh
@@ -188,8 +214,11 @@ def _aperio_resolution(text: bytes) -> Resolution:
     return judge(value, value, "aperio")
 
 
-def _ome(directories: list[Directory], text: bytes) -> tuple[Directory, Resolution]:
-    """Return the directory and scale of the first image in OME-XML."""
+def _ome(directories: list[Directory], text: bytes) -> tuple[Directory, Resolution, int]:
+    """Return the directory and scale of the slide in OME-XML, and how many further images may be slides, too.
+
+    Some exporters write label and macro image before it.
+    """
     name = directories[0].file.name
     if b"<!DOCTYPE" in text:
         # Only a document type can declare entities, which unpack without bound; OME-XML has no use for one.
@@ -198,7 +227,10 @@ def _ome(directories: list[Directory], text: bytes) -> tuple[Directory, Resoluti
         root = ET.fromstring(text.rstrip(b"\0 \r\n"))  # noqa: S314  # size-capped, no entities: see above
     except ET.ParseError as exc:
         raise SlideFormatError(f"{name}: its OME-XML cannot be parsed; the file is damaged") from exc
-    pixels = root.find("{*}Image/{*}Pixels")
+    images = [image for image in root.iterfind("{*}Image") if image.find("{*}Pixels") is not None]
+    named = [image for image in images if not _ASIDE.search(image.get("Name", ""))] or images[:1]
+    each = [pixels for image in named if (pixels := image.find("{*}Pixels")) is not None]
+    pixels = max(each, key=_area, default=None)
     if pixels is None:
         raise SlideFormatError(f"{name}: its OME-XML describes no image; the file is damaged")
     if len({u.text for u in pixels.iterfind("{*}TiffData/{*}UUID")}) > 1:
@@ -214,11 +246,19 @@ def _ome(directories: list[Directory], text: bytes) -> tuple[Directory, Resoluti
     if not ifd.isdecimal() or int(ifd) >= len(directories):
         raise SlideFormatError(f"{name}: its OME-XML names a TIFF directory that is not there; the file is damaged")
     sizes = [pixels.get(f"PhysicalSize{axis}") for axis in "XY"]
+    # Of another scale it is a copy, or an overview.
+    others = sum([one.get(f"PhysicalSize{axis}") for axis in "XY"] == sizes for one in each) - 1
     if None in sizes:
-        return directories[int(ifd)], NOTHING
+        return directories[int(ifd)], NOTHING, 0
     units = [_UM.get(pixels.get(f"PhysicalSize{axis}Unit", "µm"), float("nan")) for axis in "XY"]
     try:
         x_mpp, y_mpp = (float(str(size)) * unit for size, unit in zip(sizes, units, strict=True))
     except ValueError:
-        return directories[int(ifd)], judge("?", "?", "ome-xml")
-    return directories[int(ifd)], judge(x_mpp, y_mpp, "ome-xml")
+        return directories[int(ifd)], judge("?", "?", "ome-xml"), others
+    return directories[int(ifd)], judge(x_mpp, y_mpp, "ome-xml"), others
+
+
+def _area(pixels: ET.Element) -> int:
+    """Return how many px an image in OME-XML says it has."""
+    width, height = (pixels.get(f"Size{axis}", "") for axis in "XY")
+    return int(width) * int(height) if width.isdecimal() and height.isdecimal() else 0

@@ -6,6 +6,7 @@ zarr-python's own store of fsspec asks once, and takes any failure for one of th
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -13,12 +14,24 @@ from zarr.abc.store import ByteRequest, OffsetByteRequest, RangeByteRequest, Sto
 from zarr.core.buffer import Buffer, BufferPrototype
 
 from slidescan.errors import SlideNotFoundError
-from slidescan.slides.remote import Remote
+from slidescan.slides.ngff import META
+from slidescan.slides.remote import RefusedError, Remote
 
 __all__ = ["UrlStore"]
 
 _READ_ONLY = "a URL is read, not written or listed"
-_AT_ONCE = ThreadPoolExecutor(16, thread_name_prefix="slidescan-url")  # requests of all slides of this process
+_at_once: ThreadPoolExecutor  # requests of all slides of this process
+
+
+def _make_room() -> None:
+    """Make threads: those of a process that this one was forked from are not here."""
+    global _at_once
+    _at_once = ThreadPoolExecutor(16, thread_name_prefix="slidescan-url")
+
+
+_make_room()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_make_room)
 
 
 class UrlStore(Store):  # type: ignore[misc]  # zarr's types do not pass strict mode
@@ -43,9 +56,13 @@ class UrlStore(Store):  # type: ignore[misc]  # zarr's types do not pass strict 
         elif isinstance(byte_range, SuffixByteRequest):
             span = -byte_range.suffix, None
         try:
-            data = (await asyncio.get_running_loop().run_in_executor(_AT_ONCE, (self._root / key).fetch, [span]))[0]
+            data = (await asyncio.get_running_loop().run_in_executor(_at_once, (self._root / key).fetch, [span]))[0]
         except SlideNotFoundError:
             self._missing.add(key)
+            return None
+        except RefusedError:
+            if key.rpartition("/")[2] not in META:
+                raise
             return None
         return prototype.buffer.from_bytes(data)
 
@@ -58,7 +75,7 @@ class UrlStore(Store):  # type: ignore[misc]  # zarr's types do not pass strict 
     async def exists(self, key: str) -> bool:
         """Return whether there is such a file."""
         try:
-            await asyncio.get_running_loop().run_in_executor(_AT_ONCE, (self._root / key).fetch, [(0, 1)])
+            await asyncio.get_running_loop().run_in_executor(_at_once, (self._root / key).fetch, [(0, 1)])
         except SlideNotFoundError:
             return False
         return True

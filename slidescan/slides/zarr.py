@@ -63,7 +63,8 @@ class ZarrSource:
         self._image = read_zarr_image(path)
         wh, datasets = self._image.wh, self._image.datasets
         levels = pyramid([wh(d.shape) for d in datasets], [wh(d.chunks) for d in datasets])
-        self.facts = Facts("zarr", "ngff" if self._image.is_ngff else None, levels, self._image.resolution)
+        vendor = "ngff" if self._image.is_ngff else None
+        self.facts = Facts("zarr", vendor, levels, self._image.resolution, others=self._image.others)
         check_levels(self._name, levels)
         self._missing: list[set[str]] = []
         self._indices: dict[str, bytes] = {}
@@ -88,7 +89,7 @@ class ZarrSource:
         """Yield what tells this slide from others: its metadata, and files of level 0 from all over it."""
         for dataset in self._image.datasets:
             for name in META:
-                yield read_small(dataset.path / name, MAX_BLOB_BYTES) or b""
+                yield read_small(dataset.path / name, MAX_BLOB_BYTES, absent_if_refused=True) or b""
         dataset = self._image.datasets[0]
         width, height = self.facts.levels[0].size_wh
         file_w, file_h = self._image.wh(dataset.files)

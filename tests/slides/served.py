@@ -25,6 +25,8 @@ class Served:
         """Every answered request for bytes: path, start, end."""
         self.fault: Callable[[int], Fault] = lambda number: None
         """What goes wrong with the request of a number, counted from 0."""
+        self.absent = 404
+        """How files that are not there are answered."""
         self.number = 0
         self.ended = threading.Event()
 
@@ -58,7 +60,7 @@ def serve(root: Path) -> Iterator[Served]:
                 self.close_connection = True
                 return
             if isinstance(fault, int) or not file.is_file():
-                self.send_response(fault if isinstance(fault, int) else 404)
+                self.send_response(fault if isinstance(fault, int) else served.absent)
                 self.send_header("Content-Length", "0")
                 self.end_headers()
                 return

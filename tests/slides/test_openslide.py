@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import openslide
 import pytest
+import tifffile
 from PIL import Image
 
 from slidescan.errors import SlideFormatError, SlideReadError
@@ -256,3 +257,16 @@ def test_real_ndpi(shared: Path) -> None:
     assert (pixels.rgb[:10] == 255).all()
     assert pixels.rgb[10:, 10:].max() < 255
     assert slide.plane(0.4564) == type(plane)((1984, 2432), slide.frame.mpp * 2)
+
+
+def test_one_bad_tile_of_tall_ones_is_one_hole(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 200, (512, 640, 3), np.uint8)
+    path = tmp_path / "a.tiff"
+    tifffile.imwrite(path, pixels, tile=(512, 128), photometric="rgb", compression="jpeg", metadata=None)
+    with tifffile.TiffFile(path) as tiff:
+        at = tiff.pages[0].dataoffsets[3]
+    with path.open("r+b") as file:
+        file.seek(at)
+        file.write(bytes(200))
+    block = open_slide(path, backend="openslide").read_level(0, 0, 0, 640, 512)
+    assert block.holes == (Box(384, 0, 512, 512),)

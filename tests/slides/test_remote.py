@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -99,6 +101,21 @@ class TestReads:
         assert revived.mpp == 0.4
         same(revived, open_slide(case, mpp=0.4))
 
+    def test_survives_a_fork(self, served: Served, files: dict[str, Path]) -> None:
+        """Threads of a process are not in one that was forked from it, such as a loader of torch."""
+        (served.root / "a.ome.zarr").symlink_to(files["ngff-0.5"])
+        script = (
+            "import os, sys, slidescan as ss\n"
+            "slide = ss.open_slide(sys.argv[1])\n"
+            "slide.read_level(0, 0, 0, 300, 300)\n"
+            "child = os.fork()\n"
+            "if not child:\n"
+            "    os._exit(int(slide.read_level(0, 300, 100, 300, 300).holes != ()))\n"
+            "sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))\n"
+        )
+        told = [sys.executable, "-W", "ignore", "-c", script, f"{served.url}/a.ome.zarr"]
+        assert subprocess.run(told, timeout=120).returncode == 0
+
     def test_fingerprints_tell_slides_apart(
         self, served: Served, levels: list[NDArray[np.uint8]], write_ngff: Callable[..., Path]
     ) -> None:
@@ -112,7 +129,10 @@ class TestReads:
 
 
 class TestAsksForLittle:
-    def test_every_byte_once_and_many_together(self, served: Served, tmp_path: Path) -> None:
+    def test_every_byte_once_and_many_together(
+        self, served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(remote, "_ANSWER_S", 30)  # 2 MB are many for a server that shares its cores
         pixels = np.random.default_rng(0).integers(0, 255, (2048, 2048, 3), np.uint8)
         file = tmp_path / "noise.tiff"
         tifffile.imwrite(file, pixels, tile=(256, 256), photometric="rgb", metadata=None)
@@ -145,6 +165,19 @@ class TestAsksForLittle:
 
 
 class TestServersThatFail:
+    @pytest.mark.parametrize("layout", ["ngff-0.4", "ngff-0.5"])
+    def test_what_may_not_be_listed(self, served: Served, files: dict[str, Path], layout: str) -> None:
+        """A public bucket without the right to list refuses what is not there, instead of saying so."""
+        (served.root / "a.ome.zarr").symlink_to(files[layout])
+        served.absent = 403
+        slide = open_slide(f"{served.url}/a.ome.zarr")
+        assert np.array_equal(
+            slide.read_level(0, 0, 0, 701, 501).rgb, open_slide(files[layout]).read_level(0, 0, 0, 701, 501).rgb
+        )
+        assert slide.fingerprint
+        with pytest.raises(SlideReadError, match="answers 403; check the URL and your access"):
+            open_slide(f"{served.url}/b.ome.zarr")
+
     @pytest.mark.parametrize("fault", [503, "cut", "stall"])
     def test_once_are_asked_again(self, served: Served, case: Path, fault: Fault) -> None:
         slide, bad = open_slide(f"{served.url}/case%201.tiff"), served.number

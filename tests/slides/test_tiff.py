@@ -14,7 +14,7 @@ import tifffile
 from numpy.typing import NDArray
 from PIL import Image
 
-from slidescan.errors import SlideFormatError
+from slidescan.errors import SlideFormatError, SlideWarning
 from slidescan.geometry import Box
 from slidescan.slides import open_slide
 from slidescan.slides.ifd import File, read_directories
@@ -155,7 +155,82 @@ class TestCodecs:
             open_slide(path)
 
 
+class TestWhichImage:
+    MACRO, MAIN = np.full((256, 300, 3), 40, np.uint8), np.full((900, 1200, 3), 200, np.uint8)
+
+    def ome(self, path: Path, *images: tuple[str, NDArray[np.uint8], float]) -> Path:
+        with tifffile.TiffWriter(path, ome=True) as writer:
+            for name, pixels, mpp in images:
+                told = {"axes": "YXS", "Name": name, "PhysicalSizeX": mpp, "PhysicalSizeY": mpp}
+                writer.write(pixels, tile=(128, 128), photometric="rgb", metadata=told)
+        return path
+
+    @pytest.mark.filterwarnings("error::slidescan.errors.SlideWarning")
+    def test_a_macro_image_before_the_slide_is_not_the_slide(self, tmp_path: Path) -> None:
+        """Some exporters write it first; whose slide it is, is on it."""
+        images = ("Macro Image", self.MACRO, 16.0), ("label", self.MACRO, 0.25), ("case #1", self.MAIN, 0.25)
+        slide = open_slide(self.ome(tmp_path / "a.ome.tiff", *images))
+        assert (slide.size_wh, slide.mpp, len(slide.levels)) == ((1200, 900), 0.25, 1)
+        assert slide.read_level(0, 0, 0, 9, 9).rgb.min() == 200
+
+    def test_a_second_slide_in_a_file_is_told_of(self, tmp_path: Path) -> None:
+        path = self.ome(tmp_path / "a.ome.tiff", ("s1", self.MACRO, 0.25), ("s2", self.MAIN, 0.25))
+        with pytest.warns(SlideWarning, match=r"a.ome.tiff: holds 1 more image, not read; export each as a file"):
+            assert open_slide(path).size_wh == (1200, 900)
+
+    def test_a_reduced_image_is_not_the_slide(self, tmp_path: Path) -> None:
+        """A thumbnail may be the first directory."""
+        with tifffile.TiffWriter(tmp_path / "a.tiff") as writer:
+            writer.write(self.MAIN[:256, :300], photometric="rgb", subfiletype=1, metadata=None)
+            scale = {"resolution": (4e4, 4e4), "resolutionunit": "CENTIMETER"}
+            writer.write(self.MAIN, tile=(128, 128), photometric="rgb", metadata=None, **scale)
+        slide = open_slide(tmp_path / "a.tiff", backend="tiff")
+        assert (slide.size_wh, slide.mpp, len(slide.levels)) == ((1200, 900), 0.25, 1)
+
+    def aperio(self, path: Path, lacking: dict[int, list[int]]) -> Path:
+        """Write three levels, of which some tiles have no bytes."""
+        noise = np.random.default_rng(0).integers(0, 200, (1024, 1024, 3), np.uint8)
+        with tifffile.TiffWriter(path) as writer:
+            for factor in (1, 2, 4):
+                writer.write(
+                    noise[::factor, ::factor],
+                    tile=(128, 128),
+                    photometric="rgb",
+                    compression="jpeg",
+                    description="Aperio Image Library v11\r\n1024x1024 |AppMag = 40|MPP = 0.25",
+                    metadata=None,
+                    subfiletype=0,
+                )
+        with tifffile.TiffFile(path, mode="r+") as tiff:
+            for level, tiles in lacking.items():
+                tag = tiff.pages[level].tags[325]
+                tag.overwrite([0 if i in tiles else n for i, n in enumerate(tag.value)])
+        return path
+
+    def test_a_level_that_lacks_tissue_is_openslides(self, tmp_path: Path) -> None:
+        """Tiles that only a coarser level lacks are filled from the finer ones, and are no glass."""
+        slide = open_slide(self.aperio(tmp_path / "a.svs", {1: [5]}))
+        assert slide.backend == "openslide"
+        assert slide.read_level(1, 128, 128, 128, 128).rgb.mean() < 150
+
+    def test_glass_is_lacking_on_all_levels(self, tmp_path: Path) -> None:
+        slide = open_slide(self.aperio(tmp_path / "a.svs", {0: [18, 19, 26, 27], 1: [5]}))
+        assert slide.backend == "tiff"
+        assert slide.read_level(1, 128, 128, 128, 128).rgb.min() == 255
+
+
 class TestBadTiles:
+    def test_an_offset_beyond_counting_is_a_hole(self, tmp_path: Path, raw_tiff: Callable[..., bytes]) -> None:
+        """Of 64 bits with the first one set."""
+        pixels = np.zeros((256, 512, 3), np.uint8)
+        tifffile.imwrite(tmp_path / "a.tiff", pixels, tile=(256, 256), photometric="rgb", bigtiff=True, metadata=None)
+        with tifffile.TiffFile(tmp_path / "a.tiff", mode="r+") as tiff:
+            tag = tiff.pages[0].tags[324]
+            tag.overwrite([tag.value[0], tag.value[1] | 1 << 63])
+        assert open_slide(tmp_path / "a.tiff", backend="tiff").read_level(0, 0, 0, 512, 256).holes == (
+            Box(256, 0, 512, 256),
+        )
+
     @pytest.mark.parametrize("backend", ["tiff", "openslide"])
     @pytest.mark.parametrize("name", ["tile50_half_zeroed", "tile50_length_past_eof"])
     def test_cost_themselves_only(self, shared: Path, name: str, backend: str) -> None:

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from slidescan.errors import ResolutionError, SlideFormatError, SlideReadError
+from slidescan.errors import ResolutionError, SlideFormatError, SlideReadError, SlideWarning
 from slidescan.geometry import Box
 from slidescan.plan import Region, plan
 from slidescan.slides import open_slide
@@ -198,7 +198,12 @@ def test_bioformats2raw_layout(
     root = tmp_path / "a.zarr"
     zarr.open_group(root, mode="w", zarr_format=2).attrs["bioformats2raw.layout"] = 3
     write_ngff(root / "0", levels, "0.4")
+    label = write_ngff(root / "1", levels[2:], "0.4")
+    edit(label / ".zattrs", lambda told: told["multiscales"][0]["datasets"][0].pop("coordinateTransformations"))
     assert open_slide(root).size_wh == (701, 501)
+    write_ngff(root / "2", levels, "0.4")
+    with pytest.warns(SlideWarning, match="holds 1 more image, not read"):
+        open_slide(root)
 
 
 def test_jpeg_chunks_of_a_bare_group(shared: Path) -> None:
