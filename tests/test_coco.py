@@ -16,6 +16,8 @@ from slidescan.errors import ConfigError, SlidescanError
 from slidescan.train import coco as coco_format
 from slidescan.train.annotated import Annotated
 from slidescan.train.coco import load_coco
+from slidescan.train.own import load_annotated
+from slidescan.train.settings import TrainSettings, VariantSettings
 
 GREY = 200
 
@@ -177,3 +179,30 @@ def test_patient_0_is_one_patient(tmp_path: Path) -> None:
         table["images"] = [first | {"patient": 0}, first | {"id": 8, "patient": 0}, first | {"id": 9, "patient": ""}]
 
     assert [one.patient for one in load(coco(tmp_path, of_patient_0))] == ["0", "0", "a"]
+
+
+def test_tiles_of_one_slide_of_tcga_are_one_patients(tmp_path: Path) -> None:
+    """Else a slide's tiles were split between training and validation."""
+    names = "TCGA-AA-1234-01Z_0_0.png", "TCGA-AA-1234-01Z_0_512.png", "TCGA_0.png"
+
+    def of_tcga(table: dict[str, Any]) -> None:
+        first = table["images"][0]
+        table["images"] = [first | {"id": 7 + i, "file_name": name} for i, name in enumerate(names)]
+
+    coco(tmp_path, of_tcga)
+    for name in names:
+        (tmp_path / name).write_bytes((tmp_path / "a.png").read_bytes())
+    assert [one.patient for one in load(tmp_path)] == ["TCGA-AA-1234", "TCGA-AA-1234", "TCGA_0"]
+
+
+def test_of_several_resolutions_a_picture_must_say_its_own(tmp_path: Path) -> None:
+    """One detector's may be assumed; of two, one would be trained at a wrong scale."""
+    coco(tmp_path)
+    two = [VariantSettings(mpp=0.25, steps=1), VariantSettings(mpp=0.5, steps=1)]
+    settings = TrainSettings(classes=["cell", "mitosis"], variants=two)
+    with pytest.raises(ConfigError, match=r"image 7: expected its mpp, for detectors of several µm/px"):
+        load_annotated(tmp_path, settings, 0.5)
+    told = settings.model_copy(update={"slide_mpp": 0.4})
+    assert load_annotated(tmp_path, told, 0.5)[0].slide.mpp == 0.4
+    alone = settings.model_copy(update={"variants": two[:1]})
+    assert load_annotated(tmp_path, alone, 0.25)[0].slide.mpp == 0.25

@@ -125,6 +125,47 @@ def test_qupath_attributes_are_measurements(tmp_path: Path, measurements: Any, e
     np.testing.assert_array_equal(found.attributes, [[expected]])
 
 
+def test_what_a_class_is_derived_by_is_an_attribute(tmp_path: Path) -> None:
+    """Where some are marked so, the others are not; a measurement says otherwise."""
+    names = {"names": ["mitosis", "atypical"]}, {"name": "mitosis"}, {"name": "mitosis: other"}
+    items = [feature("Point", [10 * (i + 1), 20], classification=name) for i, name in enumerate(names)]
+    items.append(feature("Point", [90, 20], classification=names[1], measurements={"atypical": 0.3}))
+    (found,) = load_qupath(slides(tmp_path, items))
+    assert found.label.tolist() == [0, 0, 0, 0]
+    assert found.attributes[:, 0].tolist() == [1, 0, 0, 0.3]
+    (found,) = load_qupath(slides(tmp_path, items[1:3]))
+    assert np.isnan(found.attributes).all()
+
+
+def test_holes_and_gaps_of_an_ignored_region_are_not_ignored(tmp_path: Path) -> None:
+    """All but one field, as QuPath inverts an annotation; two parts; a slanting edge."""
+    hole = [[60, 20], [140, 20], [140, 80], [60, 80], [60, 20]]
+    whole = [[0, 0], [200, 0], [200, 100], [0, 100], [0, 0]]
+    slanting = [[0, 0], [200, 0], [0, 100], [0, 0]]
+    ignored = {"classification": {"name": "Ignore*"}}
+
+    def covered(*shapes: tuple[str, Any]) -> np.ndarray:
+        (found,) = load_qupath(slides(tmp_path, [feature(kind, at, **ignored) for kind, at in shapes]))
+        mask = np.zeros((100, 200), bool)
+        for x0, y0, x1, y1 in np.rint(found.ignored_xyxy_l0).astype(int).tolist():
+            mask[y0:y1, x0:x1] = True
+        return mask
+
+    y, x = np.mgrid[:100, :200] + 0.5
+    inside = (x > 60) & (x < 140) & (y > 20) & (y < 80)
+    assert np.array_equal(covered(("Polygon", [whole, hole])), ~inside)
+    assert np.array_equal(covered(("MultiPolygon", [[SQUARE], [hole]])), inside | covered(("Polygon", [SQUARE])))
+    assert (covered(("Polygon", [slanting])) != (x / 2 + y < 100)).mean() < 0.03
+
+
+@pytest.mark.parametrize("kind", ["detection", "cell", "tile"])
+def test_what_a_program_found_without_a_class_is_no_object(tmp_path: Path, kind: str) -> None:
+    """Else every nucleus of a cell detection was one."""
+    nucleus = feature("Polygon", [SQUARE], classification=None, objectType=kind)
+    with pytest.raises(ConfigError, match=r"a\.geojson: expected a class for every object, found 1 without"):
+        load_qupath(slides(tmp_path, [POINT, nucleus]), classes=("cell",))
+
+
 def test_an_outline_without_class_that_is_no_object(tmp_path: Path) -> None:
     """A tumour's outline is not taken for the one class there is; one that is called so is."""
     tumour = [[0, 0], [120, 0], [120, 90], [0, 90], [0, 0]]  # 60 µm, objects are 5

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +22,7 @@ from slidescan.errors import ConfigError
 from slidescan.export.jsonstream import JsonStream, Unreadable, open_text
 from slidescan.slides import Slide
 
-__all__ = ["Annotated", "Objects", "read_json", "refuse_leaks", "split"]
+__all__ = ["Annotated", "Objects", "patient_in", "read_json", "refuse_leaks", "split"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -120,6 +121,12 @@ class Objects:
     labels: list[int] = field(default_factory=list)
     answers: list[list[float]] = field(default_factory=list)
     ignored: list[NDArray[np.float64]] = field(default_factory=lambda: [np.empty((0, 4))])
+    derived: set[str] = field(default_factory=set)
+    """Attributes that some class of the slide is derived by."""
+
+    def ignores(self, where: str, name: str) -> bool:
+        """Return whether objects of the class `name` count neither way."""
+        return self._label(where, name) is None
 
     def add(
         self, where: str, name: str, xyxy_l0: NDArray[np.float64], said: Mapping[str, Any], *, ignored: bool = False
@@ -143,12 +150,18 @@ class Objects:
             )
         self.boxes.append(xyxy_l0)
         self.labels.extend([label] * len(xyxy_l0))
+        more = [] if name in self.classes else [part.strip() for part in name.split(":")[1:]]
+        self.derived.update(key for key in self.attributes if key in more)
+        said = dict.fromkeys((key for key in self.attributes if key in more), 1) | dict(said)
         answers = [_answer(f"{where}: {key}", said.get(key)) for key in self.attributes]
         self.answers.extend([answers] * len(xyxy_l0))
 
     def annotated(self, patient: str, scanner: str) -> Annotated:
         """Return all of it."""
         answers = np.array(self.answers, np.float64).reshape(len(self.labels), len(self.attributes))
+        for column, key in enumerate(self.attributes):
+            if key in self.derived:  # who has marked some has looked at all
+                answers[np.isnan(answers[:, column]), column] = 0
         boxes, ignored = np.concatenate(self.boxes), np.concatenate(self.ignored)
         return Annotated(self.slide, boxes, np.array(self.labels, np.int64), answers, ignored, patient, scanner)
 
@@ -165,6 +178,12 @@ class Objects:
                 )
             name = first
         return self.classes.index(name)
+
+
+def patient_in(stem: str) -> str:
+    """Return the patient that a name of TCGA begins with (TCGA-<site>-<participant>-<sample>…), or the name."""
+    found = re.match(r"TCGA-[^\W_]+-[^\W_]+(?=[-._]|$)", stem)
+    return found[0] if found else stem
 
 
 def _answer(where: str, value: Any) -> float:

@@ -23,7 +23,7 @@ from slidescan.slides.codecs import jpeg_size
 from slidescan.slides.memory import MemorySource, image_source, is_image
 from slidescan.slides.resolution import MAX_MPP, MIN_MPP, NOTHING, number
 from slidescan.slides.source import pyramid
-from slidescan.train.annotated import Annotated, Objects, read_json
+from slidescan.train.annotated import Annotated, Objects, patient_in, read_json
 
 __all__ = ["load_coco"]
 
@@ -34,14 +34,14 @@ _HEAD_BYTES = 1 << 20  # a JPEG's size stands after its metadata segments, of 64
 
 
 def load_coco(
-    path: str | Path, classes: Sequence[str], *, mpp: float, attributes: Sequence[str] = ()
+    path: str | Path, classes: Sequence[str], *, mpp: float | None, attributes: Sequence[str] = ()
 ) -> list[Annotated]:
     """Load pictures annotated in COCO's format.
 
     Categories must be `classes`; boxes of a category whose name begins with "ignore" or ends with "*", of a crowd
     (``iscrowd``) or ``difficult`` are ignored regions. An image may say its ``mpp``, ``patient`` (or ``case``, or
-    ``slide``; else its name is taken for one) and ``scanner``; an annotation its attributes, as ``{"attributes":
-    {"atypical": true}}`` or ``{"atypical": true}``.
+    ``slide``; else its name is taken for one, or what a name of TCGA begins with) and ``scanner``; an annotation its
+    attributes, as ``{"attributes": {"atypical": true}}`` or ``{"atypical": true}``.
 
     Parameters
     ----------
@@ -49,8 +49,8 @@ def load_coco(
         The JSON, or the directory of one named annotations.json, annotations.coco.json, _annotations.coco.json or
         instances_*.json. Pictures lie beside it or in ``images``.
     classes : sequence of str
-    mpp : float
-        µm/px of images that do not say theirs.
+    mpp : float, optional
+        µm/px of images that do not say theirs; None: all must.
     attributes : sequence of str
 
     Raises
@@ -108,7 +108,8 @@ def load_coco(
             box = np.array([[x, y, x + width, y + height]])
             objects.add(where, str(names[item["category_id"]]), box, said, ignored=ignored)
         patient = next(
-            (str(row[k]) for k in ("patient", "case", "slide") if row.get(k) not in (None, "")), slide.path.stem
+            (str(row[k]) for k in ("patient", "case", "slide") if row.get(k) not in (None, "")),
+            patient_in(slide.path.stem),
         )
         found.append(objects.annotated(patient, str(row.get("scanner") or "")))
     return found
@@ -138,13 +139,15 @@ def _id(index: Path, row: Mapping[str, Any], key: str, kind: str) -> int | str:
     return value
 
 
-def _coco_slide(index: Path, row: Mapping[str, Any], mpp: float) -> Slide:
+def _coco_slide(index: Path, row: Mapping[str, Any], mpp: float | None) -> Slide:
     """Open the picture of an image, and check what is said of it."""
     where, name = f"{index.name}: image {row['id']!r}", row.get("file_name")
     folders = (index.parent, index.parent / "images")
     file = next((f / name for f in folders if (f / name).is_file()), None) if isinstance(name, str) and name else None
     if file is None:
         raise ConfigError(f"{where}: expected its file_name beside {index.name} or in images/, found no {name!r}")
+    if row.get("mpp", mpp) is None:
+        raise ConfigError(f"{where}: expected its mpp, for detectors of several µm/px; write it there, or as slide_mpp")
     own = number(row.get("mpp", mpp))
     if own is None or not MIN_MPP <= own <= MAX_MPP:
         raise ConfigError(f"{where}: expected mpp from {MIN_MPP:g} to {MAX_MPP:g} µm/px, got {row.get('mpp', mpp)!r}")

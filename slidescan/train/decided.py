@@ -33,8 +33,7 @@ from slidescan.reviews.case import Case
 from slidescan.reviews.decisions import Decision, Verdict
 from slidescan.reviews.start import Slides, decided_cases, open_runs
 from slidescan.saved import load_result
-from slidescan.train.annotated import Annotated, Objects, refuse_leaks
-from slidescan.train.qupath import patient_in
+from slidescan.train.annotated import Annotated, Objects, patient_in, refuse_leaks
 from slidescan.train.settings import TrainSettings
 
 __all__ = ["Decided", "keep_decided", "load_decided"]

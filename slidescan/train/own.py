@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import shapely
 from numpy.typing import NDArray
 
 from slidescan.config import ScanConfig
@@ -101,6 +102,8 @@ class OwnSource:
         seed: int = 0,
     ) -> None:
         refuse_leaks(**splits)
+        # In one order, whatever the files': a run that goes on must draw the same.
+        splits = {name: sorted(members, key=lambda one: one.slide.path.name) for name, members in splits.items()}
         self._splits, self._variant, self._kinds, self._seed = splits, variant, kinds, seed
 
     @classmethod
@@ -175,7 +178,9 @@ def load_annotated(path: Path, settings: TrainSettings, mpp: float) -> list[Anno
     if not path.exists():
         raise ConfigError(f"{path}: expected a directory of training data, found none; check `data` or --data")
     if kind_of(path) == "pictures":
-        return load_coco(path, settings.classes, mpp=mpp, attributes=settings.attributes)
+        # What says none is at the detector's, if there is one.
+        own = mpp if settings.slide_mpp is None and len(settings.variants) == 1 else settings.slide_mpp
+        return load_coco(path, settings.classes, mpp=own, attributes=settings.attributes)
     return load_slides(
         path,
         settings.classes,
@@ -194,5 +199,7 @@ def kind_of(path: Path) -> str:
 
 
 def _within(points: NDArray[np.float64], boxes: NDArray[np.float64]) -> NDArray[np.bool_]:
-    inside = (points[:, None] >= boxes[:, :2]) & (points[:, None] <= boxes[:, 2:])
-    return np.asarray(np.any(np.all(inside, axis=-1), axis=1))
+    inside = np.zeros(len(points), np.bool_)
+    if len(boxes):
+        inside[shapely.STRtree(shapely.box(*boxes.T)).query(shapely.points(points), "intersects")[0]] = True
+    return inside

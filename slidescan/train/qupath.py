@@ -9,21 +9,25 @@ import csv
 import math
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import shapely
 from numpy.typing import NDArray
 
 from slidescan.errors import ConfigError, SlideFormatError
 from slidescan.export.rules import class_of, kind_of
 from slidescan.slides import Slide, open_slide
-from slidescan.train.annotated import Annotated, Objects, read_json
+from slidescan.train.annotated import Annotated, Objects, patient_in, read_json
 
-__all__ = ["geojson_files", "load_slides", "patient_in"]
+__all__ = ["geojson_files", "load_slides"]
 
 _GEOJSON = (".geojson", ".geojson.gz")
 _NO_OBJECTS = ("root", "tmaCore")  # the slide, and its cores
+_FOUND = ("detection", "cell", "tile")  # by a program: without a class, every nucleus of the slide
+_FULL, _MOST_STRIPS = 0.98, 256  # share of its box that a rectangle fills; boxes that any other outline becomes
 _HUGE = 8  # times the edge of an object: what is larger and has no class is a tumour's outline, say
 _REGION_KEYS = {"rank", "evidence"}  # measurements by which a flagged region that slidescan exported is known
 
@@ -40,8 +44,9 @@ def load_slides(
 
     Beside each slide, or in ``annotations``, lies ``<its stem>.geojson`` or ``.geojson.gz``. Points become boxes of
     `object_um`, outlines the boxes around them. Classes must be `classes`, or derived from one ("Mitosis: atypical");
-    those whose name begins with "ignore" or ends with "*" are ignored regions. An attribute is a measurement of its
-    name. Coordinates count from the slide's scanned bounds, as QuPath's do, unless slidescan wrote the file, which then
+    those whose name begins with "ignore" or ends with "*" are ignored regions, holes in them are not. An attribute is a
+    measurement of its name, or what a class is derived by: on a slide where one is, others of that attribute are not.
+    Coordinates count from the slide's scanned bounds, as QuPath's do, unless slidescan wrote the file, which then
     says from where; the flagged regions it wrote are left out.
 
     ``patients.csv`` in the directory says with the columns slide, patient and perhaps scanner whose slides they are;
@@ -52,7 +57,7 @@ def load_slides(
     path : path
         The directory.
     classes : sequence of str
-        If there is just one, objects without a class are of it.
+        If there is just one, annotations without a class are of it; detections and cells must say theirs.
     object_um : float
         Edge of the box around an annotated point, µm.
     attributes : sequence of str
@@ -148,12 +153,6 @@ def _names(file: str) -> tuple[str, ...]:
     return stem, stem.removesuffix(".ome"), file
 
 
-def patient_in(stem: str) -> str:
-    """Return the patient that a name of TCGA begins with (TCGA-<site>-<participant>-<sample>…), or the name."""
-    found = re.match(r"TCGA-\w+-\w+(?=[-.]|$)", stem)
-    return found[0] if found else stem
-
-
 def _patients(root: Path) -> dict[str, tuple[str, str]] | None:
     """Return patient and scanner by slide, None where there is no table."""
     path = root / "patients.csv"
@@ -197,10 +196,11 @@ def _add_features(objects: Objects, path: Path, half_px: float) -> None:
         if kind_of(feature) in _NO_OBJECTS or measured.keys() >= _REGION_KEYS:
             continue
         name = class_of(feature)
-        if not name and len(objects.classes) != 1:
+        if not name and (len(objects.classes) != 1 or kind_of(feature) in _FOUND):
             unnamed += 1
             continue
-        boxes = _boxes(where, feature.get("geometry"), half_px) + np.array(origin * 2)
+        of = _strips if name and objects.ignores(where, name) else _boxes
+        boxes = of(where, feature.get("geometry"), half_px) + np.array(origin * 2)
         if not name and len(boxes) and (boxes[:, 2:] - boxes[:, :2]).max() > _HUGE * 2 * half_px:
             raise ConfigError(
                 f"{where}: expected a class, or an object, got an outline without class {_HUGE} times as large as one; "
@@ -236,22 +236,50 @@ def _features(path: Path, document: Any) -> Iterator[dict[str, Any]]:
 
 def _boxes(where: str, geometry: Any, half_px: float) -> NDArray[np.float64]:
     """Return the boxes (k, 4) of a geometry, in its own px: one an outline, one a point."""
-    kind = geometry.get("type") if isinstance(geometry, dict) else None
-    try:
+    with _coordinates(where, geometry) as (kind, parts):
         if kind in ("Point", "MultiPoint"):
-            points = _points([geometry["coordinates"]] if kind == "Point" else geometry["coordinates"])
+            points = _points(parts)
             return np.concatenate((points - half_px, points + half_px), 1)
-        if kind in ("Polygon", "MultiPolygon"):
-            parts = [geometry["coordinates"]] if kind == "Polygon" else geometry["coordinates"]
-            outline = np.concatenate([_points(part[0]) for part in parts])
-            return np.concatenate((outline.min(0), outline.max(0)))[None]
-    except (KeyError, IndexError, TypeError, ValueError, OverflowError) as exc:
+        outline = np.concatenate([_points(part[0]) for part in parts])
+        return np.concatenate((outline.min(0), outline.max(0)))[None]
+
+
+def _strips(where: str, geometry: Any, half_px: float) -> NDArray[np.float64]:
+    """Return boxes (k, 4) that together are the outline less its holes, to `half_px`; of points those of `_boxes`."""
+    if isinstance(geometry, dict) and str(geometry.get("type")).endswith("Point"):
+        return _boxes(where, geometry, half_px)
+    found = [np.empty((0, 4))]
+    with _coordinates(where, geometry) as (_, parts):
+        outlines = [shapely.Polygon(_points(part[0]), [_points(hole) for hole in part[1:]]) for part in parts]
+        for outline in shapely.get_parts(shapely.make_valid(np.array(outlines, object))):
+            x0, y0, x1, y1 = outline.bounds
+            if outline.area >= _FULL * (x1 - x0) * (y1 - y0):
+                found.append(np.array([[x0, y0, x1, y1]]))
+                continue
+            edges = np.linspace(y0, y1, 1 + min(_MOST_STRIPS, max(1, math.ceil((y1 - y0) / half_px))))
+            middles = (edges[:-1] + edges[1:]) / 2
+            lines = shapely.linestrings([[(x0, y), (x1, y)] for y in middles])
+            crossed, row = shapely.get_parts(shapely.intersection(outline, lines), return_index=True)
+            bounds = shapely.bounds(crossed)
+            strips = np.stack((bounds[:, 0], edges[row], bounds[:, 2], edges[row + 1]), 1)
+            found.append(strips[strips[:, 2] > strips[:, 0]])
+    return np.concatenate(found)
+
+
+@contextmanager
+def _coordinates(where: str, geometry: Any) -> Iterator[tuple[str, Any]]:
+    """Give a geometry's type and a list of its points or outlines; what is wrong with them is one line."""
+    kind = geometry.get("type") if isinstance(geometry, dict) else None
+    if kind not in ("Point", "MultiPoint", "Polygon", "MultiPolygon"):
+        raise ConfigError(
+            f"{where}: expected a Point, MultiPoint, Polygon or MultiPolygon, got {kind}; draw it anew or delete it"
+        )
+    try:
+        yield kind, geometry["coordinates"] if kind.startswith("Multi") else [geometry["coordinates"]]
+    except (KeyError, IndexError, TypeError, ValueError, OverflowError, shapely.errors.ShapelyError) as exc:
         raise ConfigError(
             f"{where}: expected the coordinates of a {kind}, got something else; export it again"
         ) from exc
-    raise ConfigError(
-        f"{where}: expected a Point, MultiPoint, Polygon or MultiPolygon, got {kind}; draw it anew or delete it"
-    )
 
 
 def _points(positions: Any) -> NDArray[np.float64]:

@@ -50,7 +50,8 @@ class TrainSettings(_Strict):
     """
 
     data: Path = Path("data")  # see slidescan.train.run.open_source
-    slide_mpp: Annotated[float, Field(gt=0)] | None = None  # of annotated slides, overriding their own
+    # Of annotated slides, overriding their own; of pictures that do not say theirs.
+    slide_mpp: Annotated[float, Field(gt=0)] | None = None
     validation: Path | None = None  # data of its own; else a share of the patients of `data`
     validation_share: Annotated[float, Field(gt=0, lt=1)] = 0.2
     test: Path | None = None
