@@ -39,6 +39,26 @@ def test_a_detector_that_mixes_up_the_classes_is_told(tmp_path: Path) -> None:
         assert metrics.score([ShownSlide(one, "pictures").find(ORACLE)], 0.5).found == found
 
 
+def test_a_small_object_is_found_from_nearer(tmp_path: Path) -> None:
+    """Else its neighbour's detection would do; and a large one's centre is no nearer than it is told."""
+    slide, centers = discs(n=6)
+    half = 3 / MPP
+    one = Annotated(
+        slide,
+        np.concatenate((centers + 4 / MPP - half, centers + 4 / MPP + half), 1),
+        np.zeros(6, np.int64),
+        np.empty((6, 0)),
+        np.empty((0, 4)),
+        "p",
+    )
+    for object_um, found in ((6.0, 0), (12.5, 6)):  # 5.7 µm beside
+        source = OwnSource(
+            {"test": [one]}, VariantSettings(mpp=MPP, steps=1), kinds={"test": "pictures"}, object_um=object_um
+        )
+        (shown,) = source.shown("test")
+        assert metrics.score([shown.find(ORACLE)], 0.5).found == found
+
+
 def patients(table: dict[str, Any]) -> None:
     """Make two pictures of two patients of one."""
     first = table["images"][0]

@@ -54,8 +54,9 @@ def evaluate(
     Returns
     -------
     dict
-        ``threshold``, and for each kind of image what `slidescan.train.intervals.summary` says. Of covered figures
-        only the share at which something was found all the same; of images without figures only false detections.
+        ``threshold``, ``found_within_um``, and for each kind of image what `slidescan.train.intervals.summary` says. Of
+        covered figures only the share at which something was found all the same; of images without figures only false
+        detections.
 
     Raises
     ------
@@ -65,7 +66,9 @@ def evaluate(
     kinds, images = find_all(detector, shown)
     if not kinds:
         raise ConfigError("evaluate: expected images to measure on, got none; is there a test split in --data?")
+    one = next(iter(images.values()))[0]
     report: dict[str, Any] = {"model": detector.name, "mpp": detector.mpp, "threshold": detector.threshold}
+    report["found_within_um"] = round(one.radius * one.mpp, 3)
     for kind, found in images.items():
         row = summary(found, detector.threshold, rounds=rounds)
         if kind.startswith("covered"):  # what is found there is no figure, and so neither typical nor not

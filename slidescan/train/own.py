@@ -23,6 +23,7 @@ from slidescan.train.annotated import Annotated, refuse_leaks, split
 from slidescan.train.augment import Rgb
 from slidescan.train.begun import digest_of
 from slidescan.train.coco import load_coco
+from slidescan.train.crops import OBJECT_UM
 from slidescan.train.metrics import RADIUS_UM, Image
 from slidescan.train.qupath import geojson_files, load_slides
 from slidescan.train.settings import TrainSettings, VariantSettings
@@ -33,6 +34,7 @@ __all__ = ["OwnSource", "ShownSlide", "kind_of", "load_annotated"]
 
 _ASSEMBLED = 4  # slides to shift the grid on
 _MOSAICS = 0.25  # share of the training images made of four windows
+_REACH = RADIUS_UM / OBJECT_UM  # how near a detection must be, in edges of an object: MIDOG's for figures
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class ShownSlide:
 
     annotated: Annotated
     kind: str
+    radius_um: float = RADIUS_UM
 
     def find(self, detector: Detector) -> Image:
         """Return what a scan finds, in level-0 px; what lies in an ignored box and is no object counts neither way."""
@@ -53,7 +56,7 @@ class ShownSlide:
         return Image(
             found,
             (one.xyxy_l0[:, :2] + one.xyxy_l0[:, 2:]) / 2,
-            RADIUS_UM / frame.mpp,
+            self.radius_um / frame.mpp,
             max(frame.size_wh),
             patient=one.patient,
             scanner=one.scanner,
@@ -85,6 +88,8 @@ class OwnSource:
     variant : VariantSettings
     kinds : mapping of str to str
         ``pictures`` or ``slides``, of each split. Pictures are taken to be tissue all over.
+    object_um : float
+        Edge of an object's nominal box: a detection within 0.6 of it finds the object, within 7.5 µm a figure.
     seed : int
 
     Raises
@@ -99,12 +104,14 @@ class OwnSource:
         variant: VariantSettings,
         *,
         kinds: Mapping[str, str],
+        object_um: float = OBJECT_UM,
         seed: int = 0,
     ) -> None:
         refuse_leaks(**splits)
         # In one order, whatever the files': a run that goes on must draw the same.
         splits = {name: sorted(members, key=lambda one: one.slide.path.name) for name, members in splits.items()}
         self._splits, self._variant, self._kinds, self._seed = splits, variant, kinds, seed
+        self._object_um = object_um
 
     @classmethod
     def open(cls, settings: TrainSettings, variant: VariantSettings) -> OwnSource:
@@ -124,7 +131,7 @@ class OwnSource:
         splits = {"train": train, "validation": validation, "test": test}
         places = {"validation": settings.validation or settings.data, "test": settings.test or settings.data}
         kinds = {name: kind_of(path) for name, path in places.items()}
-        return cls(splits, variant, kinds=kinds, seed=settings.seed)
+        return cls(splits, variant, kinds=kinds, object_um=settings.object_um, seed=settings.seed)
 
     @property
     def identity(self) -> str:
@@ -143,7 +150,7 @@ class OwnSource:
         """Return the source whose windows show the validation patients as well."""
         train, validation, test = (self._splits.get(name, []) for name in ("train", "validation", "test"))
         splits = {"train": [*train, *validation], "test": test}
-        return OwnSource(splits, self._variant, kinds=self._kinds, seed=self._seed)
+        return OwnSource(splits, self._variant, kinds=self._kinds, object_um=self._object_um, seed=self._seed)
 
     def assembled(self, split: Split) -> Iterator[Rgb]:
         """Yield a square around an object of the first few slides."""
@@ -160,7 +167,8 @@ class OwnSource:
 
     def shown(self, split: Split) -> Iterator[ShownSlide]:
         """Yield the slides and pictures of a split."""
-        return (ShownSlide(one, self._kinds[split]) for one in self._splits.get(split, ()))
+        radius_um = _REACH * self._object_um
+        return (ShownSlide(one, self._kinds[split], radius_um) for one in self._splits.get(split, ()))
 
     def annotated(self, split: Split) -> Sequence[Annotated]:
         """Return what `shown` scans."""

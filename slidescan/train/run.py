@@ -211,7 +211,8 @@ def open_test(data: Path, model: Model, images: int) -> Source:
     )
     if (data / "midog21").is_dir():
         return CropSource(data, settings, variant)
-    return OwnSource({"test": load_annotated(data, settings, model.mpp)}, variant, kinds={"test": kind_of(data)})
+    test, kinds = load_annotated(data, settings, model.mpp), {"test": kind_of(data)}
+    return OwnSource({"test": test}, variant, kinds=kinds, object_um=settings.object_um)
 
 
 def settle(
