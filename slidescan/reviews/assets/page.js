@@ -88,8 +88,9 @@ class Page {
     const { values } = this.filters;
     const asked = this.asked += 1;
     try {
+      await this.acting; // the new list is to know of it
       const told = await this.transport.request("items", { ...values, page: 0, size: PER_PAGE });
-      await this.acting; // which is of the list before
+      await this.acting; // begun meanwhile, on the list before
       if (asked !== this.asked) return;
       Object.assign(this, { listing: told.listing, total: told.total, values, pages: new Map([[0, told.items]]), index: 0,
         shownPage: null });
