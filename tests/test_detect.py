@@ -27,6 +27,7 @@ from slidescan.train.agreement import grid_shift_agreement
 from slidescan.train.crops import load_crops
 from slidescan.train.fields import FieldMaker
 from slidescan.train.network import build_network
+from tests.tiny import write_tiny
 
 BUNDLED = Path(sys.modules[load_detector.__module__].__file__ or "").parent / "models" / "mitosis"
 
@@ -34,11 +35,7 @@ BUNDLED = Path(sys.modules[load_detector.__module__].__file__ or "").parent / "m
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model directory with a small random network."""
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("models") / "tiny"
-    card = Card("tiny", ("cell", "other"), 0.5, input_px=128, object_um=10.0, threshold=0.3, anchor_px=24.0)
-    write_model(build_network(["cell", "other"], width=0.25, queries=12), card, path)
-    return path
+    return write_tiny(tmp_path_factory.mktemp("models") / "tiny")
 
 
 @pytest.fixture

@@ -9,20 +9,16 @@ import numpy as np
 import pytest
 import torch
 
-from slidescan.detect import Card, load_detector, write_model
+from slidescan.detect import load_detector
 from slidescan.detect.device import resolve
 from slidescan.detect.network import Network
-from slidescan.train.network import build_network
+from tests.tiny import write_tiny
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model directory with a small random network."""
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("models") / "tiny"
-    card = Card("tiny", ("cell", "other"), 0.5, input_px=128, object_um=10.0, threshold=0.3, anchor_px=24.0)
-    write_model(build_network(["cell", "other"], width=0.25, queries=12), card, path)
-    return path
+    return write_tiny(tmp_path_factory.mktemp("models") / "tiny")
 
 
 @pytest.mark.parametrize("way", ["planes first", "Fortran", "turned", "every other", "read-only"])
