@@ -240,7 +240,7 @@ def detect(
     from slidescan.detect import load_detector
     from slidescan.picture import detect_image
 
-    detector = load_detector(model, precision=precision, mpp=1.0)  # where the model names no µm/px, a px is its unit
+    detector = load_detector(model, precision=precision, mpp="px")  # where the model names no µm/px
     with warnings_in_a_line():
         found = detect_image(image, detector, min_score=min_score, tile_px=tile_px, mpp=mpp)
     columns = (found.xyxy.tolist(), found.score.tolist(), found.label.tolist(), found.attributes.tolist())

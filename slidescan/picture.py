@@ -51,8 +51,8 @@ def detect_image(
         Edge of a tile, a multiple of 32 from 128 to 8192; default: the detector's own. An image no larger is scored
         whole.
     mpp : float, optional
-        µm/px of the image; default: what its file says, and for a plain picture the detector's, that is, it is read as
-        it is. A Slide has its own.
+        µm/px of the image; default: what its file says, and for a plain picture, or a model that names no µm/px, the
+        detector's, that is, it is read as it is. A Slide has its own.
 
     Returns
     -------
@@ -81,14 +81,14 @@ def detect_image(
     if isinstance(detector, str | Path):
         from slidescan.detect import load_detector
 
-        detector = load_detector(detector, mpp=1.0)
+        detector = load_detector(detector, mpp="px")
     if isinstance(image, Slide):
         if mpp is not None:
             raise ConfigError(f"mpp: expected none beside an open slide, which has its own, got {mpp}")
         slide = image
     else:
         slide = _opened(image, mpp)
-        if slide.mpp is None:
+        if slide.mpp is None or (mpp is None and getattr(detector, "knows_px_only", False)):
             slide = _opened(image, detector.mpp)
     variant = detector.at(slide.frame.mpp, allow_coarse=True)
     min_score = variant.threshold if min_score is None else min_score

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from slidescan.detect import Card, Family, Model, load_detector, write_model
+from slidescan.detect.network import Network
 from slidescan.detect.surgery import set_anchors
 from slidescan.detect.weights import load_network
 from slidescan.detections import Detector, distinct
@@ -229,6 +230,78 @@ def test_too_coarse_a_slide_is_refused_unless_asked_for() -> None:
         family.at(float("nan"))
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"mpp": 1.0, "classes": ["other", "cell"]}, "have other classes"),
+        ({"mpp": 1.0, "classes": ["cell"], "attributes": ["other"]}, "have other classes"),
+        ({}, "are both for 0.5 µm/px"),
+    ],
+)
+def test_a_directory_of_several_detectors_is_no_family(
+    tiny: Path, tmp_path: Path, change: dict[str, object], said: str
+) -> None:
+    """A label would have the name it has in another one, or only the first would be used."""
+    for name in "ab":
+        shutil.copytree(tiny, tmp_path / name)
+    card = tmp_path / "b" / "slidescan.json"
+    card.write_text(json.dumps({**json.loads(card.read_text()), **change}))
+    with pytest.raises(ModelError, match=f"a and b {said}"):
+        load_detector(tmp_path)
+
+
+def test_the_callers_half_precision_is_not_the_detectors(tiny: Path) -> None:
+    """Within autocast, as while one trains, boxes are float32's."""
+    detector = load_detector(tiny, device="cpu")
+    (expected,) = detector.detect(noise(1, 128, 128), 0.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        (found,) = detector.detect(noise(1, 128, 128), 0.0)
+    np.testing.assert_array_equal(found.xyxy, expected.xyxy)
+
+
+def test_a_batch_that_another_thread_halves() -> None:
+    """What a batch began with it ends with."""
+    sizes: list[int] = []
+
+    def forward(tiles: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        sizes.append(len(tiles))
+        made._batch = 2  # as the other thread does, out of memory
+        nothing = tiles.new_zeros((len(tiles), 1), dtype=torch.float32)
+        return nothing, nothing.long(), nothing[..., None].expand(-1, -1, 4), nothing[..., None][..., :0]
+
+    made = Network(forward, name="x", device="cpu")
+    made._batch = 4
+    assert len(made.detect(noise(6, 32, 32), 0.0)) == 6
+    assert sizes == [4, 2]
+
+
+@pytest.mark.parametrize("mpp", [0.0, -1.0, float("nan")])
+def test_a_resolution_that_cannot_be_is_refused(copied: Path, mpp: float) -> None:
+    """Before a slide is found too coarse for it."""
+    (copied / "slidescan.json").unlink()
+    with pytest.raises(ModelError, match="above 0"):
+        load_detector(copied, mpp=mpp)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"decoder_layers": "three"},
+        {"backbone_config": "abc"},
+        {"id2label": ["a"]},
+        {"num_queries": "many"},
+        {"architectures": 5},
+    ],
+)
+def test_a_wrong_configuration_is_one_line(copied: Path, change: dict[str, object]) -> None:
+    """Whatever transformers raises over it."""
+    config = copied / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), **change}))
+    with pytest.raises(ModelError) as caught:
+        load_detector(copied).detect(noise(1, 64, 64), 0.0)
+    assert "\n" not in str(caught.value)
+
+
 def test_a_plain_transformers_directory_needs_its_resolution(copied: Path) -> None:
     """Without a card the µm/px must be given; classes come from the configuration."""
     (copied / "slidescan.json").unlink()
@@ -286,7 +359,7 @@ def test_damage_is_one_clear_error(copied: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"mpp": 0}, {"mpp": "x"}, {"input_px": 100}, {"threshold": 2}, {"classes": 3}, {"color": "cmyk"}]
+    "change", [{"mpp": 0}, {"mpp": "x"}, {"input_px": 100}, {"threshold": 2}, {"classes": 3}, {"anchor_px": -4}]
 )
 def test_a_wrong_card_is_refused(copied: Path, change: dict[str, object]) -> None:
     """A number out of range in slidescan.json is found before a scan starts."""

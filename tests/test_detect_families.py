@@ -249,6 +249,15 @@ def test_a_card_that_does_not_fit_its_network_is_refused(tmp_path: Path, change:
         load_detector(tmp_path).detect(picture()[None], 0.0)
 
 
+def test_a_crowded_tile_of_two_stages_is_recognised(tmp_path: Path) -> None:
+    """As many objects as the second stage looks at, whatever the number of queries it would have without."""
+    model = network(partial(deformable_detr, two_stage=True, with_box_refine=True))
+    model.config.num_queries = 300
+    detector = load_detector(saved(model, tmp_path), mpp=1.0, device="cpu")
+    (found,) = detector.detect(picture()[None], 0.0)
+    assert detector.max_per_tile == len(found) == 10
+
+
 def test_a_directory_says_its_classes_and_its_tile(tmp_path: Path) -> None:
     """Two classes go unnamed in a configuration; the tile is as large as the images the model was trained on."""
     model = network(partial(plain, hf.DetrForObjectDetection, hf.DetrConfig, classes=2))

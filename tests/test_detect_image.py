@@ -174,6 +174,16 @@ def test_a_slide_file_keeps_its_own_scale(tmp_path: Path) -> None:
     assert_equal(found, ss.detect_image(image, ORACLE, mpp=0.4))
 
 
+def test_a_model_of_photographs_reads_a_picture_as_it_is(rt_detr: Model, tmp_path: Path) -> None:
+    """Whatever µm/px the file names: the model names none."""
+    image = np.random.default_rng(0).integers(0, 256, (200, 300, 3), np.uint8)
+    tifffile.imwrite(tmp_path / "a.tiff", image, photometric="rgb", resolution=(1e4 / 0.25,) * 2, resolutionunit=3)
+    found = ss.detect_image(tmp_path / "a.tiff", str(rt_detr.path), min_score=1e-3)
+    assert_equal(found, scored_whole(rt_detr, image))
+    coarser = ss.detect_image(tmp_path / "a.tiff", rt_detr, min_score=1e-3)
+    assert not np.array_equal(coarser.xyxy, found.xyxy)
+
+
 @pytest.mark.parametrize("tile_px", [128, 512])
 def test_a_picture_with_holes_is_refused(tile_px: int) -> None:
     """Boxes alone could not say where nothing was looked for."""

@@ -136,7 +136,7 @@ def digest(path: Path, names: tuple[str, ...] = MODEL_FILES) -> str:
     return whole.hexdigest()
 
 
-def read_card(path: Path, config: dict[str, Any], mpp: float | None) -> Card:
+def read_card(path: Path, config: dict[str, Any], mpp: float | Literal["px"] | None) -> Card:
     """Read and check the card of a model directory; without one, make it of the configuration and `mpp`.
 
     Raises
@@ -162,6 +162,7 @@ def read_card(path: Path, config: dict[str, Any], mpp: float | None) -> Card:
                 and math.isfinite(card.offset)
                 and (card.merge_iou is None or 0 < card.merge_iou < 1)
                 and (card.halo_um is None or 0 < float(card.halo_um) < math.inf)
+                and (card.anchor_px is None or 0 < float(card.anchor_px) < math.inf)
             ):
                 raise ValueError("a number is out of range")
             said, logits = (*card.classes, *card.attributes), _labels(config)
@@ -172,7 +173,7 @@ def read_card(path: Path, config: dict[str, Any], mpp: float | None) -> Card:
         except (KeyError, TypeError, ValueError) as exc:
             raise ModelError(
                 f"{path.name}/slidescan.json: expected name, classes, mpp and numbers above 0, input_px a multiple of "
-                f"32, threshold from 0 to 1, merge_iou between them and halo_um above 0: {exc}"
+                f"32, threshold from 0 to 1, merge_iou between them, halo_um and anchor_px above 0: {exc}"
             ) from exc
         return card
     if mpp is None:
@@ -180,6 +181,10 @@ def read_card(path: Path, config: dict[str, Any], mpp: float | None) -> Card:
             f"{path.name}: expected slidescan.json or the model's resolution, found neither; say what µm/px it was "
             "trained at: --model-mpp, load_detector(…, mpp=…)"
         )
+    if mpp == "px":
+        mpp = 1.0
+    elif not 0 < mpp < math.inf:
+        raise ModelError(f"{path.name}: expected the µm/px it was trained at, above 0, got {mpp:g}")
     return Card(path.name, _labels(config), mpp, input_px=_trained_px(path))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
+from typing import Literal
 
 from slidescan.detect.card import MODEL_FILES
 from slidescan.detect.model import Family, Model, Precision
@@ -27,7 +28,7 @@ def load_detector(
     *,
     device: str | None = None,
     precision: Precision = "auto",
-    mpp: float | None = None,
+    mpp: float | Literal["px"] | None = None,
 ) -> Model | Family:
     """Find a detector; its weights are loaded with its first tile.
 
@@ -42,8 +43,9 @@ def load_detector(
         Such as ``cpu`` or ``cuda:1``; None takes a GPU if there is one.
     precision : {"auto", "fp32", "bf16"}
         Of the convolutions. auto is bf16 on a GPU and fp32 on a CPU.
-    mpp : float, optional
-        µm/px the model was trained at, for a directory without ``slidescan.json``.
+    mpp : float or "px", optional
+        µm/px the model was trained at, for a directory without ``slidescan.json``; "px" where pictures are to be read
+        as they are.
 
     Raises
     ------

@@ -14,6 +14,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -39,6 +40,16 @@ _COARSER = 1.25
 # 95th percentile, 4 and 5.4 at 0.5, on fields of 44 and 54 figures a tile.
 _QUERIES_PER_OBJECT = 10
 
+# Of what is read here of a config.json.
+_KINDS = {
+    "architectures": list,
+    "id2label": dict,
+    "num_labels": int,
+    "num_queries": int,
+    "num_detection_tokens": int,
+    "two_stage_num_proposals": int,
+}
+
 _networks: dict[tuple[str, str, str], Network] = {}
 _loading = threading.Lock()
 
@@ -55,14 +66,14 @@ class Model:
         Such as ``cpu`` or ``cuda:1``; None takes a GPU if there is one.
     precision : {"auto", "fp32", "bf16"}
         Of the convolutions; boxes are computed in float32 always.
-    card_mpp : float, optional
-        µm/px of a model without a card.
+    card_mpp : float or "px", optional
+        µm/px of a model without a card; "px" where it knows pixels only.
     """
 
     path: Path
     device: str | None = None
     precision: Precision = "auto"
-    card_mpp: float | None = None
+    card_mpp: float | Literal["px"] | None = None
     files: ClassVar[tuple[str, ...]] = MODEL_FILES
     """What its identity depends on; a directory that holds the first is a model."""
     _config: dict[str, Any] = field(init=False, repr=False, compare=False)
@@ -76,6 +87,11 @@ class Model:
     def _read_config(self) -> dict[str, Any]:
         """Return what config.json says of the network, once it is sure that it can serve."""
         config = read_json(self.path / "config.json")
+        for key, kind in _KINDS.items():
+            if not isinstance(config.get(key), kind | None):
+                raise ModelError(
+                    f"{self.path.name}/config.json: expected {key} to be of type {kind.__name__}, got {config[key]!r}"
+                )
         kinds = [str(kind) for kind in config.get("architectures") or ()]
         if not any(kind.endswith("ForObjectDetection") for kind in kinds):
             raise ModelError(
@@ -130,6 +146,11 @@ class Model:
         return self._card.mpp
 
     @property
+    def knows_px_only(self) -> bool:
+        """Whether nobody said its µm/px: a picture is then read as it is, whatever its file says."""
+        return self.card_mpp == "px" and not (self.path / "slidescan.json").is_file()
+
+    @property
     def input_px(self) -> int:
         """Best tile edge in px at `mpp`."""
         return self._card.input_px
@@ -147,7 +168,10 @@ class Model:
     @property
     def max_per_tile(self) -> int:
         """Most objects that one tile has queries for."""
-        counts = [self._config.get(key) for key in ("num_queries", "num_detection_tokens")]  # tokens: YOLOS
+        keys: tuple[str, ...] = ("num_queries", "num_detection_tokens")  # tokens: YOLOS
+        if self._config.get("two_stage"):  # Deformable DETR
+            keys = ("two_stage_num_proposals",)
+        counts = [self._config.get(key) for key in keys]
         queries = next((int(count) for count in counts if count), 300)  # transformers' default in most families
         return queries if self._card.merge_iou is None else max(1, queries // _QUERIES_PER_OBJECT)
 
@@ -251,6 +275,16 @@ class Family:
 
     title: str
     variants: tuple[Model, ...]
+
+    def __post_init__(self) -> None:
+        for one, other in pairwise(self.variants):
+            differ = [kind for kind in ("classes", "attributes") if getattr(one, kind) != getattr(other, kind)]
+            if differ or one.mpp == other.mpp:
+                said = f"have other {differ[0]}" if differ else f"are both for {one.mpp:g} µm/px"
+                raise ModelError(
+                    f"{self.title}: expected one detector at several resolutions, but {one.path.name} and "
+                    f"{other.path.name} {said}; name the one to use"
+                )
 
     @property
     def name(self) -> str:

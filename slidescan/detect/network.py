@@ -95,7 +95,8 @@ class Network:
             chunk = tiles[start : start + at_once]
             with stage("transfer"):  # of a copy, row by row: torch takes neither read-only nor mirrored arrays
                 pixels = torch.from_numpy(np.array(chunk, order="C")).to(self._device)
-            with torch.inference_mode():
+            # Also where the caller computes in half: what becomes a coordinate does not.
+            with torch.inference_mode(), torch.autocast(self._device.type, enabled=False):
                 scores, labels, boxes, attributes = self._scored(pixels)
                 boxes = boxes.clamp(min=0).minimum(boxes.new_tensor([width, height] * 2))
                 if not all(torch.isfinite(part).all() for part in (scores, boxes, attributes)):
@@ -112,13 +113,14 @@ class Network:
     def _scored(self, pixels: Tensor) -> tuple[Tensor, ...]:
         """Return what the network says of up to a batch of tiles; in smaller ones where there is no room for it."""
         while True:
+            batch = self._batch  # another thread may halve it meanwhile
             try:
-                parts = [self._forward(_filled(part, self._batch)) for part in torch.split(pixels, self._batch)]
+                parts = [self._forward(_filled(part, batch)) for part in torch.split(pixels, batch)]
                 return tuple(torch.cat(columns)[: len(pixels)] for columns in zip(*parts, strict=True))
             except torch.OutOfMemoryError:  # a GPU's; the next batches are as small
-                if self._batch == 1:
+                if batch == 1:
                     raise
-                self._batch //= 2
+                self._batch = min(self._batch, batch // 2)
             torch.cuda.empty_cache()  # here the error no longer holds what it was raised over
 
 

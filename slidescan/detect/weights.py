@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from slidescan.errors import ModelError
+from slidescan.errors import ModelError, SlidescanError
 
 __all__ = ["load_network", "save_network"]
 
@@ -36,8 +36,10 @@ def load_network(path: Path) -> nn.Module:
                 path, dtype=torch.float32, use_safetensors=True, local_files_only=True, output_loading_info=True,
                 trust_remote_code=False,
             )  # fmt: skip
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError, ImportError, safetensors.SafetensorError) as exc:
-        # ImportError: a backbone of a package that is not installed. The first line says it, the others how to install.
+    except (SlidescanError, MemoryError):
+        raise
+    except Exception as exc:  # what a wrong configuration ends in is any error: its own, torch's, Python's
+        # Of a backbone's package that is not installed the first line says it, the others how to install it.
         said = next(iter(str(exc).strip().splitlines()), type(exc).__name__)
         raise ModelError(f"{path.name}: cannot load the weights: {said}") from exc
     wrong = [str(key) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in notes.get(kind, ())]

@@ -251,6 +251,8 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _node_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    if type(grad) is Tensor:  # and no tracer's: the gradient of what was found here would be zero, silently
+        refuse_second_derivative()
     found = torch.ops.slidescan.deform_attn_backward(grad, *ctx.saved_tensors, *ctx.rest)
     return *found, None, None, None
 

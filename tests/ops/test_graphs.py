@@ -66,6 +66,27 @@ def test_compiles_without_a_break(backend: str, compiler: str) -> None:
         torch.testing.assert_close(got, expected)
 
 
+def _penalty(layer: torch.nn.Module, leaves: list[Tensor]) -> None:
+    grads = torch.autograd.grad(layer(*leaves).square().sum(), leaves, create_graph=True)
+    torch.stack([grad.square().sum() for grad in grads]).sum().backward()
+
+
+@of_the_compiler
+@pytest.mark.parametrize("made", ["eager", "aot_eager", "export"])
+def test_a_second_derivative_is_refused(made: str) -> None:
+    """It would be zero, silently."""
+    torch.compiler.reset()
+    value, _, locations, weights, _ = inputs([(4, 6), (1, 3)], [2, 1])
+    leaves = [tensor.requires_grad_() for tensor in (value, locations, weights)]
+    layer: torch.nn.Module = _Layer("auto")
+    if made == "export":
+        layer = torch.export.export(layer, tuple(leaves)).module()
+    else:
+        layer = torch.compile(layer, backend=made)  # type: ignore[assignment]
+    with pytest.raises((NotImplementedError, RuntimeError), match=r"second derivative|double backward"):
+        _penalty(layer, leaves)
+
+
 def test_export_keeps_the_node() -> None:
     """An exported layer holds one `slidescan::deform_attn`, and gives the same after saving and loading."""
     value, _, locations, weights, _ = inputs([(4, 6), (1, 3)], [2, 1])
