@@ -224,7 +224,7 @@ def validate(path: Annotated[Path, typer.Argument(help="GeoJSON file, plain, .gz
     errors = sum(problem.severity == "error" for problem in problems)
     if errors:
         raise typer.Exit(1)
-    typer.echo(f"{path}: QuPath reads it" + (f", with {len(problems)} warnings" if problems else ""))
+    typer.echo(f"{path}: QuPath reads it" + (", but see the warnings" if problems else ""))
 
 
 @app.command()

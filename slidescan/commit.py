@@ -19,7 +19,7 @@ from pathlib import Path
 
 from slidescan.errors import ResultError
 
-__all__ = ["commit", "disk_error", "flush", "machine", "made", "sweep"]
+__all__ = ["commit", "disk_error", "flush", "machine", "made", "short_name", "sweep"]
 
 # Seconds after which nobody writes a file any more, wherever: the largest takes a minute. Clocks differ by less.
 _ABANDONED_S = 24 * 3600
@@ -35,10 +35,7 @@ def commit(path: Path, write: Callable[[Path], None]) -> None:
     ResultError
         If the disk is full or cannot be written.
     """
-    name = (
-        path.name if len(os.fsencode(path.name)) < _LONG_BYTES else hashlib.sha256(os.fsencode(path.name)).hexdigest()
-    )
-    partial = path.with_name(f".{name}.{_place()}-{os.getpid()}-{threading.get_ident()}.partial")
+    partial = path.with_name(f".{short_name(path)}.{_place()}-{os.getpid()}-{threading.get_ident()}.partial")
     try:
         if not path.parent.is_dir():  # libraries would tell of the name aside
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
@@ -57,6 +54,12 @@ def commit(path: Path, write: Callable[[Path], None]) -> None:
     finally:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
+
+
+def short_name(path: Path) -> str:
+    """Return the name of a file, or a digest of it where there is no room for what is added to a name aside."""
+    name = os.fsencode(path.name)
+    return path.name if len(name) < _LONG_BYTES else hashlib.sha256(name).hexdigest()
 
 
 def made(directory: Path) -> Path:

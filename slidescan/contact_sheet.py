@@ -197,7 +197,9 @@ def contact_sheet(views: Sequence[View], *, columns: int = 6, fov_um: float = 64
         axes.set(xlim=(0, fov_um), ylim=(fov_um, 0), xticks=[], yticks=[])
         for spine in axes.spines.values():
             spine.set(color=view.color, linewidth=2.5)
-        axes.set_title("\n".join(map(_fitting, view.said.splitlines())), fontsize=7, color=view.color, pad=4)
+        axes.set_title(
+            "\n".join(map(_fitting, view.said.splitlines())), fontsize=7, color=view.color, pad=4, parse_math=False
+        )
         scale_bar(axes, fov_um, fov_um, um_per_unit=1)
     if not views:
         figure.text(0.5, 0.5, "nothing to show", ha="center", va="center")

@@ -132,7 +132,7 @@ def draw_map(
         edge = _share(HOTSPOT)
         axes.add_patch(Rectangle((box.x0, box.y0), box.width, box.height, fill=False, edgecolor=edge, linewidth=1.4))
     axes.set(xlim=(0, width_mm), ylim=(height_mm, 0), xlabel="mm", ylabel="mm")
-    axes.set_title(title, fontsize=_TEXT_PT, color=_INK, loc="left", pad=4)
+    axes.set_title(title, fontsize=_TEXT_PT, color=_INK, loc="left", pad=4, parse_math=False)
     scale_bar(axes, width_mm, height_mm, um_per_unit=1000, um=um)
     return figure
 

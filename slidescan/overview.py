@@ -179,7 +179,7 @@ def _hotspot(draw: ImageDraw.ImageDraw, result: ScanResult, origin: tuple[int, i
 def _heading(draw: ImageDraw.ImageDraw, result: ScanResult, title: str, left: int, right: int) -> None:
     """Write what was scanned and what was found."""
     found = counted(len(result.found), result.classes, result.threshold)
-    draw.text((left, 14), title, font=_font(30), fill=_INK)
+    draw.text((left, 14), _fitting(draw, title, right - left - _MARGIN_PX), font=_font(30), fill=_INK)
     draw.text((left, 54), f"{found} · {len(result.regions):,} flagged regions", font=_font(20), fill=_INK)
     fraction = result.anomaly.analysed_fraction
     looked = (
@@ -188,6 +188,15 @@ def _heading(draw: ImageDraw.ImageDraw, result: ScanResult, title: str, left: in
     name, mpp = result.provenance["detector"]["name"], result.provenance["detector"]["plane_mpp"]
     draw.text((right, 22), looked, font=_font(22), fill=_INK)
     draw.text((right, 56), f"detector {name} at {mpp:.3g} µm/px · research use only", font=_font(18), fill=_GREY)
+
+
+def _fitting(draw: ImageDraw.ImageDraw, title: str, width_px: int) -> str:
+    """Cut the middle out of a title that would run into what is beside it."""
+    kept, said = len(title), title
+    while kept > 2 and draw.textlength(said, font=_font(30)) > width_px:
+        kept -= 1
+        said = f"{title[: -(-kept // 2)]}…{title[len(title) - kept // 2 :]}"
+    return said
 
 
 def _scale_bar(draw: ImageDraw.ImageDraw, result: ScanResult, x: int, y: int, px_per_l0: float) -> None:

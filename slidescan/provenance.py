@@ -49,9 +49,8 @@ def as_scanned(slide: Slide | str | Path, fingerprint: str, frame: Frame, what: 
     """
     slide = slide if isinstance(slide, Slide) else open_slide(slide, mpp=frame.mpp)
     if slide.fingerprint != fingerprint:
-        raise ConfigError(
-            f"{what}: expected the slide that was scanned, got {slide.path.name}, whose content is another; give the "
-            "file that was scanned"
+        raise ConfigError(  # without the file's name: a reviewer who knows the slide by another reads it
+            f"{what}: expected the slide that was scanned, got one of other content; give the file that was scanned"
         )
     if slide.frame != frame:
         raise ConfigError(

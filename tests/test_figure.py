@@ -234,7 +234,7 @@ def test_files(result: ss.ScanResult, slide: Slide, tmp_path: Path) -> None:
 
 def test_what_cannot_be_drawn_is_one_line(result: ss.ScanResult, slide: Slide) -> None:
     other = discs(n=3, size_wh=(1600, 1200), seed=5)[0]
-    with pytest.raises(ConfigError, match=r"^slide: expected the slide that was scanned, got .*content is another"):
+    with pytest.raises(ConfigError, match=r"^slide: expected the slide that was scanned, got one of other content"):
         result.plot(other)
     for options, words_ in (
         ({"what": "heat"}, "what: expected density, score or coverage, got 'heat'"),

@@ -166,6 +166,16 @@ def test_what_a_program_found_without_a_class_is_no_object(tmp_path: Path, kind:
         load_qupath(slides(tmp_path, [POINT, nucleus]), classes=("cell",))
 
 
+@pytest.mark.parametrize("key", ["id", "objectType"])
+def test_what_a_program_found_is_known_by_its_old_name(tmp_path: Path, key: str) -> None:
+    """Before QuPath 0.4 the kind was written as id, and later versions still read it so."""
+    nucleus = feature("Polygon", [SQUARE], classification=None)
+    del nucleus["properties"]["objectType"]
+    (nucleus if key == "id" else nucleus["properties"])[key] = "PathCellObject"
+    with pytest.raises(ConfigError, match="expected a class for every object"):
+        load_qupath(slides(tmp_path, [POINT, nucleus]), classes=("cell",))
+
+
 def test_an_outline_without_class_that_is_no_object(tmp_path: Path) -> None:
     """A tumour's outline is not taken for the one class there is; one that is called so is."""
     tumour = [[0, 0], [120, 0], [120, 90], [0, 90], [0, 0]]  # 60 µm, objects are 5

@@ -84,7 +84,7 @@ BAD_FEATURES: list[tuple[str, Any]] = [
     ("class-form", _class(name=None)),
     ("class-form", _class(names=["a", 1])),
     ("class-color", _feature(classification={"name": "a"})),
-    ("class-color", _feature(classification={"name": "a", "colorRGB": -1})),
+    ("class-old", _feature(classification={"name": "a", "colorRGB": -1})),
     ("class-json", _feature(classification='{"name": "a", "color": [1, 2, 3]}')),
     ("class-colon", _feature(classification="a: b")),
     ("class-colon", _class(name="a:b")),
@@ -270,6 +270,10 @@ def test_packed_files(tmp_path: Path) -> None:
 
 def test_damaged_packing(tmp_path: Path) -> None:
     """Cut, mislabelled, foreign, encrypted and empty archives are problems and not tracebacks."""
+    with zipfile.ZipFile(tmp_path / "mac.zip", "w") as archive:
+        archive.writestr("a.geojson", json.dumps([_feature()]))
+        archive.writestr("__MACOSX/._a.geojson", b"\0\5\x16\7")
+    assert _rules(tmp_path / "mac.zip") == {"zip"}
     whole = gzip.compress(json.dumps([_feature()] * 50).encode())
     with zipfile.ZipFile(tmp_path / "two.zip", "w") as archive:
         archive.writestr("a.geojson", "[]")

@@ -28,7 +28,7 @@ import numpy as np
 import shapely
 from numpy.typing import NDArray
 
-from slidescan.commit import disk_error
+from slidescan.commit import disk_error, short_name
 from slidescan.errors import ConfigError
 from slidescan.export.features import Feature
 
@@ -140,7 +140,7 @@ class _Put:
 @contextlib.contextmanager
 def _replacing(target: Path) -> Iterator[_Put]:
     """Yield a writer to a file beside `target` that takes its place on success and vanishes on failure."""
-    part = target.with_name(f".{target.name}.{secrets.token_hex(6)}.part")
+    part = target.with_name(f".{short_name(target)}.{secrets.token_hex(6)}.part")
     try:
         put = _Put(target, part)
     except OSError as exc:

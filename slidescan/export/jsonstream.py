@@ -72,7 +72,8 @@ def open_text(path: Path) -> Iterator[IO[bytes]]:
 def _only_member(raw: IO[bytes]) -> IO[bytes]:
     try:
         archive = zipfile.ZipFile(raw)
-        members = [m for m in archive.infolist() if m.filename.lower().endswith((".json", ".geojson"))]
+        named = [m for m in archive.infolist() if m.filename.lower().endswith((".json", ".geojson"))]
+        members = [m for m in named if not m.filename.rpartition("/")[2].startswith("._")]  # macOS adds such
         if len(members) == 1:
             return archive.open(members[0])
     except (zipfile.BadZipFile, NotImplementedError, OSError, ValueError) as exc:

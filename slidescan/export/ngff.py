@@ -32,7 +32,7 @@ import zarr
 from numpy.typing import NDArray
 from zarr.codecs import BytesCodec, ZstdCodec
 
-from slidescan.commit import disk_error, flush
+from slidescan.commit import disk_error, flush, short_name
 from slidescan.errors import ConfigError, ResultError
 
 __all__ = ["Channel", "read_ngff", "write_ngff"]
@@ -148,7 +148,7 @@ def write_ngff(
         raise ResultError(
             f"{target.name}: expected a zarr group or nothing at the path, got something else; move it away"
         )
-    part = target.with_name(f".{target.name}.{secrets.token_hex(6)}.part")
+    part = target.with_name(f".{short_name(target)}.{secrets.token_hex(6)}.part")
     try:
         group = zarr.create_group(part, zarr_format=3, attributes={"ome": metadata, "slidescan": own})
         for k, level in enumerate(levels):

@@ -48,6 +48,7 @@ RULES: Final[dict[str, tuple[Severity, str]]] = {
     # Its class
     "class-form": ("error", "classification must be text, null, or an object with name (or names) and color"),
     "class-color": ("error", "a classification without color ends the import; add color as [red, green, blue]"),
+    "class-old": ("warning", "colorRGB is the form before QuPath 0.4; write color as [red, green, blue]"),
     "class-json": ("warning", "classification is JSON packed into text and becomes the class's name; unpack it"),
     "class-colon": ("warning", "a colon in a class name splits it into derived classes; replace it"),
     "class-newline": ("error", "QuPath refuses a class name with a line end; replace it"),
@@ -79,6 +80,15 @@ RULES: Final[dict[str, tuple[Severity, str]]] = {
 }
 
 _KINDS = ("annotation", "detection", "cell", "tile", "tmaCore", "root")
+# What QuPath 0.2 and 0.3 wrote for an id, and later ones still read, in either place.
+_OLD_KINDS = {
+    "PathAnnotationObject": "annotation",
+    "PathDetectionObject": "detection",
+    "PathCellObject": "cell",
+    "PathTileObject": "tile",
+    "TMACoreObject": "tmaCore",
+    "PathRootObject": "root",
+}
 _READ_KEYS = frozenset(
     {"objectType", "object_type", "type", "name", "color", "colorRGB", "classification", "isLocked", "measurements"}
     | {"metadata", "childObjects"}
@@ -92,8 +102,9 @@ _DEEPEST = 50  # childObjects inside childObjects: a hierarchy has 3 or 4 levels
 
 def kind_of(feature: dict[str, Any]) -> str:
     """Return the object type QuPath gives the feature; an annotation wherever it cannot tell."""
-    found = _declared_kind(feature.get("properties"))
-    return found if isinstance(found, str) and found in _KINDS else "annotation"
+    found = _declared_kind(feature.get("properties")) or feature.get("id")
+    found = _OLD_KINDS.get(found, found) if isinstance(found, str) else ""
+    return found if found in _KINDS else "annotation"
 
 
 def class_of(feature: dict[str, Any]) -> str:
@@ -195,7 +206,9 @@ def _check_class(found: Any) -> Iterator[str]:
         return
     for name in names:
         yield from _check_class_name(name)
-    if "color" not in found:
+    if "colorRGB" in found or "parentClass" in found:
+        yield "class-old"
+    elif "color" not in found:
         yield "class-color"
     else:
         yield from _check_color(found["color"])

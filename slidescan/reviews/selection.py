@@ -21,9 +21,9 @@ _DECIDED: Mapping[str, Verdict] = {"accepted": "accept", "rejected": "reject", "
 def decided(result: ScanResult, decisions: str, *, reviewer: str | None = None) -> dict[str, str | None]:
     """Return by id the regions that were decided so and the detections in them, with the class a reviewer gave.
 
-    None stands for the detector's class. Where reviewers differ, the later decision counts. A detection is in a region
-    if its centre is in the outline, of several in the smallest; where it was decided on by itself, that counts. One
-    that is alone in its region has the region's class.
+    None stands for the detector's class. Where reviewers differ, the later decision counts. A detection that was found
+    is in a region if its centre is in the outline, of several in the smallest; where it was decided on by itself, that
+    counts. One that is alone in its region has the region's class. Below the threshold nobody was shown any.
 
     Parameters
     ----------
@@ -78,6 +78,7 @@ def _homes(result: ScanResult, regions: Case) -> dict[str, str]:
     """Return by detection the region it is in: outlines overlap, and the smallest is that of its own cluster."""
     items = list(regions.items.values())
     areas = np.array([shapely.Polygon(item.polygon_l0).area for item in items])
-    pairs = inside(items, result.detections.centers)
+    found = np.flatnonzero(result.detections.score >= result.threshold)
+    pairs = inside(items, result.detections.centers[found])
     largest_first = pairs[np.argsort(-areas[pairs[:, 0]], kind="stable")] if len(pairs) else pairs
-    return {result.ids[row]: items[region].id for region, row in largest_first.tolist()}
+    return {result.ids[found[row]]: items[region].id for region, row in largest_first.tolist()}

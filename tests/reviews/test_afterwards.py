@@ -111,6 +111,14 @@ def test_a_reviewers_class_is_exported(result: ss.ScanResult, monkeypatch: pytes
     assert rows == {homes[id_]: names[homes[id_]] for id_ in ids}
 
 
+def test_what_nobody_was_shown_is_not_accepted(result: ss.ScanResult) -> None:
+    """A region is of what was found; below the threshold there may be more within its outline."""
+    regions = Case(result, "region")
+    assert len(_homes(result, regions)) == len(result.found) > 0
+    doubtful = replace(result.detections, score=np.full(len(result.detections), result.threshold / 2, np.float32))
+    assert _homes(replace(result, detections=doubtful), regions) == {}
+
+
 def test_where_outlines_overlap_a_detection_is_in_the_smallest() -> None:
     """A ring's outline holds what lies in its middle, and that is a region of its own."""
     square = np.array([[0.0, 0], [1, 0], [1, 1], [0, 1]])
@@ -119,8 +127,9 @@ def test_where_outlines_overlap_a_detection_is_in_the_smallest() -> None:
         name: ReviewItem(name, "region", "a", "", "disc", 0.9, 1.0, 3, 1, Box(0, 0, 1, 1), outline)
         for name, outline in outlines.items()
     }
-    centers = np.array([[5.0, 5], [50, 50], [95, 95], [500, 500]])
-    result: Any = SimpleNamespace(ids=list("abcd"), detections=SimpleNamespace(centers=centers))
+    centers = np.array([[5.0, 5], [50, 50], [95, 95], [500, 500], [6, 6]])
+    detections = SimpleNamespace(centers=centers, score=np.array([0.9, 0.8, 0.7, 0.6, 0.4]))
+    result: Any = SimpleNamespace(ids=list("abcde"), detections=detections, threshold=0.5)
     assert _homes(result, SimpleNamespace(items=items)) == {"a": "ring", "b": "middle", "c": "ring"}  # type: ignore[arg-type]
 
 

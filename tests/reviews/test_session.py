@@ -245,7 +245,7 @@ def test_pixels_of_no_other_slide_are_shown(result: ss.ScanResult, slide: Slide,
     write_slide(tmp_path / "other.tif", seed=5)
     for slides, said in (
         (None, "pass slides="),
-        (tmp_path / "other.tif", "got other.tif, whose content is another"),
+        (tmp_path / "other.tif", "got one of other content; give"),
         (memory_slide(image, 0.25), "open it with mpp=0.5"),
     ):
         looked = ss.review(result, slides=slides, reviewer="ann")
