@@ -200,9 +200,10 @@ class TestRecords:
     @pytest.mark.parametrize(
         ("told", "reason"),
         [
-            ({"analysed_fraction": 1.0, "read_failed_boxes": 0}, None),
-            ({"analysed_fraction": 0.91, "read_failed_boxes": 7}, "decode_holes"),
-            ({"analysed_fraction": None, "read_failed_boxes": 0}, "no_tissue"),
+            ({"analysed_fraction": 1.0, "read_failed_boxes": 0, "other_images": 0}, None),
+            ({"analysed_fraction": 0.91, "read_failed_boxes": 7, "other_images": 1}, "decode_holes"),
+            ({"analysed_fraction": 1.0, "read_failed_boxes": 0, "other_images": 2}, "more_images"),
+            ({"analysed_fraction": None, "read_failed_boxes": 0, "other_images": 0}, "no_tissue"),
         ],
     )
     def test_a_slide_is_done_with_a_caveat(self, tmp_path: Path, told: dict[str, object], reason: str | None) -> None:

@@ -7,10 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+import tifffile
 
 import slidescan as ss
-from slidescan.archive import open_archive
+from slidescan.archive import archive_status, open_archive, read_listing
 from slidescan.archive.engine import estimate_archive
+from slidescan.archive.record import Record
+from slidescan.archive.run import Run
+from slidescan.archive.slide import scan_slide
 from slidescan.lease import claimed
 from tests.archives import write_slide
 from tests.discs import ORACLE, config
@@ -83,6 +87,119 @@ def test_a_damaged_result_is_made_again(two: Path, tmp_path: Path, client: Clien
     assert [record.state for record in records] == ["done", "done"]
     assert overview.is_file()
     assert len(ss.load_result(out / "slides/a").detections) == 12
+
+
+def test_a_result_of_other_settings_is_not_taken_for_that_of_the_record(
+    two: Path, tmp_path: Path, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that is ended between a slide's result and its record leaves a record that is out of date."""
+    out, other = tmp_path / "runs", config(flagged__margin_um=3.0)
+    ss.scan_archive(two, ORACLE, out=out, config=config(), client=client)
+
+    def ended(self: Run, record: Record) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Run, "keep", ended)
+        with pytest.raises(KeyboardInterrupt):
+            ss.scan_archive(two, ORACLE, out=out, config=other, client=client)
+    ss.scan_archive(two, ORACLE, out=out, config=config(), client=client)
+    assert {ss.load_result(out / "slides" / name).config.flagged.margin_um for name in "ab"} == {
+        config().flagged.margin_um
+    }
+
+
+def test_what_was_done_stays_so_when_its_file_is_moved_away(two: Path, tmp_path: Path, client: Client) -> None:
+    """To a tape, say; under other settings it is to be done, and cannot be."""
+    out = tmp_path / "runs"
+    before = ss.scan_archive(two, ORACLE, out=out, config=config(), client=client)
+    (two.parent / "a.tiff").unlink()
+    assert ss.scan_archive(two, ORACLE, out=out, config=config(), client=client) == before
+    other = config(flagged__margin_um=3.0)
+    records = ss.scan_archive(two, ORACLE, out=out, config=other, client=client)
+    assert [record.reason for record in records] == ["not_found", None]
+
+
+def test_a_slide_keeps_its_id_when_another_of_its_name_is_listed(two: Path, tmp_path: Path, client: Client) -> None:
+    """And when it is no longer: else it would be on record, and counted, twice."""
+    out = tmp_path / "runs"
+    first = ss.scan_archive(two, ORACLE, out=out, config=config(), client=client)
+    write_slide(two.parent / "more/a.tiff", 7)
+    two.write_text(f"{two.read_text()}more/a.tiff\n")
+    records = ss.scan_archive(two, ORACLE, out=out, config=config(), client=client)
+    assert records[:2] == first
+    assert archive_status(out).slides == len(open_archive(out)) == 3
+    two.write_text("slide_path\nmore/a.tiff\n")
+    assert ss.scan_archive(two, ORACLE, out=out, config=config(), client=client) == records[2:]
+    looked = ss.review(open_archive(out), slides=two, reviewer="ann")
+    item = next(item for item in looked.items() if item.slide_id == records[2].slide_id)
+    assert looked.crop(item.id).shape == (256, 256, 3)
+
+
+def test_a_slide_that_vanishes_is_tried_again(two: Path, tmp_path: Path) -> None:
+    """Its mount was away, or its worker has none: it was there when it was listed."""
+    task = Run(tmp_path / "runs", ORACLE, config(), allow_coarse=False).new_task(read_listing(two)[1])
+    (two.parent / "b.tiff").unlink()
+    record = scan_slide(task)
+    assert (record.reason, record.kind) == ("read_error", "retry")
+    assert record.message == "b: its worker finds no slide where there was one; it is tried again"
+
+
+def test_a_link_to_itself_costs_itself_alone(two: Path, tmp_path: Path, client: Client) -> None:
+    """Where it leads no system can say."""
+    (two.parent / "loop.svs").symlink_to("loop.svs")
+    two.write_text(f"{two.read_text()}loop.svs\n")
+    records = ss.scan_archive(two, ORACLE, out=tmp_path / "runs", config=config(), client=client)
+    assert [record.state for record in records] == ["done", "done", "failed"]
+    assert str(tmp_path) not in records[2].message
+
+
+def test_results_below_the_slides_are_no_slides(two: Path, client: Client) -> None:
+    """The same command a second time has nothing to do."""
+    folder = two.parent
+    two.unlink()
+    before = ss.scan_archive(folder, ORACLE, out=folder / "runs", config=config(), client=client)
+    ss.scan(folder / "a.tiff", ORACLE, out=folder / "one", config=config())
+    assert ss.scan_archive(folder, ORACLE, out=folder / "runs", config=config(), client=client) == before
+
+
+def test_a_list_with_digests_of_files_that_cannot_be_read(two: Path, tmp_path: Path) -> None:
+    """A missing slide is not found, and a disk's error may pass."""
+    digest = "0" * 64
+    two.write_text(f"slide_path,sha256\nnone.svs,{digest}\n/proc/self/mem,{digest}\n")
+    records = [
+        scan_slide(Run(tmp_path, ORACLE, config(), allow_coarse=False).new_task(entry)) for entry in read_listing(two)
+    ]
+    assert [record.reason for record in records] == ["not_found", "read_error"]
+
+
+def test_further_images_of_a_file_are_told(tmp_path: Path, client: Client, recwarn: pytest.WarningsRecorder) -> None:
+    """On record, under the slide's id; a warning would name the file."""
+    write_slide(tmp_path / "Jane Doe.tiff", 0)
+    pixels = tifffile.imread(tmp_path / "Jane Doe.tiff")
+    ome = tmp_path / "Jane Doe.ome.tiff"
+    with tifffile.TiffWriter(ome, ome=True) as file:
+        for name in "xy":
+            told = {"Name": name, "axes": "YXS", "PhysicalSizeX": 0.25, "PhysicalSizeY": 0.25}
+            file.write(pixels, photometric="rgb", tile=(256, 256), metadata=told)
+    table = tmp_path / "slides.csv"
+    table.write_text("slide_path,slide_id\nJane Doe.ome.tiff,P1\n")
+    (record,) = ss.scan_archive(table, ORACLE, out=tmp_path / "runs", config=config(), client=client)
+    assert (record.state, record.reason) == ("done", "more_images")
+    assert record.message == "1 more image in its file, not looked at; export each as a file of its own"
+    assert not [warning for warning in recwarn if "Doe" in str(warning.message)]
+
+
+def test_a_line_that_was_cut_off_hides_no_run(two: Path, tmp_path: Path, client: Client) -> None:
+    """Even within a letter: the next run begins on a line of its own."""
+    out = tmp_path / "runs"
+    ss.scan_archive(two, ORACLE, out=out, config=config(), client=client)
+    log = out / "log.jsonl"
+    log.write_bytes(log.read_bytes() + '{"event": "slide_failed", "message": "µ'.encode()[:-1])
+    assert not archive_status(out).running
+    two.write_text(f"{two.read_text()}none.svs\n")
+    ss.scan_archive(two, ORACLE, out=out, config=config(), client=client)
+    assert archive_status(out).slides == 3
 
 
 def test_an_archive_is_reviewed_while_a_slide_is_scanned_anew(two: Path, tmp_path: Path, client: Client) -> None:

@@ -136,6 +136,20 @@ class TestListing:
         assert [name.encode().split(b"-")[0] for name in ids] == [b"caf?"] * 2
         assert len(set(ids)) == 2
 
+    def test_a_name_that_no_file_can_have(self, tmp_path: Path) -> None:
+        """A result's directory and its record are called like the slide, and need room for more."""
+        for name in ("病" * 80 + ".svs", "below/" + "病" * 80 + ".svs"):
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).touch()
+        ids = [entry.slide_id for entry in read_listing(tmp_path)]
+        assert len(set(ids)) == 2
+        assert all(len(name.encode()) < 220 for name in ids)
+        (tmp_path / "slides.csv").write_text("slide_path\n..svs\n")
+        assert read_listing(tmp_path / "slides.csv")[0].slide_id.strip(".")
+        (tmp_path / "slides.csv").write_text(f"slide_path,slide_id\na.svs,{'x' * 201}\n")
+        with pytest.raises(ConfigError, match="slide_id must have 200 bytes at most, got 201"):
+            read_listing(tmp_path / "slides.csv")
+
     def test_nothing_there(self, tmp_path: Path) -> None:
         (tmp_path / "list.xlsx").write_bytes(b"PK")
         (tmp_path / "bad.parquet").write_bytes(b"PAR1")

@@ -64,7 +64,7 @@ TOLD: dict[str, Any] = {
 
 
 def done(slide_id: str, reason: str | None = None, **told: Any) -> Record:
-    return Record(slide_id, "north", "key", "done", reason, "", 1, 1_700_000_000.0, {**TOLD, **told})
+    return Record(slide_id, "north", "key", "done", reason, "", 1, 1_700_000_000.0, told={**TOLD, **told})
 
 
 def failed(slide_id: str, reason: str = "open_error", message: str = "it is broken") -> Record:
@@ -275,6 +275,16 @@ class TestPictures:
             assert not (inner == 255).all(-1).any(1).all()
         with pytest.raises(ValueError, match="expected an overview"):
             heat_panel(picture, (900, 900))
+
+    def test_a_long_title_stays_in_its_column(self, scanned: Path) -> None:
+        """What is written beside it can be read, on a narrow slide, too."""
+        result, thumbnail = ss.load_result(scanned), np.full((400, 300, 3), 200, np.uint8)
+        long, short = (
+            np.asarray(draw_overview(thumbnail, result, title)) for title in ("TCGA-A2-A0D0-01Z-00-DX1." * 5, "a")
+        )
+        middle = long.shape[1] // 2
+        np.testing.assert_array_equal(long[:, middle:], short[:, middle:])
+        assert (long[:50, :middle] != short[:50, :middle]).any()
 
     def test_small_ones_of_the_slides_that_matter(
         self, tmp_path: Path, scanned: Path, monkeypatch: pytest.MonkeyPatch

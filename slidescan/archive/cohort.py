@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from slidescan.archive.record import Record, records_of, table_of
 from slidescan.archive.status import ArchiveStatus, standing
-from slidescan.errors import ConfigError
+from slidescan.errors import ConfigError, ResultError
 from slidescan.flagged import FlaggedRegion
 from slidescan.manifest import MANIFEST
 from slidescan.result import ScanResult
@@ -103,9 +103,13 @@ class Archive:
         while waiting and len(best) < k:
             _, slide_id, i = heapq.heappop(waiting)
             if slide_id not in opened:
-                if self.under_way(slide_id):
-                    continue
-                opened[slide_id] = self.result(slide_id).regions
+                try:
+                    opened[slide_id] = () if self.under_way(slide_id) else self.result(slide_id).regions
+                except ResultError as exc:
+                    place = self.path / "slides" / slide_id
+                    raise ResultError(f"{place}: damaged; remove this directory and run the archive again") from exc
+            if i >= len(opened[slide_id]):
+                continue
             regions = opened[slide_id]
             best.append(
                 ArchiveRegion(slide_id, self.records[slide_id].group, regions[i], self.path / "slides" / slide_id)

@@ -9,33 +9,25 @@ task runs again elsewhere and continues from the committed ones.
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import importlib.metadata
-import json
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slidescan.archive.listing import Entry, read_listing
-from slidescan.archive.record import MOST_ATTEMPTS, REASONS, Record, read_records, write_tables
+from slidescan.archive.listing import Entry, as_recorded, read_listing
+from slidescan.archive.record import MOST_ATTEMPTS, REASONS, Record
 from slidescan.archive.report import write_report
+from slidescan.archive.run import VERSION, Run, Tables
 from slidescan.archive.slide import SlideTask, estimate_slide, killed, scan_slide
 from slidescan.archive.worklist import Worklist
 from slidescan.cluster import in_flight
-from slidescan.commit import disk_error, sweep
 from slidescan.config import ScanConfig, checked
-from slidescan.detect import Family, Model
 from slidescan.detections import Detector
 from slidescan.errors import ConfigError, ResultError
-from slidescan.processes import processes
 from slidescan.region import scored_at_once
-from slidescan.slides.fingerprint import stamp
-from slidescan.slides.remote import locate
 from slidescan.timeouts import LONGEST_S
 from slidescan.whereabouts import noted
 
@@ -44,15 +36,9 @@ if TYPE_CHECKING:
 
 __all__ = ["ArchiveProgress", "estimate_archive", "scan_archive"]
 
-_VERSION = importlib.metadata.version("slidescan")
-# Between two writings of the tables while a run is on: seconds, and how many times longer than one takes.
-_TABLES_EVERY_S, _TABLES_SHARE = 60, 30
 # Seconds before a slide is tried again, and how they grow: a mount that is restarted is back after some, and three
 # attempts cost no night.
 _BACKOFF_S, _BACKOFF_GROWTH = 5.0, 4.0
-# Modules that worker processes import: transformers takes them seconds.
-_NEEDED_BY_ALL = ("slidescan.archive.slide",)
-_NEEDED_BY_OURS = ("slidescan.detect.network", "transformers.models.d_fine.modeling_d_fine")
 # Slides in flight beside the processes: one more is opened and masked while the others are scored.
 _AHEAD = 1
 
@@ -146,8 +132,9 @@ def scan_archive(
     if isinstance(retry_failed, str) and retry_failed not in REASONS:
         raise ConfigError(f"retry_failed: expected True or one of {', '.join(REASONS)}, got {retry_failed!r}")
     listed = listing if isinstance(listing, list) else read_listing(listing)
+    run = Run(Path(out), detector, checked(config), allow_coarse, timeout_s)
+    listed = as_recorded(listed, run.records)
     entries = _share(listed, shard)
-    run = _Run(Path(out), detector, checked(config), allow_coarse, timeout_s)
     if remember:
         noted(run.out, {entry.slide_id: entry.path for entry in listed})
     todo = Worklist(task for entry in entries if (task := run.task(entry, retry_failed)) is not None)
@@ -156,14 +143,14 @@ def scan_archive(
     states.subtract(anew)
     again = anew["done"]  # under other settings, or of another file
     started, failures, megapixels, to_do = time.time(), 0, 0.0, len(todo)
-    tables, with_others = _Tables(run.out), set[str]()
+    tables, with_others = Tables(run.out), set[str]()
     because, share = "finished", "" if shard is None else f"{shard[0]}/{shard[1]}"
     try:
         with contextlib.ExitStack() as held:
             scoring = scored_at_once(run.detector)
             running, n = held.enter_context(run.processes(client, workers)) if todo else (None, 0)
             counts = {"slides": len(listed), "to_do": to_do, "again": again, "scoring": n * scoring}
-            run.log("run_started", share=share, version=_VERSION, **counts)
+            run.log("run_started", share=share, version=VERSION, **counts)
             while running is not None and todo:
                 todo.wait()
                 take, limit = (todo.suspect, 1) if todo.only_suspects else (todo.due, n + _AHEAD)
@@ -178,7 +165,10 @@ def scan_archive(
                         continue
                     run.keep(record)
                     if record.kind in ("retry", "crash") and record.attempts < MOST_ATTEMPTS:
-                        _put_back(todo, replace(run.new_task(task.entry), attempts=record.attempts), record)
+                        following = run.new_task(task.entry)
+                        if not following.stamp:  # what was there when it was listed may come back
+                            following = task
+                        _put_back(todo, replace(following, attempts=record.attempts), record)
                         continue
                     states[record.state] += 1
                     failures += record.state == "failed"
@@ -199,7 +189,7 @@ def scan_archive(
         run.log("run_ended", share=share, because=because, done=done, failed=failed, seconds=seconds)
         tables.write()
     if to_do or not (run.out / "report.html").exists():
-        write_report(run.out, read_records(run.out / "records").values())
+        tables.write(report=True)
     kept = run.records.keys() - with_others
     return [run.records[entry.slide_id] for entry in entries if entry.slide_id in kept]
 
@@ -217,7 +207,7 @@ def estimate_archive(
 ) -> Iterator[tuple[Entry, dict[str, Any]]]:
     """Open every slide of a list and yield what a scan would do with it, or why it would fail; nothing is written."""
     entries = _share(listing if isinstance(listing, list) else read_listing(listing), shard)
-    run = _Run(None, detector, checked(config), allow_coarse, timeout_s)
+    run = Run(None, detector, checked(config), allow_coarse, timeout_s)
     with tempfile.TemporaryDirectory(prefix="slidescan-") as scratch:  # for marks of what does not open in time
         tasks = (run.new_task(entry) for entry in entries)
         todo = Worklist(replace(task, out=Path(scratch, task.entry.slide_id)) for task in tasks)
@@ -236,107 +226,6 @@ def estimate_archive(
 def _would_be_killed(task: SlideTask) -> dict[str, Any]:
     record = killed(task)
     return {"reason": record.reason, "message": record.message}
-
-
-class _Run:
-    """One run over an output directory: what is on record, and what goes there."""
-
-    def __init__(
-        self,
-        out: Path | None,
-        detector: Detector | str | Path,
-        config: ScanConfig,
-        allow_coarse: bool,
-        timeout_s: float | None = None,
-    ) -> None:
-        if isinstance(detector, str | Path):
-            from slidescan.detect import load_detector
-
-            detector = load_detector(detector)
-        self.detector, self._config, self._coarse, self._timeout_s = detector, config, allow_coarse, timeout_s
-        identity = detector.sha256, detector.mpp, detector.runs_on
-        settings = [_VERSION, *identity, config.model_dump(mode="json"), allow_coarse]
-        self._settings = json.dumps(settings, sort_keys=True)
-        self.records: dict[str, Record] = {}
-        self.out = Path() if out is None else out
-        if out is None:
-            return
-        try:
-            for folder in ("slides", "records"):
-                (out / folder).mkdir(parents=True, exist_ok=True)
-        except OSError as exc:
-            raise disk_error(out / "slides", exc) from exc
-        sweep(out)
-        sweep(out / "records")
-        self.records = read_records(out / "records")
-
-    def processes(self, client: Client | None, workers: int | None) -> AbstractContextManager[tuple[Client, int]]:
-        """Give the cluster, and how many processes it has."""
-        # A process that sees one GPU has no cuda:1.
-        gpus: list[str] | None = [] if self.detector.runs_on.startswith("cuda:") else None
-        on_gpu = scored_at_once(self.detector) > 1
-        is_ours = isinstance(self.detector, Model | Family)
-        preload = (*_NEEDED_BY_ALL, *(_NEEDED_BY_OURS if is_ours else ()))
-        return processes(client, workers, gpu=on_gpu, gpus=gpus, preload=preload)
-
-    def new_task(self, entry: Entry) -> SlideTask:
-        """Return the task that scans a slide from its beginning or from where it was."""
-        result = (self.out / "slides" / entry.slide_id).absolute()
-        now = stamp(locate(entry.path))
-        key = self._key(entry, now)
-        return SlideTask(entry, self.detector, self._config, result, key, self._coarse, self._timeout_s, stamp=now)
-
-    def task(self, entry: Entry, retry_failed: bool | str) -> SlideTask | None:
-        """Return the task of a slide, None where it is done or would fail again."""
-        task, record = self.new_task(entry), self.records.get(entry.slide_id)
-        if record is None or record.key != task.key:
-            return task
-        if record.state == "done":
-            return None if (task.out / "manifest.json").is_file() else task
-        if retry_failed is True or retry_failed == record.reason or record.kind in ("retry", "next_run"):
-            return task
-        # A slide that crashes its workers is not to do so every night.
-        again = record.kind == "crash" and not record.quarantined
-        return replace(task, attempts=record.attempts) if again else None
-
-    def keep(self, record: Record) -> None:
-        """Put what became of a slide on record; the disk's own troubles end the run."""
-        self.records[record.slide_id] = record
-        record.save(self.out / "records")
-        said = {"slide_id": record.slide_id, "reason": record.reason, "message": record.message}
-        self.log(f"slide_{record.state}", attempts=record.attempts, **said, **record.told)
-
-    def log(self, event: str, **told: object) -> None:
-        """Append a line to the log: one write, so that lines of two runs do not mix."""
-        line = json.dumps({"at": round(time.time(), 3), "event": event, **told}, ensure_ascii=False)
-        try:
-            with (self.out / "log.jsonl").open("a", encoding="utf-8", errors="replace") as file:
-                file.write(line + "\n")
-        except OSError as exc:
-            raise disk_error(self.out / "log.jsonl", exc) from exc
-
-    def _key(self, entry: Entry, now: tuple[int, ...]) -> str:
-        """Name all that a slide's result depends on, without opening it."""
-        text = json.dumps([self._settings, entry.path, entry.mpp, entry.sha256, now])
-        return hashlib.sha256(text.encode()).hexdigest()
-
-
-class _Tables:
-    """The tables of an output directory, made of all records there, also those of other runs at the same time."""
-
-    def __init__(self, out: Path) -> None:
-        self._out, self._due_s = out, time.monotonic() + _TABLES_EVERY_S
-
-    def write_if_due(self) -> None:
-        """Write them once a minute, or more rarely where there are so many records that it takes long."""
-        begun = time.monotonic()
-        if begun > self._due_s:
-            self.write()
-            self._due_s = time.monotonic() + max(_TABLES_EVERY_S, _TABLES_SHARE * (time.monotonic() - begun))
-
-    def write(self) -> None:
-        """Write them now."""
-        write_tables(self._out, read_records(self._out / "records").values())
 
 
 def _put_back(todo: Worklist, task: SlideTask, record: Record) -> None:

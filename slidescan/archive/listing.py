@@ -21,11 +21,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from slidescan.archive.record import Record
 from slidescan.errors import ConfigError
 from slidescan.slides.remote import Remote, locate
 from slidescan.slides.resolution import override
 
-__all__ = ["Entry", "read_listing", "stem_of"]
+__all__ = ["Entry", "as_recorded", "read_listing", "stem_of", "tag_of"]
 
 # What a folder is searched for: slide formats by the suffix that is opened. A picture is no slide, and the files beside
 # a .mrxs or a .vms are theirs.
@@ -34,6 +35,8 @@ _SUFFIXES = frozenset(
 )
 _COLUMNS = ("slide_path", "slide_id", "mpp", "group", "sha256")
 _ALIKE = 0.85  # of difflib: one letter more, less or wrong, and none in mpp
+_OWN = "anomaly.ome.zarr"  # the map of a result: an archive's output may lie below its slides
+_LONGEST_BYTES = 200  # of an id: file systems take names of 255, and files aside add to it
 _TAG_CHARS = 8  # hex digits that tell slides of one name apart: 1 in 4 billion
 
 
@@ -107,7 +110,7 @@ def read_listing(source: str | Path) -> list[Entry]:
 def _found(folder: Path) -> Iterable[Path]:
     """Yield the slides below a folder, sorted; a Zarr directory is one slide, and hidden ones are nobody's.
 
-    Links to folders are followed, each folder once.
+    Links to folders are followed, each folder once. Results of slidescan are no slides.
     """
 
     def refuse(error: OSError) -> None:
@@ -125,7 +128,7 @@ def _found(folder: Path) -> Iterable[Path]:
         zarrs = [name for name in below if name.lower().endswith(".zarr")]
         below[:] = sorted(name for name in below if name not in zarrs and not name.startswith("."))
         for name in sorted([*zarrs, *files]):
-            if not name.startswith(".") and Path(name).suffix.lower() in _SUFFIXES:
+            if not name.startswith(".") and name != _OWN and Path(name).suffix.lower() in _SUFFIXES:
                 yield Path(directory, name)
 
 
@@ -192,17 +195,32 @@ def _named(entries: list[Entry]) -> list[Entry]:
     times = Counter(name.casefold() for name in names)  # some file systems know one case
     named = []
     for entry, name in zip(entries, names, strict=True):
-        tag = (
-            ""
-            if times[name.casefold()] == 1
-            else f"-{hashlib.sha256(os.fsencode(entry.path)).hexdigest()[:_TAG_CHARS]}"
-        )
-        if tag and entry.slide_id:
-            raise ConfigError(
-                f"slide_id {name!r} is given to {times[name.casefold()]} slides; each needs one of its own"
-            )
-        named.append(replace(entry, slide_id=name + tag))
+        n, fits = times[name.casefold()], len(name.encode()) <= _LONGEST_BYTES
+        if entry.slide_id and n > 1:
+            raise ConfigError(f"slide_id {name!r} is given to {n} slides; each needs one of its own")
+        if entry.slide_id and not fits:
+            raise ConfigError(f"slide_id must have {_LONGEST_BYTES} bytes at most, got {len(name.encode())}: {name!r}")
+        if n > 1 or not fits or not name.strip("."):
+            short = name.encode()[:_LONGEST_BYTES].decode(errors="ignore").rstrip(".")
+            name = f"{short}-{tag_of(entry.path)}"
+        named.append(replace(entry, slide_id=name))
     return named
+
+
+def as_recorded(entries: Iterable[Entry], records: Mapping[str, Record]) -> list[Entry]:
+    """Give a slide the id under which it is on record, where another of its name was listed since, or is no longer."""
+    kept = []
+    for entry in entries:
+        stem, tag = stem_of(entry.path), tag_of(entry.path)
+        own = [name for name in (stem, f"{stem}-{tag}") if name in records and records[name].place == tag]
+        derived = entry.slide_id in (stem, f"{stem}-{tag}")
+        kept.append(replace(entry, slide_id=own[0]) if own and derived else entry)
+    return kept
+
+
+def tag_of(path: str) -> str:
+    """Return what tells a slide from others of its name, and nothing of where it lies."""
+    return hashlib.sha256(os.fsencode(path)).hexdigest()[:_TAG_CHARS]
 
 
 def stem_of(path: str) -> str:

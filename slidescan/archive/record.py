@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -43,6 +43,7 @@ REASONS: Mapping[str, tuple[Kind, str]] = {
     "internal_error": ("stays", "a fault of slidescan; please report it"),
     "no_tissue": ("caveat", "done, but no tissue was found on it"),
     "decode_holes": ("caveat", "done, but parts of its tissue could not be read"),
+    "more_images": ("caveat", "done, but its file holds further images, which were not looked at"),
 }
 SCORE_BINS = 20  # of [0, 1], in `Record.told["scores"]`
 MOST_ATTEMPTS = 3  # of one run; of all runs at what crashes
@@ -64,6 +65,8 @@ class Record:
     attempts: int = 1
     finished_s: float = 0.0
     """When, seconds since 1970."""
+    place: str = ""
+    """What tells the slide from others of its name (`slidescan.archive.listing.tag_of`)."""
     told: dict[str, Any] = field(default_factory=dict)
     """Counts, tissue, coverage, seconds by stage, memory."""
 
@@ -82,17 +85,24 @@ class Record:
         text = json.dumps(asdict(self), ensure_ascii=False, indent=1, allow_nan=False)
         commit(folder / f"{self.slide_id}.json", lambda partial: _write(partial, text))
 
+    @property
+    def outdated(self) -> Record:
+        """The same, of a result that is about to be replaced: until there is a new record, the slide is to be done."""
+        return replace(self, key="")
+
 
 def read_records(folder: Path) -> dict[str, Record]:
     """Return all records by slide id; one that cannot be read is as none."""
-    found = {}
-    for file in sorted(folder.glob("*.json")):
-        try:
-            record = Record(**json.loads(file.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError):
-            continue
-        found[record.slide_id] = record
-    return found
+    read = map(read_record, sorted(folder.glob("*.json")))
+    return {record.slide_id: record for record in read if record is not None}
+
+
+def read_record(file: Path) -> Record | None:
+    """Return one record, None where there is none that can be read."""
+    try:
+        return Record(**json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
 
 
 def records_of(out: Path) -> dict[str, Record]:

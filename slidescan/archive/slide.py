@@ -7,6 +7,7 @@ import os
 import re
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -15,8 +16,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from slidescan.archive.listing import Entry, stem_of
-from slidescan.archive.record import SCORE_BINS, Record
+from slidescan.archive.listing import Entry, stem_of, tag_of
+from slidescan.archive.record import SCORE_BINS, Record, read_record
 from slidescan.cluster import from_within
 from slidescan.config import ScanConfig
 from slidescan.detections import Detector
@@ -34,6 +35,7 @@ from slidescan.errors import (
     SlideNotFoundError,
     SlideReadError,
     SlideUnsupportedError,
+    SlideWarning,
     WorkerError,
     WorkerTimeoutError,
 )
@@ -86,6 +88,11 @@ class SlideTask:
             reason = "decode_holes"
             parts = "1 part" if holes == 1 else f"{holes:,} parts"
             message = f"{parts} could not be read; {told['analysed_fraction']:.2%} of the tissue was analysed"
+        elif others := told["other_images"]:
+            reason = "more_images"
+            message = (
+                f"{others} more image{'s' * (others > 1)} in its file, not looked at; export each as a file of its own"
+            )
         return self._record("done", reason, message, told)
 
     def failed(self, reason: str, message: str) -> Record:
@@ -97,8 +104,9 @@ class SlideTask:
         return self._record("busy", None, "", {"again_s": again_s})
 
     def _record(self, state: str, reason: str | None, message: str, told: dict[str, Any]) -> Record:
-        attempts, now = self.attempts + 1, round(time.time(), 3)
-        return Record(self.entry.slide_id, self.entry.group, self.key, state, reason, message, attempts, now, told)
+        entry, attempts, now = self.entry, self.attempts + 1, round(time.time(), 3)
+        place = tag_of(entry.path)
+        return Record(entry.slide_id, entry.group, self.key, state, reason, message, attempts, now, place, told)
 
 
 def killed(task: SlideTask) -> Record:
@@ -118,7 +126,7 @@ def scan_slide(task: SlideTask) -> Record:
         If the output cannot be written or a setting cannot be meant: that concerns all slides.
     """
     try:
-        return _explained(task, lambda: task.done(_told(_scanned(task))), task.failed)
+        return _explained(task, lambda: task.done(_scanned(task)), task.failed)
     except ResultBusyError as exc:
         return task.busy(again_s=LASTS_S + 1 if isinstance(exc, ResultLeasedError) else _UNLOCKED_S)
 
@@ -190,12 +198,16 @@ def _opened(task: SlideTask) -> Slide:
     """Open the slide and make sure that it can be scanned."""
     entry = task.entry
     where = locate(entry.path)
-    if stamp(where) != task.stamp:
-        raise _ExplainedError("read_error", f"{where.name}: the file changed since it was listed; it is tried again")
+    now = stamp(where)
+    if now != task.stamp:
+        said = "the file changed since it was listed" if now else "its worker finds no slide where there was one"
+        raise _ExplainedError("read_error", f"{where.name}: {said}; it is tried again")
     if entry.sha256 is not None and _sha256(where) != entry.sha256:
         raise _ExplainedError("wrong_digest", f"{where.name}: expected the file of the list's sha256; copy it again")
     try:
-        slide = open_slide(entry.path, mpp=entry.mpp)
+        with warnings.catch_warnings():  # of further images: a caveat on record, where a warning names the file
+            warnings.simplefilter("ignore", SlideWarning)
+            slide = open_slide(entry.path, mpp=entry.mpp)
     except ConfigError as exc:  # of this row, such as a URL of no known kind
         raise _ExplainedError("unsupported", str(exc)) from exc
     except MissingExtraError as exc:
@@ -211,19 +223,26 @@ def _opened(task: SlideTask) -> Slide:
 
 
 def _sha256(where: Any) -> str:
+    if isinstance(where, Path) and not where.exists():
+        raise SlideNotFoundError(f"{where.name}: no such slide")
     if not isinstance(where, Path) or not where.is_file():
         raise _ExplainedError("wrong_digest", f"{where.name}: only a file on a disk can be compared with a sha256")
     digest = hashlib.sha256()
-    with where.open("rb") as file:
-        while piece := file.read(_PIECE_BYTES):
-            digest.update(piece)
+    try:
+        with where.open("rb") as file:
+            while piece := file.read(_PIECE_BYTES):
+                digest.update(piece)
+    except OSError as exc:
+        raise SlideReadError(f"{where.name}: cannot be read for its sha256 ({exc.strerror})") from exc
     return digest.hexdigest()
 
 
-def _scanned(task: SlideTask) -> ScanResult:
+def _scanned(task: SlideTask) -> dict[str, Any]:
     with ExitStack() as opening:
         opening.enter_context(_in_time(task))
-        return _scan(task, _opened(task), lambda _: opening.close())
+        slide = _opened(task)
+        result = _scan(task, slide, lambda _: opening.close())
+        return {**_told(result), "other_images": slide.others}
 
 
 @contextmanager
@@ -255,6 +274,9 @@ def _scan(task: SlideTask, slide: Slide, on_prepared: Callable[[Prepared], None]
     try:
         return run(overwrite=False)
     except ResultInTheWayError:  # of other settings, another file, an older slidescan
+        records = task.out.parents[1] / "records"
+        if old := read_record(records / f"{task.entry.slide_id}.json"):  # a run that ends now leaves no false record
+            old.outdated.save(records)
         return run(overwrite=True)
 
 
@@ -291,7 +313,7 @@ def _as_listed(said: str, task: SlideTask) -> str:
     Where an archive lies is nobody's business, and folders and files are named after patients.
     """
     where = locate(task.entry.path)
-    places = [where, where.absolute(), where.resolve()] if isinstance(where, Path) else []
+    places = [where, where.absolute(), Path(os.path.realpath(where))] if isinstance(where, Path) else []
     folders = sorted({f"{place.parent}{os.sep}" for place in places} - {os.sep, f".{os.sep}"}, key=len, reverse=True)
     for told, short in ((task.entry.path, where.name), *((folder, "") for folder in folders)):
         said = said.replace(" ".join(told.split()), short)  # an error's text has lost its double spaces, too

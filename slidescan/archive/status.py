@@ -147,7 +147,7 @@ def _runs(log: Path) -> list[dict[str, Any]]:
 def _events(log: Path) -> Iterator[dict[str, Any]]:
     """Yield what the log says of runs; a line cut off by the end of a process is none."""
     try:
-        with log.open(encoding="utf-8") as file:
+        with log.open(encoding="utf-8", errors="replace") as file:  # it may be cut off within a letter
             for line in file:
                 if '"event": "run_' in line:
                     try:

@@ -11,6 +11,7 @@ from typing import Literal
 import numpy as np
 
 from slidescan.archive import Archive, ArchiveRegion, open_archive, read_listing
+from slidescan.archive.listing import as_recorded
 from slidescan.errors import ConfigError, ResultError
 from slidescan.manifest import read_manifest
 from slidescan.result import ScanResult
@@ -183,7 +184,10 @@ def _slides_of(what: object, slides: Slides, cases: Sequence[Case]) -> Mapping[s
         return {case.slide_id: slides for case in cases}
     if isinstance(slides, Slide):
         raise ConfigError(f"slides: expected a list of slides or a mapping from slide ids, got one slide: {slides!r}")
-    return {entry.slide_id: entry.path for entry in read_listing(str(slides))}
+    listed = read_listing(str(slides))
+    if isinstance(what, Archive):
+        listed = as_recorded(listed, what.records)
+    return {entry.slide_id: entry.path for entry in listed}
 
 
 def _logged_in() -> str:

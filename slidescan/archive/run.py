@@ -1,0 +1,170 @@
+"""One run over an archive's output directory: what is on record there, what is to be done, and what is written.
+
+Hides by what a slide counts as done, and the files of an archive but for its results.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import time
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from slidescan.archive.listing import Entry
+from slidescan.archive.record import Record, read_records, write_tables
+from slidescan.archive.report import write_report
+from slidescan.archive.slide import SlideTask
+from slidescan.commit import disk_error, sweep
+from slidescan.config import ScanConfig
+from slidescan.detect import Family, Model
+from slidescan.detections import Detector
+from slidescan.processes import processes
+from slidescan.region import scored_at_once
+from slidescan.slides.fingerprint import stamp
+from slidescan.slides.remote import locate
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+__all__ = ["VERSION", "Run", "Tables"]
+
+VERSION = importlib.metadata.version("slidescan")
+# Between two writings of the tables while a run is on: seconds, and how many times longer than one takes.
+_TABLES_EVERY_S, _TABLES_SHARE = 60, 30
+_WRITINGS = 3  # of them, while other jobs add to the records: of many jobs the last one to end writes them all
+# Modules that worker processes import: transformers takes them seconds.
+_NEEDED_BY_ALL = ("slidescan.archive.slide",)
+_NEEDED_BY_OURS = ("slidescan.detect.network", "transformers.models.d_fine.modeling_d_fine")
+
+
+class Run:
+    """One run over an output directory: what is on record, and what goes there."""
+
+    def __init__(
+        self,
+        out: Path | None,
+        detector: Detector | str | Path,
+        config: ScanConfig,
+        allow_coarse: bool,
+        timeout_s: float | None = None,
+    ) -> None:
+        if isinstance(detector, str | Path):
+            from slidescan.detect import load_detector
+
+            detector = load_detector(detector)
+        self.detector, self._config, self._coarse, self._timeout_s = detector, config, allow_coarse, timeout_s
+        identity = detector.sha256, detector.mpp, detector.runs_on
+        settings = [VERSION, *identity, config.model_dump(mode="json"), allow_coarse]
+        self._settings = json.dumps(settings, sort_keys=True)
+        self.records: dict[str, Record] = {}
+        self.out = Path() if out is None else out
+        if out is None:
+            return
+        try:
+            for folder in ("slides", "records"):
+                (out / folder).mkdir(parents=True, exist_ok=True)
+        except OSError as exc:
+            raise disk_error(out / "slides", exc) from exc
+        sweep(out)
+        sweep(out / "records")
+        self.records = read_records(out / "records")
+
+    def processes(self, client: Client | None, workers: int | None) -> AbstractContextManager[tuple[Client, int]]:
+        """Give the cluster, and how many processes it has."""
+        # A process that sees one GPU has no cuda:1.
+        gpus: list[str] | None = [] if self.detector.runs_on.startswith("cuda:") else None
+        on_gpu = scored_at_once(self.detector) > 1
+        is_ours = isinstance(self.detector, Model | Family)
+        preload = (*_NEEDED_BY_ALL, *(_NEEDED_BY_OURS if is_ours else ()))
+        return processes(client, workers, gpu=on_gpu, gpus=gpus, preload=preload)
+
+    def new_task(self, entry: Entry) -> SlideTask:
+        """Return the task that scans a slide from its beginning or from where it was."""
+        result = (self.out / "slides" / entry.slide_id).absolute()
+        now = stamp(locate(entry.path))
+        key = self._key(entry, now)
+        return SlideTask(entry, self.detector, self._config, result, key, self._coarse, self._timeout_s, stamp=now)
+
+    def task(self, entry: Entry, retry_failed: bool | str) -> SlideTask | None:
+        """Return the task of a slide, None where it is done or would fail again."""
+        task, record = self.new_task(entry), self.records.get(entry.slide_id)
+        if record is not None and record.state == "done" and not task.stamp:  # its file was moved away
+            task = replace(task, key=f"{_setup(task.key)}{record.key.removeprefix(_setup(record.key))}")
+        if record is None or record.key != task.key:
+            return task
+        if record.state == "done":
+            return None if (task.out / "manifest.json").is_file() else task
+        if retry_failed is True or retry_failed == record.reason or record.kind in ("retry", "next_run"):
+            return task
+        # A slide that crashes its workers is not to do so every night.
+        again = record.kind == "crash" and not record.quarantined
+        return replace(task, attempts=record.attempts) if again else None
+
+    def keep(self, record: Record) -> None:
+        """Put what became of a slide on record; the disk's own troubles end the run."""
+        self.records[record.slide_id] = record
+        record.save(self.out / "records")
+        said = {"slide_id": record.slide_id, "reason": record.reason, "message": record.message}
+        self.log(f"slide_{record.state}", attempts=record.attempts, **said, **record.told)
+
+    def log(self, event: str, **told: object) -> None:
+        """Append a line to the log: one write, so that lines of two runs do not mix."""
+        line = json.dumps({"at": round(time.time(), 3), "event": event, **told}, ensure_ascii=False)
+        log = self.out / "log.jsonl"
+        first = "\n" if event == "run_started" and _is_torn(log) else ""
+        try:
+            with log.open("a", encoding="utf-8", errors="replace") as file:
+                file.write(f"{first}{line}\n")
+        except OSError as exc:
+            raise disk_error(log, exc) from exc
+
+    def _key(self, entry: Entry, now: tuple[int, ...]) -> str:
+        """Name all that a slide's result depends on, without opening it."""
+        setup = json.dumps([self._settings, entry.path, entry.mpp, entry.sha256])
+        return ":".join(hashlib.sha256(text.encode()).hexdigest() for text in (setup, json.dumps(now)))
+
+
+def _is_torn(log: Path) -> bool:
+    """Return whether the last line was cut off, by a full disk or the end of the machine."""
+    try:
+        with log.open("rb") as file:
+            file.seek(-1, os.SEEK_END)
+            return file.read() != b"\n"
+    except OSError:  # there is none, or nothing in it
+        return False
+
+
+def _setup(key: str) -> str:
+    """Return the part of a key that does not depend on the file's stamp."""
+    return key.partition(":")[0]
+
+
+class Tables:
+    """The tables of an output directory, made of all records there, also those of other runs at the same time."""
+
+    def __init__(self, out: Path) -> None:
+        self._out, self._due_s = out, time.monotonic() + _TABLES_EVERY_S
+
+    def write_if_due(self) -> None:
+        """Write them once a minute, or more rarely where there are so many records that it takes long."""
+        begun = time.monotonic()
+        if begun > self._due_s:
+            self.write()
+            self._due_s = time.monotonic() + max(_TABLES_EVERY_S, _TABLES_SHARE * (time.monotonic() - begun))
+
+    def write(self, *, report: bool = False) -> None:
+        """Write them now, and the report if asked for; once more if a job that ended meanwhile put more on record."""
+        folder = self._out / "records"
+        for _ in range(_WRITINGS):
+            known = stamp(folder)
+            records = read_records(folder).values()
+            write_tables(self._out, records)
+            if report:
+                write_report(self._out, records)
+            if stamp(folder) == known:
+                break
