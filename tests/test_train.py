@@ -22,7 +22,7 @@ from slidescan.train.mitosis import CropSource
 from slidescan.train.run import train_detector
 from slidescan.train.settings import TrainSettings, VariantSettings, load_settings
 from slidescan.train.windows import Example
-from tests.marked import marked_crops
+from tests.marked import dots, marked_crops
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -239,6 +239,24 @@ def test_the_whole_of_crops_has_the_validation_patients(fake_data: Path, tmp_pat
     for one, seen in ((source, False), (source.whole(), True)):
         images = [one.example(rng, 256).image.astype(int) for _ in range(20)]
         assert any((image[..., 2] - image[..., 0] > 100).mean() > 0.01 for image in images) == seen
+
+
+@pytest.mark.parametrize("mosaics", [0.0, 1.0])
+def test_of_a_figure_at_the_edge_of_an_image_nothing_is_taught(fake_data: Path, mosaics: float) -> None:
+    """What is seen of it may be too little to tell: its place is ignored, and no whole figure is."""
+    nothing_else = {"share_phantom": 0, "share_bare": 0, "share_negative": 0, "stain_jitter": 0}
+    settings = TrainSettings(data=fake_data, share_mosaic=mosaics, figures_per_mpx=150, **nothing_else)
+    source, rng, at_edge = CropSource(settings.data, settings, settings.variants[0]), np.random.default_rng(0), 0
+    for _ in range(40):
+        example = source.example(rng, 192)
+        kinds = [(xyxy[:, :2] + xyxy[:, 2:]) / 2 for xyxy in (example.xyxy_px, example.ignored_xyxy_px)]
+        for dot in dots(example.image, least_px=12):
+            told = [np.abs(centres - dot).max(1).min(initial=np.inf) < 16 for centres in kinds]
+            assert any(told)
+            if ((dot > 16) & (dot < 192 - 16)).all():
+                assert told == [True, False]
+        at_edge += len(example.ignored_xyxy_px)
+    assert at_edge > 3
 
 
 def test_the_threshold_is_chosen_where_figures_are_rare_too(fake_data: Path) -> None:

@@ -22,7 +22,7 @@ from scipy import ndimage
 from slidescan.errors import ConfigError
 from slidescan.train.augment import Rgb
 
-__all__ = ["CROP_MPP", "NO_FIGURES", "OBJECT_UM", "Crop", "Figures", "blend", "cover", "disc", "load_crops"]
+__all__ = ["CROP_MPP", "NO_FIGURES", "OBJECT_UM", "Crop", "Figures", "blend", "cover", "density", "disc", "load_crops"]
 
 F32 = NDArray[np.float32]
 Figures = NDArray[np.float64]  # (n, 3): centre x and y in px; atypical 1, typical 0, NaN where nobody said
@@ -139,12 +139,12 @@ def cover(rng: np.random.Generator, crop: Crop) -> Rgb | None:
     is not used.
     """
     shown = np.concatenate((crop.figures, crop.cut))[:, :2]
-    density = _density(crop.image, crop.mpp)
-    away_um = _away_px(crop.figures[:, :2], len(density)) * crop.mpp
+    dense = density(crop.image, crop.mpp)
+    away_um = _away_px(crop.figures[:, :2], len(dense)) * crop.mpp
     # From this density on it may be a part of the figure, (n, 1, 1).
-    part = _PART_SHARE * np.where(away_um < FIGURE_RADIUS_UM, density, 0).max((1, 2), initial=0, keepdims=True)
-    peaks = density == ndimage.maximum_filter(density, round(4.0 / crop.mpp) + 1)
-    beside = (away_um > _PLATE_UM) & (away_um < _PART_UM) & (density >= part)
+    part = _PART_SHARE * np.where(away_um < FIGURE_RADIUS_UM, dense, 0).max((1, 2), initial=0, keepdims=True)
+    peaks = dense == ndimage.maximum_filter(dense, round(4.0 / crop.mpp) + 1)
+    beside = (away_um > _PLATE_UM) & (away_um < _PART_UM) & (dense >= part)
     rests = np.argwhere(peaks & beside.any(0))[:, ::-1] + 0.5
     canvas = crop.image.astype(np.float32)
     figure_px, rest_px = FIGURE_RADIUS_UM / crop.mpp, _PART_RADIUS_UM / crop.mpp
@@ -155,11 +155,11 @@ def cover(rng: np.random.Generator, crop: Crop) -> Rgb | None:
         spots = np.stack(np.meshgrid(grid, grid), -1).reshape(-1, 2)
         far, aside = (np.linalg.norm(spots[:, None] - xy, axis=-1).min(1, initial=np.inf) for xy in (shown, rests))
         darkest, dark = (
-            smooth(density, 2 * radius)[spots[:, 1], spots[:, 0]]
+            smooth(dense, 2 * radius)[spots[:, 1], spots[:, 0]]
             for smooth in (ndimage.maximum_filter, ndimage.uniform_filter)
         )
         free = (far >= radius + figure_px - 1) & (aside >= radius + rest_px - 1)
-        free &= (darkest < part.min(initial=np.inf)) & (dark <= density.mean())
+        free &= (darkest < part.min(initial=np.inf)) & (dark <= dense.mean())
         spots = spots[free][np.argsort(dark[free])[: -(-free.sum() // 4)]]  # the palest quarter
         alpha = disc(radius, 2.0 / crop.mpp)
         for centre in centres:
@@ -169,7 +169,7 @@ def cover(rng: np.random.Generator, crop: Crop) -> Rgb | None:
             patch = crop.image[y - radius : y + radius, x - radius : x + radius]
             patch = np.rot90(patch, int(rng.integers(4)))
             blend(canvas, patch, alpha, centre)
-    if ((away_um < _PART_UM) & (_density(canvas, crop.mpp) >= part)).any():
+    if ((away_um < _PART_UM) & (density(canvas, crop.mpp) >= part)).any():
         return None
     return (canvas + 0.5).astype(np.uint8)
 
@@ -200,10 +200,10 @@ def blend(canvas: F32, patch: Rgb | F32, alpha: F32, centre: NDArray[np.float64]
     under += alpha[top:bottom, left:right, None] * (patch[top:bottom, left:right] - under)
 
 
-def _density(image: Rgb | F32, mpp: float) -> F32:
+def density(image: Rgb | F32, mpp: float) -> F32:
     """Return the optical density of all colours together, smoothed."""
-    density: F32 = -np.log((image.astype(np.float32) + 1) / 256).sum(2)
-    return ndimage.gaussian_filter(density, _SMOOTH_UM / mpp)  # type: ignore[no-any-return]
+    dense: F32 = -np.log((image.astype(np.float32) + 1) / 256).sum(2)
+    return ndimage.gaussian_filter(dense, _SMOOTH_UM / mpp)  # type: ignore[no-any-return]
 
 
 def _away_px(centres: NDArray[np.float64], edge: int) -> NDArray[np.float64]:

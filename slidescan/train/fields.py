@@ -22,13 +22,15 @@ from scipy import ndimage
 from scipy.spatial import cKDTree
 
 from slidescan.train.augment import Rgb
-from slidescan.train.crops import FIGURE_RADIUS_UM, NO_FIGURES, Crop, Figures, blend, cover, disc
+from slidescan.train.crops import FIGURE_RADIUS_UM, NO_FIGURES, Crop, Figures, blend, cover, density, disc
 
 __all__ = ["FieldMaker", "Sample"]
 
 F32 = NDArray[np.float32]
-Sample = tuple[Rgb, Figures]  # image and the figures in it
+Sample = tuple[Rgb, Figures]  # image and the figures of which something is seen in it
 
+# Of the discs without a figure: were all cut out anywhere, a nucleus in the middle of a disc would be a figure.
+_SHARE_NUCLEI = 0.5
 _NEIGHBOURS = 24  # crops of similar stain a field is laid from: about one field of 512 px at 0.25 µm/px
 
 
@@ -52,6 +54,7 @@ class FieldMaker:
         self._tissue = [image for image in covered if image is not None]
         self._tissue_of = [crop for crop, image in zip(crops, covered, strict=True) if image is not None]
         self._with_figure = [i for i, crop in enumerate(crops) if len(crop.figures)]
+        self._nuclei = [_nuclei(image, self.mpp) for image in self._tissue]
         # Crops of like stain, by mean and spread of colour; each figure's neighbours are found through the same tree.
         tissue_stain = _stain(self._tissue)
         k = min(_NEIGHBOURS, len(self._tissue))
@@ -100,17 +103,19 @@ class FieldMaker:
             # A disc must not reach over a figure that is already there.
             room = min((float(np.hypot(*(spot - other))) - figure_px for other in spots), default=np.inf)
             if i < len(shown):
-                crop = shown[i]
-                atypical = self._paste(rng, canvas, crop.image, crop.figures, spot, room)
-                if atypical is None:
-                    continue
-                figures.append(np.array([*spot, atypical]))
+                aside = np.linalg.norm(shown[i].figures[:, :2] - self._edge / 2, axis=1)
+                middle, *others = shown[i].figures[aside.argsort()]
+                for other in others:
+                    room = min(room, float(np.hypot(*(other - middle)[:2])) - figure_px * 0.6)
+                if self._paste(rng, canvas, shown[i].image, middle[:2], spot, room):
+                    figures.append(np.array([*spot, middle[2]]))
+                    spots.append(spot)
             else:
-                near = self._near_tissue[start]
-                image = self._tissue[int(near[rng.integers(len(near))])]
-                if self._paste(rng, canvas, image, NO_FIGURES, spot, room) is None:
-                    continue
-            spots.append(spot)
+                k = int(rng.choice(self._near_tissue[start]))
+                nuclei = self._nuclei[k]
+                around = rng.choice(nuclei) if len(nuclei) and rng.random() < _SHARE_NUCLEI else None
+                if self._paste(rng, canvas, self._tissue[k], around, spot, room):
+                    spots.append(spot)
         return (canvas + 0.5).astype(np.uint8), np.array(figures, np.float64).reshape(-1, 3)
 
     def mosaic(self, rng: np.random.Generator, size: int, empty: float = 0.4, *, roll: bool = False) -> Sample:
@@ -142,7 +147,8 @@ class FieldMaker:
         else:
             canvas = canvas[dy : dy + size, dx : dx + size]
             centres = centres - (dx, dy, 0)
-            centres = centres[((centres >= 0) & (centres < size))[:, :2].all(1)]
+            reach = FIGURE_RADIUS_UM / self.mpp
+            centres = centres[((centres > -reach) & (centres < size + reach))[:, :2].all(1)]
         return np.ascontiguousarray(canvas), centres
 
     def covered(self, rng: np.random.Generator, size: int, n: int, *, nucleus: bool) -> Sample:
@@ -217,47 +223,42 @@ class FieldMaker:
         rng: np.random.Generator,
         canvas: F32,
         image: Rgb,
-        figures: Figures,
+        middle: NDArray[np.float64] | None,
         spot: NDArray[np.float64],
         room: float,
-    ) -> float | None:
-        """Paste a turned disc of `image`, at most `room` in radius, with its figure (or anything) in the middle.
+    ) -> bool:
+        """Paste a turned disc of `image` around `middle` (or any place of it), at most `room` in radius.
 
-        Return whether that figure is atypical (NaN: unknown, or none); or None, having done nothing, where a whole
-        figure does not fit or a second one is in the way.
+        Return False, having done nothing, where a disc that holds a whole figure does not fit.
         """
-        edge, figure = self._edge, FIGURE_RADIUS_UM / self.mpp
         soft = rng.uniform(1.0, 3.0) / self.mpp
-        low = figure + soft
-        middle, atypical = rng.uniform(low, edge - low, 2), float("nan")
-        if len(figures):
-            central = figures[np.argmin(np.abs(figures[:, :2] - edge / 2).sum(1))]
-            middle, atypical = central[:2], float(central[2])
-        high = min(middle.min(), edge - middle.max(), 15.0 / self.mpp, room)
-        others = np.linalg.norm(figures[:, :2] - middle, axis=1)
-        others = others[others > 1e-6]
-        if len(others):
-            high = min(high, others.min() - figure * 0.6)
+        low = FIGURE_RADIUS_UM / self.mpp + soft
+        if middle is None:
+            middle = rng.uniform(low, self._edge - low, 2)
+        high = min(middle.min(), self._edge - middle.max(), 15.0 / self.mpp, room)
         if high < low:
-            return None
+            return False
         radius = int(rng.uniform(low, high))
-        turned = Image.fromarray(image).rotate(
-            rng.uniform(0, 360), Image.Resampling.BICUBIC, center=(float(middle[0]), float(middle[1]))
-        )
-        x, y = (round(float(v)) for v in middle)
-        patch = np.asarray(turned)[max(0, y - radius) : y + radius, max(0, x - radius) : x + radius]
+        left, top = (round(float(v)) - radius for v in middle)
+        square = Image.fromarray(image).crop((left, top, left + 2 * radius, top + 2 * radius))
+        around = (float(middle[0]) - left, float(middle[1]) - top)
+        patch = np.asarray(square.rotate(rng.uniform(0, 360), Image.Resampling.BICUBIC, center=around))
         if rng.random() < 0.5:
             patch = patch[:, ::-1]
-        alpha = disc(radius, soft)
-        if patch.shape[:2] != alpha.shape:
-            return None
-        blend(canvas, patch, alpha, spot)
-        return atypical
+        blend(canvas, patch, disc(radius, soft), spot)
+        return True
 
 
 def _stain(images: Sequence[Rgb]) -> NDArray[np.float64]:
     """Return mean and spread of each channel, (N, 6)."""
     return np.array([np.concatenate((image.mean((0, 1)), image.std((0, 1)))) for image in images])
+
+
+def _nuclei(image: Rgb, mpp: float) -> NDArray[np.float64]:
+    """Return x, y of the middles of what is dark and of nuclear size, (n, 2)."""
+    dark = ndimage.gaussian_filter(density(image, mpp), 1.5 / mpp)  # µm: the smallest nuclei have such a radius
+    peaks = (dark == ndimage.maximum_filter(dark, round(4.0 / mpp) + 1)) & (dark > dark.mean() + dark.std() / 2)
+    return np.argwhere(peaks)[:, ::-1].astype(np.float64) + 0.5
 
 
 def _darkest(image: Rgb, radius: int) -> NDArray[np.intp]:

@@ -32,6 +32,7 @@ from torch import nn
 from slidescan.errors import ModelError
 from slidescan.heap import keep_freed
 from slidescan.train.loss import Target, detection_loss
+from slidescan.train.optimiser import Optimiser
 from slidescan.train.settings import TrainSettings, VariantSettings
 
 __all__ = ["Batch", "train"]
@@ -75,13 +76,7 @@ def train(
     """
     keep_freed()
     average = copy.deepcopy(network).eval()
-    plain = [p for p in network.parameters() if p.requires_grad and p.ndim < 2]
-    decayed = [p for p in network.parameters() if p.requires_grad and p.ndim >= 2]
-    optimiser = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": plain, "weight_decay": 0.0}],
-        lr=variant.lr,
-        fused=True,  # half the time of the step on a CPU
-    )
+    optimiser = Optimiser(network, settings.weight_decay)
     step, spent = _resume(checkpoint, network, average, optimiser)
     table = _Log(checkpoint.with_suffix(".csv"), step)
     begun = time.monotonic() - spent
@@ -98,8 +93,6 @@ def train(
     while (progress := _progress(step, time.monotonic() - begun, variant)) < 1.0:
         warm = min(1.0, (step + 1) / max(1, settings.warmup_steps))
         lr = variant.lr * warm * _share(progress * variant.cycles % 1, settings.schedule)
-        for group in optimiser.param_groups:
-            group["lr"] = lr
         images, targets = next(drawn)
         torch.manual_seed(settings.seed + step)  # denoising draws from torch's generator
         pixels = torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float().div_(255.0)
@@ -116,8 +109,7 @@ def train(
             raise ModelError(f"training: the loss is {loss.item()} at step {step}; lower lr or use precision fp32")
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(network.parameters(), settings.clip_norm)
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
+        optimiser.step(lr)
         step += 1
         # The average must forget the random start first, then remember long.
         _average(average, network, min(settings.ema, (1 + step) / (10 + step)))
@@ -196,13 +188,10 @@ def _average(average: nn.Module, network: nn.Module, keep: float) -> None:
             mean.copy_(now)
 
 
-def _save(
-    path: Path, network: nn.Module, average: nn.Module, optimiser: torch.optim.Optimizer, step: int, spent: float
-) -> None:
+def _save(path: Path, network: nn.Module, average: nn.Module, optimiser: Optimiser, step: int, spent: float) -> None:
     tensors = {f"network.{k}": v for k, v in network.state_dict().items()}
     tensors |= {f"average.{k}": v for k, v in average.state_dict().items()}
-    for i, state in optimiser.state_dict()["state"].items():
-        tensors |= {f"optimiser.{i}.{k}": v for k, v in state.items()}
+    tensors |= {f"optimiser.{k}": v for k, v in optimiser.tensors().items()}
     # Tied weights share memory, which safetensors refuses; a checkpoint need not be small.
     tensors = {k: v.detach().clone().contiguous() for k, v in tensors.items()}
     partial = path.with_suffix(".partial")
@@ -210,7 +199,7 @@ def _save(
     partial.replace(path)
 
 
-def _resume(path: Path, network: nn.Module, average: nn.Module, optimiser: torch.optim.Optimizer) -> tuple[int, float]:
+def _resume(path: Path, network: nn.Module, average: nn.Module, optimiser: Optimiser) -> tuple[int, float]:
     """Load `path` if it is there; return steps done and seconds spent."""
     if not path.exists():
         return 0, 0.0
@@ -218,22 +207,15 @@ def _resume(path: Path, network: nn.Module, average: nn.Module, optimiser: torch
         with safetensors.safe_open(path, "pt") as file:
             run = json.loads(file.metadata()["run"])
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  not a dict
-        for prefix, module in (("network.", network), ("average.", average)):
-            module.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+        parts = {
+            owner: {k.removeprefix(owner): v for k, v in tensors.items() if k.startswith(owner)}
+            for owner in ("network.", "average.", "optimiser.")
+        }
+        network.load_state_dict(parts["network."])
+        average.load_state_dict(parts["average."])
+        optimiser.load(parts["optimiser."])
     except (safetensors.SafetensorError, RuntimeError, KeyError, TypeError, OSError) as exc:
         raise ModelError(
             f"{path.name}: expected a checkpoint of this network; delete it to start anew ({exc})"
         ) from exc
-    state: dict[int, dict[str, Any]] = {}
-    for key, tensor in tensors.items():
-        if key.startswith("optimiser."):
-            _, index, name = key.split(".")
-            state.setdefault(int(index), {})[name] = tensor
-    # The fused step walks through parameter and state by memory, so both must be laid out alike (channels last).
-    for index, parameter in enumerate(p for group in optimiser.param_groups for p in group["params"]):
-        state[index] = {
-            name: torch.empty_like(parameter).copy_(value) if value.shape == parameter.shape else value
-            for name, value in state.get(index, {}).items()
-        }
-    optimiser.load_state_dict({**optimiser.state_dict(), "state": state})
     return int(run["step"]), float(run["seconds"])

@@ -28,7 +28,15 @@ from slidescan.detections import Detector
 from slidescan.phantom import Phantom
 from slidescan.train.annotated import Annotated
 from slidescan.train.augment import Rgb
-from slidescan.train.crops import CROP_MPP, NO_FIGURES, OBJECT_UM, Figures, index_digest, load_crops
+from slidescan.train.crops import (
+    CROP_MPP,
+    FIGURE_RADIUS_UM,
+    NO_FIGURES,
+    OBJECT_UM,
+    Figures,
+    index_digest,
+    load_crops,
+)
 from slidescan.train.fields import FieldMaker, Sample
 from slidescan.train.metrics import RADIUS_UM, Image
 from slidescan.train.negatives import load_negatives, show
@@ -47,6 +55,8 @@ _ASSEMBLED_PER_MM2 = 100.0  # dense, for the number of comparisons
 # (every third), 1,300 steps, with this and a stain jitter of 0.35 against 0 and 0.25: F1 on mosaics 0.90 to 0.93, AP on
 # fields 0.71 to 0.73.
 _ZOOM, _STRETCH = (0.8, 1.25), 0.2
+# Of a training image: nearer to its edge about half a figure is seen, and whether it is one nobody can say.
+_SEEN_UM = 2.0
 _MARGIN_UM = 4.0  # of an image in which nothing counts: of a figure there, half may be cut off
 
 
@@ -133,12 +143,12 @@ class CropSource:
         scene = scene[y : y + height, x : x + width]
         scale_xy = size / np.array(scene.shape[1::-1])
         figures = (figures - (x, y, 0)) * (*scale_xy, 1)
-        # px: of a figure nearer to the edge there is less than a hint.
-        figures = figures[((figures >= 4) & (figures < size - 4))[:, :2].all(1)]
-        half = OBJECT_UM / self._variant.mpp * float(np.sqrt(scale_xy.prod())) / 2
+        px_per_um = float(np.sqrt(scale_xy.prod())) / self._variant.mpp
+        half, seen, reach = (um * px_per_um for um in (OBJECT_UM / 2, _SEEN_UM, FIGURE_RADIUS_UM))
         xyxy = np.concatenate((figures[:, :2] - half, figures[:, :2] + half), 1).clip(0, size)
+        whole, shown = (((figures >= inset) & (figures < size - inset))[:, :2].all(1) for inset in (seen, -reach))
         image = np.asarray(Picture.fromarray(scene).resize((size, size), Picture.Resampling.BILINEAR))
-        return Example(image, xyxy, np.zeros(len(figures), np.int64), figures[:, 2:], np.empty((0, 4)))
+        return Example(image, xyxy[whole], np.zeros(whole.sum(), np.int64), figures[whole, 2:], xyxy[shown & ~whole])
 
     def whole(self) -> CropSource:
         """Return the source whose training images show the validation patients as well."""
