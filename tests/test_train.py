@@ -267,11 +267,20 @@ def test_the_threshold_is_chosen_where_figures_are_rare_too(fake_data: Path) -> 
     assert list(dict.fromkeys(kinds)) == ["field", "sparse", "mosaic"]
 
 
-def test_a_broken_checkpoint_is_named(fake_data: Path, tmp_path: Path) -> None:
-    """It is not read as far as it goes."""
-    (tmp_path / "losses-0.25.safetensors").write_bytes(b"broken")
+@pytest.mark.parametrize(("old", "new"), [("optimiser.adamw.", "optimiser."), ("network.", "net.")])
+def test_a_checkpoint_of_something_else_is_named(
+    fake_data: Path, trained: Path, tmp_path: Path, old: str, new: str
+) -> None:
+    """It is not read as far as it goes, and what is said of it is no page long."""
+    name = "losses-0.25.safetensors"
+    (tmp_path / name).write_bytes(b"broken")
     with pytest.raises(ModelError, match="expected a checkpoint"):
         run(fake_data, tmp_path)
+    arrays = {key.replace(old, new): value for key, value in safetensors.numpy.load_file(trained / name).items()}
+    safetensors.numpy.save_file(arrays, tmp_path / name, {"run": '{"step": 1, "seconds": 1}'})
+    with pytest.raises(ModelError, match="expected a checkpoint") as caught:
+        run(fake_data, tmp_path)
+    assert len(str(caught.value)) < 400
 
 
 def test_start_weights_must_exist(fake_data: Path, tmp_path: Path) -> None:

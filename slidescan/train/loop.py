@@ -15,6 +15,7 @@ import copy
 import csv
 import json
 import math
+import textwrap
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -214,8 +215,9 @@ def _resume(path: Path, network: nn.Module, average: nn.Module, optimiser: Optim
         network.load_state_dict(parts["network."])
         average.load_state_dict(parts["average."])
         optimiser.load(parts["optimiser."])
-    except (safetensors.SafetensorError, RuntimeError, KeyError, TypeError, OSError) as exc:
+    except (safetensors.SafetensorError, RuntimeError, LookupError, TypeError, ValueError, OSError) as exc:
+        why = textwrap.shorten(str(exc), 200)  # torch's lists every weight
         raise ModelError(
-            f"{path.name}: expected a checkpoint of this network; delete it to start anew ({exc})"
+            f"{path.name}: expected a checkpoint of this network; delete it to start anew ({why})"
         ) from exc
     return int(run["step"]), float(run["seconds"])
