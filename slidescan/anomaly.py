@@ -17,7 +17,7 @@ from slidescan.detections import Detections
 from slidescan.geometry import Box, Frame
 from slidescan.plan import Grid, touched_cores
 
-__all__ = ["AnomalyMap", "Coverage", "anomaly_map", "coverage_map"]
+__all__ = ["TISSUE", "AnomalyMap", "Coverage", "anomaly_map", "coverage_map"]
 
 # Stored steps: score in 1e-4, density in 0.1 per mm²; 0 is "not evaluated", so values start at 1.
 _SCORE_STEPS = 10_000
@@ -33,6 +33,9 @@ class Coverage(IntEnum):
     SATURATED = 3
     """Analysed, but the detector ran out of queries there even on smaller tiles: figures may be missing."""
     READ_FAILED = 4
+
+
+TISSUE = (Coverage.ANALYSED, Coverage.SATURATED, Coverage.READ_FAILED)  # what was to be analysed
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -63,7 +66,7 @@ class AnomalyMap:
     @property
     def tissue_mm2(self) -> float:
         """Area that was to be analysed, mm²."""
-        return self.area_mm2(Coverage.ANALYSED, Coverage.SATURATED, Coverage.READ_FAILED)
+        return self.area_mm2(*TISSUE)
 
     @property
     def analysed_fraction(self) -> float:

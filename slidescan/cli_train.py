@@ -52,6 +52,9 @@ def train(
     if settings.decisions is None and settings.decision_slides is not None:
         raise ConfigError("--slides: expected --add-decisions with it, whose pixels these are, got none; add it")
     mined = [open_slide(path, mpp=mine_mpp) for path in mine or []]
+    for slide in mined:
+        if slide.mpp is None:
+            raise ConfigError(f"--mine: expected a slide whose µm/px is known, got {slide.path.name}; give --mine-mpp")
     if smoke:
         settings = settings.smoke()
     out = out or Path("runs") / (f"{settings.name}-smoke" if smoke else settings.name)
@@ -67,23 +70,33 @@ def evaluate(
     ),
     images: Annotated[int, typer.Option(min=2, help="Images of each kind that is composed from crops.")] = 96,
     shifts: Annotated[int, typer.Option(min=0, help="Shifted grids to compare detections on; 0 leaves it out.")] = 8,
+    mpp: Annotated[
+        float | None,
+        typer.Option(
+            help="µm/px of the slides, overriding their own, and of pictures that do not say theirs; default of these: "
+            "as in training, else the detector's, if it has one.",
+        ),
+    ] = None,
 ) -> None:
     """Measure a detector on annotated data that it was not trained on: metrics, curves, and the worst mistakes."""
     from slidescan.commit import made
     from slidescan.detect import load_detector
     from slidescan.detect.model import Family
+    from slidescan.slides.resolution import override
     from slidescan.train.evaluate import describe
     from slidescan.train.evaluate import evaluate as measure
     from slidescan.train.run import open_test
 
     if not data.exists():
         raise ConfigError(f"--data: expected a directory of annotated data, found nothing at {data}")
+    if mpp is not None:
+        override(mpp)
     made(out)
     detector = load_detector(model)
     variants = detector.variants if isinstance(detector, Family) else (detector,)
     for variant in variants:
         directory = out / f"{variant.mpp:g}"
-        source = open_test(data, variant, images)
+        source = open_test(data, variant, images, mpp, variant.mpp if len(variants) == 1 else None)
         report = measure(variant, source.shown("test"), directory, assembled=source.assembled("test"), shifts=shifts)
         for line in describe(report):
             typer.echo(line)

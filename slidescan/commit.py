@@ -27,7 +27,7 @@ _TRIES = 3
 _LONG_BYTES = 160  # of a name that still has room for what is added to it: file systems end at 255
 
 
-def commit(path: Path, write: Callable[[Path], None]) -> None:
+def commit(path: Path, write: Callable[[Path], object]) -> None:
     """Call `write(partial)` and move what it wrote to `path` in one step; leave nothing behind on failure.
 
     Raises

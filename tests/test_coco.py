@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tifffile
 from PIL import Image as Picture
 
 from slidescan.errors import ConfigError, SlidescanError
 from slidescan.train import coco as coco_format
 from slidescan.train.annotated import Annotated
 from slidescan.train.coco import load_coco
-from slidescan.train.own import load_annotated
+from slidescan.train.own import OwnSource, kind_of, load_annotated
 from slidescan.train.settings import TrainSettings, VariantSettings
 
 GREY = 200
@@ -112,7 +113,10 @@ def test_coco_ignores_what_it_says(tmp_path: Path, change: Callable[[dict[str, A
         (lambda t: t["images"][0].pop("file_name"), "image 7: .*file_name"),
         (lambda t: t["images"][0].update(width=50), "image 7: .*width"),
         (lambda t: t["images"][0].update(mpp=250), "image 7: .*mpp"),
+        (lambda t: t["images"][0].update(id=7.5), "image 7.5: .*id"),
         (lambda t: t["images"].append(t["images"][0]), "image 7 .*twice"),
+        (lambda t: t["images"].append(t["images"][0] | {"id": 8}), "images 7 and 8 are one file"),
+        (lambda t: t["annotations"][1].update(difficult="perhaps"), "annotation 2: .*difficult"),
         (lambda t: t.pop("annotations"), "'annotations'"),
         (lambda t: t.update(images={}), "'images'"),
     ],
@@ -147,10 +151,7 @@ def test_coco_files_that_are_none(tmp_path: Path) -> None:
             load(tmp_path / "annotations.json")
 
 
-@pytest.mark.parametrize("large_px", [1 << 25, 1])
-def test_pictures_are_decoded_late_and_travel_small(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, large_px: int
-) -> None:
+def test_pictures_are_decoded_late_and_travel_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Loading decodes nothing, only so many decoded pictures are kept, and a slide pickles as its path."""
 
     def change(table: dict[str, Any]) -> None:
@@ -160,7 +161,6 @@ def test_pictures_are_decoded_late_and_travel_small(
     for i in range(3):
         Picture.new("RGB", (100, 80), (i, 0, 0)).save(tmp_path / f"{i}.png")
     monkeypatch.setattr(coco_format, "_pictures", held := type(coco_format._pictures)())
-    monkeypatch.setattr(coco_format, "_LARGE_PX", large_px)
     monkeypatch.setattr(coco_format, "_CACHE_BYTES", 2 * 100 * 80 * 3)
     found = load(tmp_path)
     assert not held
@@ -176,9 +176,12 @@ def test_patient_0_is_one_patient(tmp_path: Path) -> None:
 
     def of_patient_0(table: dict[str, Any]) -> None:
         first = table["images"][0]
-        table["images"] = [first | {"patient": 0}, first | {"id": 8, "patient": 0}, first | {"id": 9, "patient": ""}]
+        for id_, patient in ((8, 0), (9, "")):
+            Picture.new("RGB", (100, 80)).save(tmp_path / f"{id_}.png")
+            table["images"].append(first | {"id": id_, "file_name": f"{id_}.png", "patient": patient})
+        first["patient"] = 0
 
-    assert [one.patient for one in load(coco(tmp_path, of_patient_0))] == ["0", "0", "a"]
+    assert [one.patient for one in load(coco(tmp_path, of_patient_0))] == ["0", "0", "9"]
 
 
 def test_tiles_of_one_slide_of_tcga_are_one_patients(tmp_path: Path) -> None:
@@ -200,9 +203,107 @@ def test_of_several_resolutions_a_picture_must_say_its_own(tmp_path: Path) -> No
     coco(tmp_path)
     two = [VariantSettings(mpp=0.25, steps=1), VariantSettings(mpp=0.5, steps=1)]
     settings = TrainSettings(classes=["cell", "mitosis"], variants=two)
+    settings = settings.model_copy(update={"data": tmp_path})
     with pytest.raises(ConfigError, match=r"image 7: expected its mpp, for detectors of several µm/px"):
-        load_annotated(tmp_path, settings, 0.5)
+        OwnSource.open(settings, two[1])
     told = settings.model_copy(update={"slide_mpp": 0.4})
+    assert load_annotated(tmp_path, told, None)[0].slide.mpp == 0.4
     assert load_annotated(tmp_path, told, 0.5)[0].slide.mpp == 0.4
-    alone = settings.model_copy(update={"variants": two[:1]})
-    assert load_annotated(tmp_path, alone, 0.25)[0].slide.mpp == 0.25
+    assert load_annotated(tmp_path, settings, 0.5)[0].slide.mpp == 0.5
+
+
+@pytest.mark.parametrize(("said", "expected"), [({}, 0.5), ({"mpp": None}, 0.5), ({"mpp": 0.3}, 0.3)])
+def test_a_picture_that_says_its_own_is_at_it(tmp_path: Path, said: dict[str, Any], expected: float) -> None:
+    """As `scan` would take it, and not as the detector; the JSON has the last word."""
+
+    def change(table: dict[str, Any]) -> None:
+        table["images"][0] |= {"file_name": "a.tiff", "width": None, "height": None} | said
+
+    coco(tmp_path, change)
+    cm = (20_000, 20_000)  # px a cm: 0.5 µm/px
+    tifffile.imwrite(tmp_path / "a.tiff", np.full((80, 100, 3), GREY, np.uint8), resolution=cm, resolutionunit=3)
+    assert load(tmp_path)[0].slide.mpp == pytest.approx(expected)
+
+
+def test_whose_pictures_are(tmp_path: Path) -> None:
+    """The JSON says it, else a table, else a name of TCGA, else the folder: no patient is taken for several."""
+    names = ["P1/1.png", "P1/2.png", "P2/images/1.png", "P2/TCGA-AA-1234-01Z.png"]
+
+    def change(table: dict[str, Any]) -> None:
+        table["images"] += [{"id": i, "file_name": name} for i, name in enumerate(names)]
+
+    coco(tmp_path, change)
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Picture.new("RGB", (100, 80)).save(tmp_path / name)
+    assert [one.patient for one in load(tmp_path)] == ["a", "P1", "P1", "P2", "TCGA-AA-1234"]
+    rows = ["a.png,x,XR", "P1/1.png,y,", "2,y,", "P2/images/1.png,z,"]
+    (tmp_path / "patients.csv").write_text("\n".join(["slide,patient,scanner", *rows]))
+    with pytest.raises(ConfigError, match=r"row for the slide P2/TCGA-AA-1234-01Z\.png"):
+        load(tmp_path)
+    (tmp_path / "patients.csv").write_text("\n".join(["slide,patient,scanner", *rows, "TCGA-AA-1234-01Z,z,"]))
+    found = load(tmp_path)
+    assert [one.patient for one in found] == ["x", "y", "y", "z", "z"]
+    assert found[0].scanner == "XR"
+
+
+def test_pictures_of_one_folder_are_each_a_patients(tmp_path: Path) -> None:
+    """It is where an export put them all."""
+
+    def change(table: dict[str, Any]) -> None:
+        table["images"] = [{"id": 7 + i, "file_name": f"batch/{i}.png"} for i in range(2)]
+
+    coco(tmp_path, change)
+    (tmp_path / "batch").mkdir()
+    for i in range(2):
+        Picture.new("RGB", (100, 80)).save(tmp_path / f"batch/{i}.png")
+    assert [one.patient for one in load(tmp_path)] == ["0", "1"]
+
+
+def test_as_cvat_exports_it(tmp_path: Path) -> None:
+    """The JSON in annotations/, the pictures in images/ beside that."""
+    (tmp_path / "images").mkdir()
+    coco(tmp_path / "annotations", name="instances_default.json")
+    (tmp_path / "annotations/a.png").rename(tmp_path / "images/a.png")
+    assert kind_of(tmp_path) == "pictures"
+    for path in (tmp_path, tmp_path / "annotations/instances_default.json"):
+        assert load(path)[0].slide.path == tmp_path / "images/a.png"
+
+
+@pytest.mark.parametrize("orientation", [3, 6])
+@pytest.mark.parametrize("name", ["a.png", "a.jpg"])
+def test_a_picture_that_is_shown_turned(tmp_path: Path, name: str, orientation: int) -> None:
+    """Of its boxes nobody can say which way up they were drawn."""
+    coco(tmp_path, lambda t: t["images"][0].update(file_name=name, width=None, height=None))
+    exif = Picture.Exif()
+    exif[0x0112] = orientation
+    Picture.new("RGB", (100, 80)).save(tmp_path / name, exif=exif)
+    with pytest.raises(SlidescanError, match=rf"{name}: .*orientation {orientation}"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "I;16"])
+def test_a_picture_that_cannot_be_read_is_told_at_once(tmp_path: Path, mode: str) -> None:
+    """Of a validation picture, say: not after hours of training."""
+    coco(tmp_path)
+    Picture.new(mode, (100, 80)).save(tmp_path / "a.png")
+    with pytest.raises(SlidescanError, match=r"a\.png: expected an 8-bit colour image, found mode"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("value", [0, None, False, "0", "", "False", " no "])
+def test_what_is_not_difficult(tmp_path: Path, value: Any) -> None:
+    """However tables and XML say it."""
+    for key in ("iscrowd", "difficult"):
+        (found,) = load(coco(tmp_path, lambda t, key=key: t["annotations"][0].update({key: value})))  # type: ignore[misc]
+        assert len(found.label) == 2
+
+
+def test_ids_of_a_table_with_gaps(tmp_path: Path) -> None:
+    """Numbers that became floats, of which some may be whole."""
+
+    def change(table: dict[str, Any]) -> None:
+        table["images"][0]["id"] = 7.0
+        table["annotations"][0]["category_id"] = 1.0
+
+    assert len(load(coco(tmp_path, change))[0].label) == 2

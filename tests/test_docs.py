@@ -38,7 +38,7 @@ def beside_a_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (480, 700, 3), np.uint8)).save(tmp_path / "image.jpg")
     torch.manual_seed(0)
     DETECTORS["RT-DETR"]().model.float().save_pretrained(tmp_path / "my-rt-detr")
-    for name, seed in (("train/a", 1), ("train/b", 2), ("test/c", 3), ("empty", 4)):
+    for name, seed in (("train/a", 4), ("train/b", 2), ("test/c", 3), ("empty", 1)):
         path = tmp_path / f"{name}.tiff"
         path.parent.mkdir(exist_ok=True)
         phantom = Phantom((512, 512), 0.25, seed=seed, n_figures=0 if name == "empty" else 4, tissue=0.9)

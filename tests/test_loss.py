@@ -206,6 +206,17 @@ def test_what_is_pinned_stays_and_the_place_of_a_tile_has_no_say() -> None:
     assert np.ptp([said[0][cell][4] for cell in far]) > 0.01  # and does say something
 
 
+def test_names_in_another_order_take_their_weights_along() -> None:
+    """Also where there are as many; a new one takes those of the one that is gone."""
+    torch.manual_seed(0)
+    before: Any = build_network(["a", "b", "c"], width=0.25, queries=20)
+    pixels = torch.rand(1, 3, 128, 128)
+    with torch.no_grad():
+        one = before.eval().model(pixels).enc_outputs_class
+        two = relabel(before, ["c", "new", "a"]).eval().model(pixels).enc_outputs_class
+    torch.testing.assert_close(one[..., [2, 1, 0]], two)
+
+
 def test_what_keeps_its_name_keeps_its_weights() -> None:
     """A class goes, one comes, one moves: its score is the same as before, and the rest of the network, too."""
     torch.manual_seed(0)

@@ -44,6 +44,20 @@ def test_matching_agrees_with_trying_everything(
     assert distance[pairs[:, 0], pairs[:, 1]].sum() == pytest.approx(best[1], abs=1e-9)
 
 
+def test_a_large_group_is_matched_as_a_small_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nuclei that touch are one group; only pairs within reach are looked at, and no pair is lost."""
+    rng = np.random.default_rng(0)
+    truth = np.stack(np.meshgrid(np.arange(20) * 8.0, np.arange(20) * 8.0), -1).reshape(-1, 2)
+    found = (truth + rng.normal(0, 2, truth.shape))[rng.random(len(truth)) < 0.9]
+    lengths = []
+    for dense in (len(truth) * len(found), 0):
+        monkeypatch.setattr(metrics, "_DENSE", dense)
+        pairs = metrics.match(found, truth, 7.5)
+        assert len(set(pairs[:, 0])) == len(set(pairs[:, 1])) == len(pairs)
+        lengths.append((len(pairs), np.linalg.norm(found[pairs[:, 0]] - truth[pairs[:, 1]], axis=1).sum()))
+    assert lengths[1] == pytest.approx(lengths[0])
+
+
 @given(found=POINTS, truth=POINTS, data=st.data())
 def test_counts_add_up(found: NDArray[np.float64], truth: NDArray[np.float64], data: st.DataObject) -> None:
     """Without a margin every truth is found or missed, every kept detection right or false; F1 follows."""

@@ -214,18 +214,28 @@ def test_the_bootstrap_agrees_with_resampling_lists_of_images(images: list[Image
     assert sure == intervals(images, threshold, rounds=rounds, seed=seed, levels=(level,))
     assert sure["f1"].value == metrics.score(images, threshold).f1
     assert sure["ap"].value == metrics.average_precision(images)
-    if len(groups) < 2:
+    if sum(any(image.counted(image.truth).any() for image in group) for group in groups.values()) < 2:
         assert all(one.low is one.high is None for one in sure.values())
         return
     rows = []
     for times in np.random.default_rng(seed).multinomial(len(groups), [1 / len(groups)] * len(groups), rounds):
         drawn = [image for group, n in zip(groups.values(), times, strict=True) for image in group * int(n)]
+        if not any(image.counted(image.truth).any() for image in drawn):
+            continue  # of no object it cannot be said whether it was found
         at = metrics.score(drawn, threshold)
         rows.append((at.f1, at.precision, at.recall, metrics.average_precision(drawn), metrics.recall_at(drawn, level)))
     low, high = np.percentile(rows, (2.5, 97.5), axis=0)
     assert list(sure) == ["f1", "precision", "recall", "ap", "recall_at_3.125_per_mm2"]
     np.testing.assert_allclose([one.low for one in sure.values()], low, atol=1e-12)
     np.testing.assert_allclose([one.high for one in sure.values()], high, atol=1e-12)
+
+
+def test_patients_without_objects_are_not_all_found() -> None:
+    """Half of each patient's are; where nothing is, nothing can be found, and so no draw has a better recall."""
+    half = patients([0.5, 0.5, 0.5])
+    empty = [row(np.array([0.3]), np.array([False]), f"e{i}") for i in range(6)]
+    assert intervals(half + empty, 0.6, rounds=200)["recall"] == Interval(0.5, 0.5, 0.5)
+    assert intervals(half[:2] + empty, 0.6)["recall"] == Interval(0.5, None, None)
 
 
 def test_another_seed_gives_another_interval_of_the_same_value() -> None:
@@ -252,7 +262,8 @@ def test_a_summary_is_json_and_says_what_the_metrics_say(images: list[Image]) ->
     mm2 = sum(image.mm2 for image in images)
     assert report["false_per_mm2"] == (pytest.approx(at.false / mm2, abs=1e-4) if images else None)
     named = {image.scanner for image in images} - {""}
-    assert set(report.get("scanners", {})) == (named if len(named) > 1 else set())
+    with_objects = {i.scanner for i in images if i.counted(i.truth).any()} & named
+    assert set(report.get("scanners", {})) == (with_objects if len(named) > 1 else set())
     for name, part in report.get("scanners", {}).items():
         of_it = metrics.score([image for image in images if image.scanner == name], 0.5)
         assert part["figures"] == of_it.found + of_it.missed

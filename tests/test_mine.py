@@ -5,9 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
-from slidescan.train.mine import mine
+from slidescan.errors import ConfigError, ResolutionError
+from slidescan.slides import Slide, memory_slide
+from slidescan.train.annotated import Annotated
+from slidescan.train.mine import mine, refuse_annotated
+from slidescan.train.own import OwnSource
+from slidescan.train.settings import VariantSettings
 from tests.discs import ORACLE, discs
 
 
@@ -20,3 +26,31 @@ def test_what_a_stopped_run_left_is_not_of_this_one(tmp_path: Path) -> None:
     assert (len(windows), said) == (len(centers), ["mined 9 false alarms on 1 slides"])
     assert all(window.any() for window in windows)
     assert len(mine(ORACLE, [], tmp_path, said.append)) == 9
+
+
+def test_what_was_mined_before_may_be_damaged(tmp_path: Path) -> None:
+    """Of a disk that was full, say: the next run says what to do."""
+    (tmp_path / "mined.json").write_text("")
+    with pytest.raises(ConfigError, match=r"mined\.json: expected what was mined before, found it damaged; delete"):
+        mine(ORACLE, [], tmp_path, print)
+
+
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+def test_a_slide_with_objects_teaches_no_background(split: str) -> None:
+    """Nor one that is measured on; of those trained on, one without objects may."""
+    slides = {name: discs(n=3, seed=i)[0] for i, name in enumerate(("train", "validation", "test", "other"))}
+
+    def of(slide: Slide, n: int = 1) -> Annotated:
+        return Annotated(slide, np.ones((n, 4)), np.zeros(n, int), np.empty((n, 0)), np.empty((0, 4)), str(id(slide)))
+
+    def source(n: int) -> OwnSource:
+        splits = {name: [of(slides[name], n)] for name in ("train", "validation", "test")}
+        return OwnSource(splits, VariantSettings(mpp=0.5, steps=1), kinds={})
+
+    refuse_annotated([slides["other"]], source(1))
+    with pytest.raises(ConfigError, match=f"mine: .*free of objects.* which is a {split} slide"):
+        refuse_annotated([slides["other"], slides[split]], source(1))
+    if split == "train":
+        refuse_annotated([slides[split]], source(0))
+        with pytest.raises(ResolutionError, match="µm/px"):
+            refuse_annotated([memory_slide(np.zeros((9, 9, 3), np.uint8), None)], source(1))

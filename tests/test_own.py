@@ -7,9 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image as Picture
 
+from slidescan.errors import ConfigError
 from slidescan.train import metrics
-from slidescan.train.annotated import Annotated
+from slidescan.train.annotated import Annotated, split
 from slidescan.train.own import OwnSource, ShownSlide
 from slidescan.train.settings import TrainSettings, VariantSettings
 from tests.discs import MPP, ORACLE, RADIUS_PX, discs
@@ -28,6 +30,50 @@ def test_what_an_ignored_region_hides(kind: str) -> None:
         one = Annotated(slide, boxes, np.zeros(10, np.int64), np.empty((10, 0)), ignored, "p")
         image = ShownSlide(one, kind).find(ORACLE)
         assert metrics.score([image], 0.5) == metrics.Scores(10, 0, false)
+
+
+@pytest.mark.parametrize("kind", ["slides", "pictures"])
+def test_what_is_ignored_is_not_looked_at(kind: str) -> None:
+    """Its area counts as little as what is found there; where regions overlap, once."""
+    slide, _ = discs(n=20)
+    width, height = slide.size_wh
+    nothing = np.empty((0, 4))
+    left, overlapping = [-50.0, -50, width / 2, height + 50], [width / 4, 0.0, width / 2, height]
+    areas = []
+    for ignored in (nothing, np.array([left]), np.array([left, overlapping]), np.array([[0.0, 0, width, height]])):
+        one = Annotated(slide, nothing, np.empty(0, np.int64), np.empty((0, 0)), ignored, "p")
+        areas.append(ShownSlide(one, kind).find(ORACLE).mm2)
+    assert areas[0] > 0
+    assert areas[1] == pytest.approx(areas[0] / 2, rel=0.1)
+    assert areas[1:] == [areas[2], areas[2], 0]
+
+
+def test_a_threshold_needs_objects_to_be_chosen_by(tmp_path: Path) -> None:
+    """Else any without a false detection would do."""
+    (tmp_path / "empty").mkdir()
+    data = coco(tmp_path / "data")
+    empty = coco(tmp_path / "empty", lambda t: t.update(annotations=[]))
+    (empty / "a.png").rename(empty / "e.png")
+    table = (empty / "annotations.json").read_text()
+    (empty / "annotations.json").write_text(table.replace("a.png", "e.png"))
+    settings = TrainSettings(data=data, validation=empty, classes=["cell", "mitosis"], attributes=["atypical"])
+    with pytest.raises(ConfigError, match=r"validation: expected annotated objects .*got none on 1 slides"):
+        OwnSource.open(settings, VariantSettings(mpp=MPP, steps=1))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_both_sides_of_a_split_have_objects(seed: int) -> None:
+    """Where two patients have some, whoever is drawn."""
+    slide, none = discs(n=1)[0], np.empty((0, 4))
+
+    def of(patient: int) -> Annotated:
+        n = int(patient < 2)
+        return Annotated(slide, np.tile([0.0, 0, 9, 9], (n, 1)), np.zeros(n, int), np.empty((n, 0)), none, str(patient))
+
+    for share in (0.2, 0.8):
+        parts = split([of(patient) for patient in range(10)], share, seed)
+        assert [sum(len(one.label) for one in part) for part in parts] == [1, 1]
+        assert sorted(one.patient for part in parts for one in part) == [str(patient) for patient in range(10)]
 
 
 def test_a_detector_that_mixes_up_the_classes_is_told(tmp_path: Path) -> None:
@@ -60,15 +106,18 @@ def test_a_small_object_is_found_from_nearer(tmp_path: Path) -> None:
 
 
 def patients(table: dict[str, Any]) -> None:
-    """Make two pictures of two patients of one."""
+    """Make two pictures of two patients, each with an object."""
     first = table["images"][0]
-    table["images"] = [first | {"patient": "p"}, first | {"id": 8, "patient": "q"}]
+    table["images"] = [first | {"patient": "p"}, first | {"id": 8, "file_name": "b.png", "patient": "q"}]
+    table["annotations"][1]["image_id"] = 8
 
 
 @pytest.mark.parametrize("pictures_first", [True, False])
 def test_each_split_is_measured_as_what_it_is(tmp_path: Path, pictures_first: bool) -> None:
     """Whole slides as a scan would, with their tissue; pictures as tissue all over: whatever was trained on."""
     (tmp_path / "slides").mkdir()
+    (tmp_path / "pictures").mkdir()
+    Picture.new("RGB", (100, 80), (200, 200, 200)).save(tmp_path / "pictures/b.png")
     places = [coco(tmp_path / "pictures", patients), slides(tmp_path / "slides", POINT)]
     (tmp_path / "slides/b.png").write_bytes((tmp_path / "slides/a.png").read_bytes())
     (tmp_path / "slides/b.geojson").write_bytes((tmp_path / "slides/a.geojson").read_bytes())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from collections.abc import Sequence
@@ -14,15 +15,17 @@ from numpy.typing import NDArray
 from PIL import Image as Picture
 
 from slidescan.detect import Family, load_detector
-from slidescan.errors import ConfigError, ModelError
+from slidescan.detect.model import Model
+from slidescan.errors import ConfigError, ModelError, ResultError
 from slidescan.slides import memory_slide
 from slidescan.train import metrics
 from slidescan.train.crops import load_crops
 from slidescan.train.mitosis import CropSource
-from slidescan.train.run import train_detector
+from slidescan.train.run import open_test, train_detector
 from slidescan.train.settings import TrainSettings, VariantSettings, load_settings
 from slidescan.train.windows import Example
 from tests.marked import dots, marked_crops
+from tests.test_coco import coco
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -285,8 +288,49 @@ def test_a_checkpoint_of_something_else_is_named(
 
 def test_start_weights_must_exist(fake_data: Path, tmp_path: Path) -> None:
     """A variant that starts from one not trained yet is an error that says so."""
-    with pytest.raises(ModelError, match="start from"):
-        run(fake_data, tmp_path, variants=[VariantSettings(mpp=0.5, start_mpp=0.25, steps=1)])
+    for first in ([], [VariantSettings(mpp=0.25, steps=1)]):  # before any is trained
+        with pytest.raises(ModelError, match="start from"):
+            run(fake_data, tmp_path, variants=[*first, VariantSettings(mpp=0.5, start_mpp=1.0, steps=1)])
+        assert not list(tmp_path.glob("losses*"))
+
+
+def test_a_start_lies_where_the_settings_do(tmp_path: Path) -> None:
+    """Unless there is none of its name: then it is a bundled one."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "my.yaml").write_text("variants: [{steps: 1, start: mine}, {steps: 1, start: mitosis}, {steps: 1}]")
+    starts = [variant.start for variant in load_settings(tmp_path / "my.yaml").variants]
+    assert starts == [str(tmp_path / "mine"), "mitosis", None]
+
+
+def test_a_full_disk_is_told(fake_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a line, and what was kept before stays."""
+
+    def full(path: Path, data: bytes) -> int:
+        raise OSError(errno.ENOSPC, "no space left")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(ResultError, match="the disk is full; free some space and run the same command to continue"):
+        run(fake_data, tmp_path)
+    assert not list(tmp_path.glob("*losses*.safetensors"))
+
+
+def test_pictures_are_measured_at_the_scale_they_were_trained_at(trained: Path, tmp_path: Path) -> None:
+    """The card says what was assumed then; --mpp overrules it, and of several detectors none is assumed."""
+    data = coco(tmp_path / "data", lambda t: t.update(categories=[{"id": i, "name": "mitotic figure"} for i in (1, 2)]))
+
+    def of(model: Path, *mpp: float | None) -> float | None:
+        return open_test(data, Model(model), 2, *mpp).annotated("test")[0].slide.mpp
+
+    assert of(trained / "0.25", None, 0.25) == 0.25
+    assert of(trained / "0.25", 0.4, 0.25) == 0.4
+    with pytest.raises(ConfigError, match="expected its mpp, for detectors of several"):
+        of(trained / "0.25")
+    shutil.copytree(trained / "0.25", tmp_path / "model")
+    card = json.loads((tmp_path / "model/slidescan.json").read_text())
+    card["training"]["slide_mpp"] = 0.3
+    (tmp_path / "model/slidescan.json").write_text(json.dumps(card))
+    assert of(tmp_path / "model", None, 0.25) == 0.3
+    assert of(tmp_path / "model", 0.4) == 0.4
 
 
 def test_what_is_found_on_empty_tissue_is_unlearned(

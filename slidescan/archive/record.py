@@ -82,8 +82,10 @@ class Record:
 
     def save(self, folder: Path) -> None:
         """Write it."""
-        text = json.dumps(asdict(self), ensure_ascii=False, indent=1, allow_nan=False)
-        commit(folder / f"{self.slide_id}.json", lambda partial: _write(partial, text))
+        text = json.dumps(asdict(self), ensure_ascii=False, indent=1, allow_nan=False) + "\n"
+        # A file name that is no text, from another system, is told with question marks.
+        data = text.encode(errors="replace")
+        commit(folder / f"{self.slide_id}.json", lambda partial: partial.write_bytes(data))
 
     @property
     def outdated(self) -> Record:
@@ -161,11 +163,6 @@ _TOLD: Mapping[str, pa.DataType] = {
     "detector": pa.string(),
     "fingerprint": pa.string(),
 }
-
-
-def _write(path: Path, text: str) -> None:
-    # A file name that is no text, from another system, is told with question marks.
-    path.write_text(text + "\n", encoding="utf-8", errors="replace")
 
 
 def _write_failures(path: Path, failed: list[Record]) -> None:

@@ -102,7 +102,8 @@ def write_report(out: Path, records: Iterable[Record]) -> None:
         "script": script,
     }
     page = re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], _asset("report.html"))
-    commit(out / "report.html", lambda partial: _write(partial, page))
+    # Bytes: a line end made two characters would be another digest. Half a surrogate, of a file name, is a ?.
+    commit(out / "report.html", lambda partial: partial.write_bytes(page.encode(errors="replace")))
 
 
 def _asset(name: str) -> str:
@@ -112,11 +113,6 @@ def _asset(name: str) -> str:
 def _source(text: str) -> str:
     """Return how a content security policy names a style or script by its digest."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
-
-
-def _write(path: Path, text: str) -> None:
-    # Bytes: a line end made two characters would be another digest. Half a surrogate, of a file name, is a ?.
-    path.write_bytes(text.encode(errors="replace"))
 
 
 def _number(value: object) -> float | None:

@@ -61,7 +61,7 @@ class Card:
     attribute_cuts : tuple of float
         Probability from which each attribute is best said, chosen on validation data.
     training : dict
-        How it was trained: steps, seed, windows mined.
+        How it was trained: steps, seed, windows mined, ``slide_mpp`` where its pictures were taken to be at one.
     """
 
     name: str

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
@@ -189,6 +190,11 @@ class Model:
     def threshold(self) -> float:
         """Operating score."""
         return self._card.threshold
+
+    @property
+    def training(self) -> Mapping[str, Any]:
+        """How it was trained, as far as its card says."""
+        return MappingProxyType(self._card.training)
 
     def at(self, slide_mpp: float, *, allow_coarse: bool = False) -> Model:
         """Return itself, if it can read a slide of `slide_mpp`.

@@ -6,13 +6,15 @@ included, and it pickles (with its pixels).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
+from PIL.ExifTags import Base
 
 from slidescan.errors import SlideFormatError, SlideReadError, SlideUnsupportedError
 from slidescan.geometry import Box
@@ -20,7 +22,7 @@ from slidescan.slides.codecs import jpeg_size
 from slidescan.slides.resolution import NOTHING, Resolution
 from slidescan.slides.source import WHITE, Facts, check_levels, composite, pyramid
 
-__all__ = ["MemorySource", "image_source", "is_image"]
+__all__ = ["MemorySource", "image_header", "image_source", "is_image"]
 
 _TILE_PX = 256  # px; what a file would use
 # Below Pillow's own warning size (89 MP), and too small for a slide: such files are fields of view.
@@ -90,6 +92,29 @@ def image_source(path: Path) -> MemorySource:
     SlideFormatError
         If it is too large, damaged, or not 8-bit colour.
     """
+    with _opened(path) as image:
+        pixels = np.array(image.convert("RGBA") if image.mode == "P" else image)
+        # The dpi of a plain image is a screen's or a printer's, so the file does not say its µm/px.
+        return MemorySource([pixels], NOTHING, name=path.name, icc=image.info.get("icc_profile"), backend="image")
+
+
+def image_header(path: Path) -> tuple[tuple[int, int], int]:
+    """Return size (width, height) in px and EXIF orientation (1: upright) of a plain PNG or JPEG, from its header.
+
+    Raises
+    ------
+    SlideFormatError
+        As `image_source`, but for pixels that are damaged.
+    """
+    with _opened(path) as image:
+        exif = Image.Exif()
+        exif.load(image.info.get("exif") or b"")  # not Pillow's getexif, which decodes a PNG
+        return image.size, int(exif.get(Base.Orientation, 1))
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """Open a plain image that may be read whole; what is wrong with it, here or inside, is one line."""
     try:
         with path.open("rb") as file:
             # A frame header comes after the metadata segments, of 64 KB each: ICC profiles, previews.
@@ -103,7 +128,11 @@ def image_source(path: Path) -> MemorySource:
                 )
             file.seek(0)
             with Image.open(file, formats=("PNG", "JPEG")) as image:
-                return _decoded(path, image)
+                if image.mode not in ("RGB", "RGBA", "P"):
+                    raise SlideUnsupportedError(
+                        f"{path.name}: expected an 8-bit colour image, found mode {image.mode}; export it as 8-bit RGB"
+                    )
+                yield image
     except (UnidentifiedImageError, ValueError, IndexError, SyntaxError, EOFError) as exc:
         if isinstance(exc, SlideFormatError):
             raise
@@ -112,16 +141,6 @@ def image_source(path: Path) -> MemorySource:
         if exc.errno is None:  # Pillow reports a truncated image so
             raise SlideFormatError(f"{path.name}: a damaged PNG or JPEG image; export it again") from exc
         raise SlideReadError(f"{path.name}: cannot be read ({exc.strerror})") from exc
-
-
-def _decoded(path: Path, image: Image.Image) -> MemorySource:
-    if image.mode not in ("RGB", "RGBA", "P"):
-        raise SlideUnsupportedError(
-            f"{path.name}: expected an 8-bit colour image, found mode {image.mode}; export it as 8-bit RGB"
-        )
-    pixels = np.array(image.convert("RGBA") if image.mode == "P" else image)
-    # The dpi of a plain image is a screen's or a printer's, so the file does not say its µm/px.
-    return MemorySource([pixels], NOTHING, name=path.name, icc=image.info.get("icc_profile"), backend="image")
 
 
 def _png_size(head: bytes) -> tuple[int, int]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +21,7 @@ from slidescan.errors import ConfigError
 from slidescan.export.jsonstream import JsonStream, Unreadable, open_text
 from slidescan.slides import Slide
 
-__all__ = ["Annotated", "Objects", "patient_in", "read_json", "refuse_leaks", "split"]
+__all__ = ["Annotated", "Objects", "read_json", "refuse_leaks", "split"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -61,7 +60,7 @@ class Annotated:
 
 
 def split(annotated: Sequence[Annotated], share: float, seed: int) -> tuple[list[Annotated], list[Annotated]]:
-    """Set about `share` of the patients apart: the others', and theirs; at least one patient each.
+    """Set about `share` of the patients apart: the others', and theirs; at least one patient each, with objects.
 
     Raises
     ------
@@ -85,7 +84,13 @@ def split(annotated: Sequence[Annotated], share: float, seed: int) -> tuple[list
             f"add slides of another patient, or say whose they are (patients.csv, or patient in the JSON)"
         )
     count = min(max(1, round(share * len(patients))), len(patients) - 1)
-    chosen = {patients[i] for i in np.random.default_rng(seed).permutation(len(patients))[:count].tolist()}
+    order = [patients[i] for i in np.random.default_rng(seed).permutation(len(patients)).tolist()]
+    chosen, others = order[:count], order[count:]
+    with_objects = {one.patient for one in annotated if len(one.label)}
+    for some, rest in ((chosen, others), (others, chosen)):
+        spare = [patient for patient in rest if patient in with_objects]
+        if len(spare) > 1 and not with_objects.intersection(some):
+            rest[rest.index(spare[0])], some[-1] = some[-1], spare[0]
     return [one for one in annotated if one.patient not in chosen], [one for one in annotated if one.patient in chosen]
 
 
@@ -174,16 +179,10 @@ class Objects:
             if first not in self.classes:
                 raise ConfigError(
                     f"{where}: expected one of the classes {', '.join(self.classes)}, got {name!r}; "
-                    f"add it to `classes`, or end its name with * to ignore its objects"
+                    f"add it to the `classes` of the training, or end its name with * to ignore its objects"
                 )
             name = first
         return self.classes.index(name)
-
-
-def patient_in(stem: str) -> str:
-    """Return the patient that a name of TCGA begins with (TCGA-<site>-<participant>-<sample>…), or the name."""
-    found = re.match(r"TCGA-[^\W_]+-[^\W_]+(?=[-._]|$)", stem)
-    return found[0] if found else stem
 
 
 def _answer(where: str, value: Any) -> float:

@@ -68,7 +68,7 @@ def keep_begun(settings: TrainSettings, variant: VariantSettings, data: str, out
             raise ConfigError(f"{out}: {key}: expected {what}; give another output directory")
     if kept.get(name) != now:
         text = json.dumps({**kept, name: now}, indent=1) + "\n"
-        commit(file, lambda partial: _write(partial, text))
+        commit(file, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
 def digest_of(annotated: Iterable[Annotated]) -> str:
@@ -80,7 +80,3 @@ def digest_of(annotated: Iterable[Annotated]) -> str:
             digest.update(repr(column.shape).encode() + np.ascontiguousarray(column).tobytes())
         told.append(digest.hexdigest())
     return hashlib.sha256("".join(sorted(told)).encode()).hexdigest()
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")

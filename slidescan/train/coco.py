@@ -16,21 +16,23 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from slidescan.errors import ConfigError, SlideFormatError, SlideReadError
+from slidescan.errors import ConfigError, SlideReadError, SlideUnsupportedError
 from slidescan.geometry import Box
 from slidescan.slides import Facts, Slide, open_slide
-from slidescan.slides.codecs import jpeg_size
-from slidescan.slides.memory import MemorySource, image_source, is_image
+from slidescan.slides.memory import MemorySource, image_header, image_source, is_image
 from slidescan.slides.resolution import MAX_MPP, MIN_MPP, NOTHING, number
 from slidescan.slides.source import pyramid
-from slidescan.train.annotated import Annotated, Objects, patient_in, read_json
+from slidescan.train.annotated import Annotated, Objects, read_json
+from slidescan.train.patients import Whose, patient_in, read_patients, whose
 
 __all__ = ["load_coco"]
 
 _COCO_NAMES = ("annotations.json", "annotations.coco.json", "_annotations.coco.json", "instances_*.json")
 _CACHE_BYTES = 1 << 29  # of decoded pictures a process keeps: 4,000 of 200 px, or a dozen of 14 megapixels
-_LARGE_PX = 1 << 25  # px from which a picture is opened once when it is loaded: it may be more than can be read whole
-_HEAD_BYTES = 1 << 20  # a JPEG's size stands after its metadata segments, of 64 KB each
+_FOLDER = "annotations"  # where CVAT puts the JSON, beside ``images``
+_MAGIC_BYTES = 16
+_NO = (None, False, 0, "", "0", "false", "no")  # of a flag: tables and XML of others know texts alone
+_YES = (True, 1, "1", "true", "yes")
 
 
 def load_coco(
@@ -39,18 +41,20 @@ def load_coco(
     """Load pictures annotated in COCO's format.
 
     Categories must be `classes`; boxes of a category whose name begins with "ignore" or ends with "*", of a crowd
-    (``iscrowd``) or ``difficult`` are ignored regions. An image may say its ``mpp``, ``patient`` (or ``case``, or
-    ``slide``; else its name is taken for one, or what a name of TCGA begins with) and ``scanner``; an annotation its
-    attributes, as ``{"attributes": {"atypical": true}}`` or ``{"atypical": true}``.
+    (``iscrowd``) or ``difficult`` are ignored regions. An annotation may say its attributes, as
+    ``{"attributes": {"atypical": true}}`` or ``{"atypical": true}``, an image its ``mpp``, ``scanner`` and ``patient``
+    (or ``case``, or ``slide``). Else ``patients.csv`` beside the JSON says whose it is, with the columns slide, patient
+    and perhaps scanner. Without it a patient is what a name of TCGA begins with, or the folder that file_name names if
+    there are several, or the picture.
 
     Parameters
     ----------
     path : path
         The JSON, or the directory of one named annotations.json, annotations.coco.json, _annotations.coco.json or
-        instances_*.json. Pictures lie beside it or in ``images``.
+        instances_*.json, or of ``annotations`` with it. Pictures lie beside it, or in ``images``.
     classes : sequence of str
     mpp : float, optional
-        µm/px of images that do not say theirs; None: all must.
+        µm/px of images of which neither the JSON nor the file says it; None: all must.
     attributes : sequence of str
 
     Raises
@@ -90,28 +94,24 @@ def load_coco(
             raise ConfigError(f"{where}: expected the id of a category in the file, got {category!r}; export it again")
         of_image[key].append(row)
 
-    found = []
+    known, found, files = read_patients(index.parent), [], dict[Any, Any]()
+    folders = {folder for row in images if (folder := _folder(row))}
     for row in images:
         slide = _coco_slide(index, row, mpp)
+        if (first := files.setdefault(slide.path, row["id"])) != row["id"]:
+            raise ConfigError(
+                f"{index.name}: images {first!r} and {row['id']!r} are one file, {row['file_name']}; each would take "
+                "the other's objects for background: merge them"
+            )
         objects = Objects(slide, tuple(classes), tuple(attributes))
         for item in of_image[row["id"]]:
             where = f"{index.name}: annotation {item.get('id')!r}"
             inner = item.get("attributes")
             said = item | (inner if isinstance(inner, dict) else {})
-            try:
-                x, y, width, height = (float(n) for n in item["bbox"])
-            except (KeyError, TypeError, ValueError, OverflowError) as exc:
-                raise ConfigError(
-                    f"{where}: expected bbox as four numbers [x, y, width, height] in px, got {item.get('bbox')!r}"
-                ) from exc
-            ignored = bool(said.get("iscrowd") or said.get("difficult"))
-            box = np.array([[x, y, x + width, y + height]])
-            objects.add(where, str(names[item["category_id"]]), box, said, ignored=ignored)
-        patient = next(
-            (str(row[k]) for k in ("patient", "case", "slide") if row.get(k) not in (None, "")),
-            patient_in(slide.path.stem),
-        )
-        found.append(objects.annotated(patient, str(row.get("scanner") or "")))
+            ignored = _flag(where, said, "iscrowd") or _flag(where, said, "difficult")
+            objects.add(where, str(names[item["category_id"]]), _box(where, item), said, ignored=ignored)
+        patient, scanner = _whose(row, known, by_folder=len(folders) > 1)
+        found.append(objects.annotated(patient, scanner))
     return found
 
 
@@ -119,6 +119,7 @@ def _coco_file(path: Path) -> Path:
     if not path.is_dir():
         return path
     found = sorted({file for name in _COCO_NAMES for file in path.glob(name)})
+    found = found or sorted({file for name in _COCO_NAMES for file in (path / _FOLDER).glob(name)})
     if len(found) != 1:
         what = ", ".join(file.name for file in found) or "none"
         raise ConfigError(f"{path}: expected one of {', '.join(_COCO_NAMES)}, found {what}; name the file itself")
@@ -132,8 +133,49 @@ def _rows(index: Path, table: Any, key: str) -> list[dict[str, Any]]:
     return rows
 
 
+def _box(where: str, item: Mapping[str, Any]) -> NDArray[np.float64]:
+    try:
+        x, y, width, height = (float(n) for n in item["bbox"])
+    except (KeyError, TypeError, ValueError, OverflowError) as exc:
+        raise ConfigError(
+            f"{where}: expected bbox as four numbers [x, y, width, height] in px, got {item.get('bbox')!r}"
+        ) from exc
+    return np.array([[x, y, x + width, y + height]])
+
+
+def _whose(row: Mapping[str, Any], known: Mapping[str, Whose] | None, *, by_folder: bool) -> Whose:
+    """Return patient and scanner of an image."""
+    scanner, stem = str(row.get("scanner") or ""), Path(row["file_name"]).stem
+    for key in ("patient", "case", "slide"):
+        if row.get(key) not in (None, ""):
+            return str(row[key]), scanner
+    if known is not None:
+        patient, of_table = whose(known, row["file_name"])
+        return patient, scanner or of_table
+    named = patient_in(stem)
+    return (_folder(row) or stem if by_folder and named == stem else named), scanner
+
+
+def _folder(row: Mapping[str, Any]) -> str:
+    """Return the folder that an image's file_name names, or nothing."""
+    folders = [name for name in str(row.get("file_name")).split("/")[:-1] if name not in ("", ".", "images")]
+    return folders[-1] if folders else ""
+
+
+def _flag(where: str, said: Mapping[str, Any], key: str) -> bool:
+    value = said.get(key)
+    value = value.strip().lower() if isinstance(value, str) else value
+    if value in _NO:
+        return False
+    if value in _YES:
+        return True
+    raise ConfigError(f"{where}: expected {key} as true or false, got {value!r}")
+
+
 def _id(index: Path, row: Mapping[str, Any], key: str, kind: str) -> int | str:
     value = row.get(key)
+    if isinstance(value, float) and value.is_integer():  # as tables with a gap have them
+        value = int(value)
     if not isinstance(value, int | str):
         raise ConfigError(f"{index.name}: {kind} {row.get('id')!r}: expected a number as {key}, got {value!r}")
     return value
@@ -142,42 +184,49 @@ def _id(index: Path, row: Mapping[str, Any], key: str, kind: str) -> int | str:
 def _coco_slide(index: Path, row: Mapping[str, Any], mpp: float | None) -> Slide:
     """Open the picture of an image, and check what is said of it."""
     where, name = f"{index.name}: image {row['id']!r}", row.get("file_name")
-    folders = (index.parent, index.parent / "images")
+    roots = [index.parent, index.parent.parent] if index.parent.name == _FOLDER else [index.parent]
+    folders = [folder for root in roots for folder in (root, root / "images")]
     file = next((f / name for f in folders if (f / name).is_file()), None) if isinstance(name, str) and name else None
     if file is None:
         raise ConfigError(f"{where}: expected its file_name beside {index.name} or in images/, found no {name!r}")
-    if row.get("mpp", mpp) is None:
-        raise ConfigError(f"{where}: expected its mpp, for detectors of several µm/px; write it there, or as slide_mpp")
-    own = number(row.get("mpp", mpp))
-    if own is None or not MIN_MPP <= own <= MAX_MPP:
-        raise ConfigError(f"{where}: expected mpp from {MIN_MPP:g} to {MAX_MPP:g} µm/px, got {row.get('mpp', mpp)!r}")
-    slide = _picture(file, own)
+    slide = _picture(file, None if row.get("mpp") is None else _mpp(where, row["mpp"]))
+    if slide.mpp is None:
+        if mpp is None:
+            raise ConfigError(
+                f"{where}: expected its mpp, for detectors of several µm/px; write it there, or as slide_mpp (--mpp)"
+            )
+        slide = _picture(file, _mpp(where, mpp))
     for key, size in zip(("width", "height"), slide.size_wh, strict=True):
-        if row.get(key, size) != size:
+        if row.get(key) not in (None, size):
             raise ConfigError(
                 f"{where}: expected the {key} of {file.name}, {size} px, got {row[key]!r}; annotate the file as it is"
             )
     return slide
 
 
-def _picture(path: Path, mpp: float) -> Slide:
-    """Return a slide whose pixels are decoded when they are read, and soon forgotten."""
+def _mpp(where: str, said: Any) -> float:
+    value = number(said)
+    if value is None or not MIN_MPP <= value <= MAX_MPP:
+        raise ConfigError(f"{where}: expected mpp from {MIN_MPP:g} to {MAX_MPP:g} µm/px, got {said!r}")
+    return value
+
+
+def _picture(path: Path, mpp: float | None) -> Slide:
+    """Return a slide whose pixels are decoded when they are read, and soon forgotten; without `mpp`, at its own."""
     path = path.absolute()
     with path.open("rb") as file:
-        head = file.read(_HEAD_BYTES)
-    if is_image(head):
-        try:
-            is_png = head.startswith(b"\x89PNG")
-            width, height = (
-                (int.from_bytes(head[16:20], "big"), int.from_bytes(head[20:24], "big")) if is_png else jpeg_size(head)
-            )
-        except (ValueError, IndexError) as exc:
-            raise SlideFormatError(f"{path.name}: a damaged PNG or JPEG image; export it again") from exc
-        if 0 < width * height < _LARGE_PX:
-            return Slide(path, _Picture(path, (width, height)), mpp=mpp)
-    slide = open_slide(path, mpp=mpp)
-    slide.close()
-    return Slide(path, _Picture(path, slide.size_wh), mpp=mpp) if slide.backend == "image" else slide
+        head = file.read(_MAGIC_BYTES)
+    if not is_image(head):
+        slide = open_slide(path, mpp=mpp)
+        slide.close()
+        return slide
+    size_wh, orientation = image_header(path)
+    if orientation != 1:
+        raise SlideUnsupportedError(
+            f"{path.name}: expected an upright picture, found one that its EXIF data turn (orientation {orientation}), "
+            "and boxes drawn on it may count either way; save it turned, and annotate that"
+        )
+    return Slide(path, _Picture(path, size_wh), mpp=mpp)
 
 
 @dataclass(frozen=True, slots=True)

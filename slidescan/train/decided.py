@@ -33,7 +33,8 @@ from slidescan.reviews.case import Case
 from slidescan.reviews.decisions import Decision, Verdict
 from slidescan.reviews.start import Slides, decided_cases, open_runs
 from slidescan.saved import load_result
-from slidescan.train.annotated import Annotated, Objects, patient_in, refuse_leaks
+from slidescan.train.annotated import Annotated, Objects, refuse_leaks
+from slidescan.train.patients import patient_in
 from slidescan.train.settings import TrainSettings
 
 __all__ = ["Decided", "keep_decided", "load_decided"]
@@ -176,7 +177,7 @@ def keep_decided(decided: Decided | None, out: Path) -> None:
         before, now = "those it was begun with" if kept else "none, as before", "others" if text else "none"
         raise ConfigError(f"{out}: decisions: expected {before}, got {now}; give those, or another output directory")
     if text:
-        commit(file, lambda partial: _write(partial, text))
+        commit(file, lambda partial: partial.write_text(text, encoding="utf-8"))
     else:
         file.unlink()
 
@@ -188,10 +189,6 @@ def _digest(decided: Decided) -> str:
             digest.update(repr(column.shape).encode() + np.ascontiguousarray(column).tobytes())
     told = {"accepted": decided.accepted, "rejected": decided.rejected, "sha256": digest.hexdigest()}
     return json.dumps({**told, "slides": [one.slide.fingerprint for one in decided.annotated]}, indent=1) + "\n"
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
 
 
 def _told(case: Case, result: ScanResult, settings: TrainSettings, counts: Counter[str]) -> Annotated | None:

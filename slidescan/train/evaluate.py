@@ -118,7 +118,7 @@ def describe(report: dict[str, Any]) -> list[str]:
         elif "share" in row:
             lines.append(f"grid shift  {row['share']:.1%} of {row['compared']} detections repeated")
         else:
-            lines.append(f"{kind:<12}{row['false_per_mm2']:.1f} false per mm² on {row['mm2']:.1f} mm²")
+            lines.append(f"{kind:<12}{row['false_per_mm2'] or 0:.1f} false per mm² on {row['mm2']:.1f} mm²")
         lines += [
             f"{kind:<12}{key.removesuffix('_balanced_accuracy')}: balanced accuracy {value:.3f}"
             for key, value in row.items()

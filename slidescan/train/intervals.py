@@ -23,7 +23,7 @@ _DIGITS = 4  # of a float in a summary: a tenth of what an interval of hundreds 
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """A value and the ends of its 95 % interval, None where there is but one patient."""
+    """A value and the ends of its 95 % interval, None where fewer than two patients have objects."""
 
     value: float
     low: float | None
@@ -75,12 +75,13 @@ def intervals(
         return _measure(Scores(*map(int, weights @ counts)), judged.curve(weights), levels)
 
     values = measure(np.ones(len(images), np.int64))
-    patient = _patients(images)
-    n = len(set(patient))
-    if n < 2:
+    patient = np.array(_patients(images), np.intp)
+    n = len(set(patient.tolist()))
+    if len(np.unique(patient[judged.truths > 0])) < 2:  # what one patient's objects say of others' nobody knows
         return {name: Interval(value, None, None) for name, value in values.items()}
-    draws = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), rounds)
-    again = [measure(weights) for weights in draws[:, patient]]
+    draws = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), rounds)[:, patient]
+    # Of a draw without an object nothing can be said: that all were found would widen the interval.
+    again = [measure(weights) for weights in draws[draws @ judged.truths > 0]]
     ends = {name: np.percentile([one[name] for one in again], _PERCENT) for name in values}
     return {name: Interval(value, *map(float, ends[name])) for name, value in values.items()}
 
@@ -106,7 +107,7 @@ def summary(
         ``f1``, ``precision``, ``recall``, ``ap``, ``recall_at_<level>_per_mm2``; ``figures`` (truths), ``patients``
         (those named), ``mm2``, ``false_per_mm2`` (at the threshold; None without an area), ``ece``; ``intervals_95``:
         [low, high] or None by name; ``scanners``, where more than one is named: F1, precision, recall, AP and figures
-        of each.
+        of each that has any.
     """
     sure = intervals(images, threshold, rounds=rounds, seed=seed, levels=levels)
     at, mm2 = score(images, threshold), sum(image.mm2 for image in images)
@@ -122,7 +123,8 @@ def summary(
     }
     scanners = sorted({image.scanner for image in images} - {""})
     if len(scanners) > 1:
-        row["scanners"] = {name: _brief([i for i in images if i.scanner == name], threshold) for name in scanners}
+        of_each = {name: _brief([i for i in images if i.scanner == name], threshold) for name in scanners}
+        row["scanners"] = {name: brief for name, brief in of_each.items() if brief["figures"]}
     return row
 
 

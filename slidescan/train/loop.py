@@ -30,6 +30,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from slidescan.commit import commit
 from slidescan.errors import ModelError
 from slidescan.heap import keep_freed
 from slidescan.train.loss import Target, detection_loss
@@ -195,9 +196,8 @@ def _save(path: Path, network: nn.Module, average: nn.Module, optimiser: Optimis
     tensors |= {f"optimiser.{k}": v for k, v in optimiser.tensors().items()}
     # Tied weights share memory, which safetensors refuses; a checkpoint need not be small.
     tensors = {k: v.detach().clone().contiguous() for k, v in tensors.items()}
-    partial = path.with_suffix(".partial")
-    safetensors.torch.save_file(tensors, partial, {"run": json.dumps({"step": step, "seconds": spent})})
-    partial.replace(path)
+    data = safetensors.torch.save(tensors, {"run": json.dumps({"step": step, "seconds": spent})})
+    commit(path, lambda partial: partial.write_bytes(data))
 
 
 def _resume(path: Path, network: nn.Module, average: nn.Module, optimiser: Optimiser) -> tuple[int, float]:

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment, minimize
 from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
+from scipy.sparse.csgraph import connected_components, min_weight_full_bipartite_matching
 from scipy.spatial import cKDTree
 
 from slidescan.train.curves import Curve, Judged
@@ -45,6 +45,7 @@ __all__ = [
 ]
 
 RADIUS_UM = 7.5  # a detection this near a figure's centre has found it: the MIDOG challenges' rule
+_DENSE = 1 << 16  # pairs of a group up to which looking at all is as fast as at those within reach alone
 _LEAST_SCORE = 0.05  # below, a list of queries is nearly all negatives and would make any calibration error look small
 
 
@@ -138,12 +139,19 @@ def _near(found_xy: NDArray[np.float64], truth_xy: NDArray[np.float64], radius: 
 def _paired(near: NDArray[np.void], radius: float) -> NDArray[np.intp]:
     """Pair the points of one group."""
     (found, i), (truth, j) = (np.unique(near[side], return_inverse=True) for side in ("i", "j"))
+    n, m = len(found), len(truth)
     # A pair out of reach costs more than any number of pairs within it, so the count is maximised first.
-    forbidden = (min(len(found), len(truth)) + 1) * max(radius, 1e-9)
-    cost = np.full((len(found), len(truth)), forbidden)
-    cost[i, j] = near["v"]
-    rows, columns = linear_sum_assignment(cost)
-    kept = cost[rows, columns] < forbidden
+    forbidden = (min(n, m) + 1) * max(radius, 1e-9)
+    if n * m <= _DENSE:
+        cost = np.full((n, m), forbidden)
+        cost[i, j] = near["v"]
+        rows, columns = linear_sum_assignment(cost)
+        kept = cost[rows, columns] < forbidden
+    else:  # a slide of nuclei that touch is one group: each may be left with a partner of its own that is none
+        data = np.concatenate((near["v"], np.full(n, forbidden))) + forbidden  # 0 would be no pair
+        at = np.concatenate((i, np.arange(n))), np.concatenate((j, m + np.arange(n)))
+        rows, columns = min_weight_full_bipartite_matching(coo_array((data, at), shape=(n, m + n)).tocsr())
+        kept = columns < m
     return np.stack((found[rows[kept]], truth[columns[kept]]), 1)
 
 

@@ -9,22 +9,46 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from PIL import Image as Picture
 
+from slidescan.commit import commit
 from slidescan.config import ScanConfig
 from slidescan.detections import Detector
 from slidescan.errors import ConfigError
 from slidescan.scan_slide import scan
 from slidescan.slides import Slide
 from slidescan.train.augment import Rgb
+from slidescan.train.source import Source, Split
 
-__all__ = ["mine"]
+__all__ = ["mine", "refuse_annotated"]
 
 _WINDOW_PX = 128  # at the detector's µm/px: what decides, with its surroundings
 _MOST = 2000  # windows a slide: 100 MB of pixels
 _DONE = "mined.json"
+
+
+def refuse_annotated(slides: Sequence[Slide], source: Source) -> None:
+    """Refuse slides to mine that are measured on, or that have objects: these would be taught to be none.
+
+    Raises
+    ------
+    ConfigError
+        If one is among the validation or test slides, or its objects are trained on.
+    ResolutionError
+        If the µm/px of one is not known.
+    """
+    mined = {slide.fingerprint: slide for slide in slides if slide.frame.mpp}
+    splits: tuple[Literal["train"] | Split, ...] = ("train", "validation", "test")
+    for split in splits if mined else ():
+        for one in source.annotated(split):
+            if (len(one.label) or split != "train") and one.slide.fingerprint in mined:
+                raise ConfigError(
+                    "mine: expected slides free of objects that nothing is measured on, got "
+                    f"{mined[one.slide.fingerprint].path.name}, which is a {split} slide; leave it out"
+                )
 
 
 def mine(detector: Detector, slides: Sequence[Slide], folder: Path, log: Callable[[str], None]) -> list[Rgb]:
@@ -52,7 +76,11 @@ def mine(detector: Detector, slides: Sequence[Slide], folder: Path, log: Callabl
     done = folder / _DONE
     fingerprints = [slide.fingerprint for slide in slides]
     if done.is_file():
-        if slides and json.loads(done.read_text(encoding="utf-8"))["slides"] != fingerprints:
+        try:
+            before = json.loads(done.read_text(encoding="utf-8"))["slides"]
+        except (ValueError, KeyError, TypeError) as exc:
+            raise ConfigError(f"{done}: expected what was mined before, found it damaged; delete {folder}") from exc
+        if slides and before != fingerprints:
             raise ConfigError(
                 f"{folder}: holds what was mined on other slides; give the same slides, or another output directory"
             )
@@ -61,7 +89,8 @@ def mine(detector: Detector, slides: Sequence[Slide], folder: Path, log: Callabl
         for left in folder.glob("*.png"):  # of a run that was stopped, maybe on other slides
             left.unlink()
         count = sum(_write(detector, slide, folder, k) for k, slide in enumerate(slides))
-        done.write_text(json.dumps({"slides": fingerprints, "windows": count}) + "\n", encoding="utf-8")
+        text = json.dumps({"slides": fingerprints, "windows": count}) + "\n"
+        commit(done, lambda partial: partial.write_text(text, encoding="utf-8"))
         log(f"mined {count} false alarms on {len(slides)} slides")
     windows = []
     for file in sorted(folder.glob("*.png")) if done.is_file() else ():

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -190,7 +190,7 @@ class CropSource:
         for i in range(1 if few else 4):
             yield maker.field(np.random.default_rng((self._settings.seed, 6, i)), size, figures)[0]
 
-    def annotated(self, split: Split) -> tuple[Annotated, ...]:
+    def annotated(self, split: Literal["train"] | Split) -> tuple[Annotated, ...]:
         """Return nothing: crops are of no slide that could have been scanned."""
         return ()
 

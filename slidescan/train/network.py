@@ -16,7 +16,7 @@ of 32 px gives the same boxes and scores, but for what its own edge hides.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -109,7 +109,8 @@ def build_network(
 def relabel(network: nn.Module, names: Sequence[str]) -> nn.Module:
     """Return a D-FINE with `names` for its classes and attributes: what keeps its name keeps its weights.
 
-    Where there are as many as before, all weights stay: an object of another name may look much the same.
+    Where there are as many as before, new names take the weights of those that are gone, in their order: an object of
+    another name may look much the same.
 
     Examples
     --------
@@ -118,22 +119,38 @@ def relabel(network: nn.Module, names: Sequence[str]) -> nn.Module:
     """
     old: Any = network
     known = list(old.config.id2label.values())
-    config = copy.deepcopy(old.config)
-    config.id2label, config.label2id = dict(enumerate(names)), {name: i for i, name in enumerate(names)}
+    row_of = {name: known.index(name) for name in names if name in known}
     if len(known) == len(names):
+        gone = [row for row, name in enumerate(known) if name not in names]
+        row_of |= dict(zip([name for name in names if name not in known], gone, strict=True))
+    config = _labelled(old.config, names)
+    if [row_of.get(name) for name in names] == list(range(len(known))):
         old.config = config
         return network
     fresh: Any = type(network)(config)
+    longer = max(len(known), len(names)) + 1
+    with torch.device("meta"):  # what changes with the number of names has a row for each
+        shapes = {
+            key: value.shape
+            for key, value in type(network)(_labelled(config, map(str, range(longer)))).state_dict().items()
+        }
     weights = fresh.state_dict()  # views: writing to them writes to the network
     for key, there in network.state_dict().items():
         here = weights[key]
-        if here.shape == there.shape:
+        if there.shape == shapes[key]:
             here.copy_(there)
             continue
         for row, name in enumerate(names):
-            if name in known:
-                here[row] = there[known.index(name)]
+            if name in row_of:
+                here[row] = there[row_of[name]]
     return fresh  # type: ignore[no-any-return]
+
+
+def _labelled(config: Any, names: Iterable[str]) -> Any:
+    changed = copy.deepcopy(config)
+    changed.id2label = dict(enumerate(names))
+    changed.label2id = {name: i for i, name in changed.id2label.items()}
+    return changed
 
 
 def pin(network: nn.Module) -> None:

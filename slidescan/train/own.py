@@ -9,11 +9,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import shapely
 from numpy.typing import NDArray
 
+from slidescan.anomaly import TISSUE
 from slidescan.config import ScanConfig
 from slidescan.detections import Detections, Detector
 from slidescan.errors import ConfigError
@@ -50,7 +52,9 @@ class ShownSlide:
         one = self.annotated
         frame = one.slide.frame
         if self.kind == "pictures":  # of tissue alone: no mask
-            found, area_mm2 = detect_image(one.slide, detector, min_score=LEAST_SCORE), frame.area_mm2
+            found = detect_image(one.slide, detector, min_score=LEAST_SCORE)
+            ignored = shapely.union_all(shapely.box(*one.ignored_xyxy_l0.T)) & shapely.box(0, 0, *frame.size_wh)
+            area_mm2 = frame.area_mm2 - ignored.area * frame.mm2_per_px
         else:
             found, area_mm2 = self._scanned(detector)
         return Image(
@@ -69,8 +73,16 @@ class ShownSlide:
 
     def _scanned(self, detector: Detector) -> tuple[Detections, float]:
         settings = ScanConfig.load({}, {"detect.min_score": LEAST_SCORE, "detect.threshold": LEAST_SCORE})
-        result = scan(self.annotated.slide, detector, config=settings, allow_coarse=True)
-        return result.detections, result.anomaly.tissue_mm2
+        one = self.annotated
+        result = scan(one.slide, detector, config=settings, allow_coarse=True)
+        at = result.anomaly.frame
+        looked_at = np.isin(result.anomaly.coverage, TISSUE)
+        corners = np.rint(one.ignored_xyxy_l0 * one.slide.frame.factor_to(at)).clip(0)
+        # Of the map's last px the middle may be beyond the slide.
+        corners[:, 2:][one.ignored_xyxy_l0[:, 2:] >= one.slide.size_wh] += 1
+        for x0, y0, x1, y1 in corners.astype(np.intp).tolist():
+            looked_at[y0:y1, x0:x1] = False
+        return result.detections, float(looked_at.sum() * at.mm2_per_px)
 
     def patch(self, x: float, y: float, edge_px: int) -> Rgb:
         """Return a square of the slide at level 0."""
@@ -122,12 +134,18 @@ class OwnSource:
         ConfigError
             If data are missing or damaged, or a patient is in two splits.
         """
-        train = load_annotated(settings.data, settings, variant.mpp)
+        own = variant.mpp if len(settings.variants) == 1 else None  # of several, one would learn at a wrong scale
+        train = load_annotated(settings.data, settings, own)
         if settings.validation is None:
             train, validation = split(train, settings.validation_share, settings.seed)
         else:
-            validation = load_annotated(settings.validation, settings, variant.mpp)
-        test = load_annotated(settings.test, settings, variant.mpp) if settings.test else []
+            validation = load_annotated(settings.validation, settings, own)
+        test = load_annotated(settings.test, settings, own) if settings.test else []
+        if not any(len(one.label) for one in validation):
+            raise ConfigError(
+                f"validation: expected annotated objects to choose the threshold by, got none on {len(validation)} "
+                "slides; set slides with objects apart, of at least two patients"
+            )
         splits = {"train": train, "validation": validation, "test": test}
         places = {"validation": settings.validation or settings.data, "test": settings.test or settings.data}
         kinds = {name: kind_of(path) for name, path in places.items()}
@@ -170,13 +188,20 @@ class OwnSource:
         radius_um = _REACH * self._object_um
         return (ShownSlide(one, self._kinds[split], radius_um) for one in self._splits.get(split, ()))
 
-    def annotated(self, split: Split) -> Sequence[Annotated]:
-        """Return what `shown` scans."""
+    def annotated(self, split: Literal["train"] | Split) -> Sequence[Annotated]:
+        """Return the slides of a split, which `shown` scans."""
         return self._splits.get(split, ())
 
 
-def load_annotated(path: Path, settings: TrainSettings, mpp: float) -> list[Annotated]:
+def load_annotated(path: Path, settings: TrainSettings, mpp: float | None) -> list[Annotated]:
     """Load a COCO directory (or its JSON), or a directory of slides with QuPath's GeoJSON beside them.
+
+    Parameters
+    ----------
+    path : Path
+    settings : TrainSettings
+    mpp : float, optional
+        µm/px of pictures that do not say theirs, where the settings do not.
 
     Raises
     ------
@@ -186,9 +211,7 @@ def load_annotated(path: Path, settings: TrainSettings, mpp: float) -> list[Anno
     if not path.exists():
         raise ConfigError(f"{path}: expected a directory of training data, found none; check `data` or --data")
     if kind_of(path) == "pictures":
-        # What says none is at the detector's, if there is one.
-        own = mpp if settings.slide_mpp is None and len(settings.variants) == 1 else settings.slide_mpp
-        return load_coco(path, settings.classes, mpp=own, attributes=settings.attributes)
+        return load_coco(path, settings.classes, mpp=settings.slide_mpp or mpp, attributes=settings.attributes)
     return load_slides(
         path,
         settings.classes,
@@ -203,7 +226,8 @@ def kind_of(path: Path) -> str:
     if path.suffix.lower() == ".json":
         return "pictures"
     # Beside annotated slides a .json is something else.
-    return "pictures" if any(path.glob("*.json")) and not geojson_files(path) else "slides"
+    any_json = any(path.glob("*.json")) or any(path.glob("annotations/*.json"))
+    return "pictures" if any_json and not geojson_files(path) else "slides"
 
 
 def _within(points: NDArray[np.float64], boxes: NDArray[np.float64]) -> NDArray[np.bool_]:

@@ -5,7 +5,6 @@ Hides GeoJSON, QuPath's origin and the names of files. Slides are closed again a
 
 from __future__ import annotations
 
-import csv
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -20,7 +19,8 @@ from numpy.typing import NDArray
 from slidescan.errors import ConfigError, SlideFormatError
 from slidescan.export.rules import class_of, kind_of
 from slidescan.slides import Slide, open_slide
-from slidescan.train.annotated import Annotated, Objects, patient_in, read_json
+from slidescan.train.annotated import Annotated, Objects, read_json
+from slidescan.train.patients import names_of, patient_in, read_patients, whose
 
 __all__ = ["geojson_files", "load_slides"]
 
@@ -88,13 +88,13 @@ def load_slides(
         raise ConfigError(f"{root}: expected a directory of slides with GeoJSON, found none; check the path")
     if not (math.isfinite(object_um) and object_um > 0):
         raise ConfigError(f"object_um: expected the edge of an object's box in µm, above 0, got {object_um!r}")
-    geojson, known = geojson_files(root), _patients(root)
+    geojson, known = geojson_files(root), read_patients(root)
     slides: dict[str, Slide] = {}
     refused: dict[str, SlideFormatError] = {}
     for file in sorted(root.iterdir()):
         if file.name.startswith(".") or file.name in ("annotations", "patients.csv") or _is_geojson(file):
             continue
-        stem = next((name for name in _names(file.name) if name in geojson), None)
+        stem = next((name for name in names_of(file.name) if name in geojson), None)
         try:
             slide = open_slide(file, mpp=mpp)
         except SlideFormatError as exc:  # a text, or the folder of an MRXS: no slide, unless something is written of it
@@ -117,12 +117,7 @@ def load_slides(
     for stem, slide in slides.items():
         objects = Objects(slide, tuple(classes), tuple(attributes))
         _add_features(objects, geojson[stem], object_um / slide.frame.mpp / 2)
-        patient, scanner = patient_in(slide.name), ""
-        if known is not None:
-            try:
-                patient, scanner = next(known[name] for name in _names(slide.path.name) if name in known)
-            except StopIteration:
-                raise ConfigError(f"patients.csv: expected a row for the slide {slide.path.name}, found none") from None
+        patient, scanner = (patient_in(slide.name), "") if known is None else whose(known, slide.path.name)
         found.append(objects.annotated(patient, scanner))
     if not found:
         raise ConfigError(f"{root}: expected slides with GeoJSON beside them, found none; check the path")
@@ -144,32 +139,6 @@ def geojson_files(root: Path) -> dict[str, Path]:
             if stem in found:
                 raise ConfigError(f"{file.name}: expected one GeoJSON for {stem}, found two; delete the older")
             found[stem] = file
-    return found
-
-
-def _names(file: str) -> tuple[str, ...]:
-    """Return what a slide may be called where something is written of it."""
-    stem = Path(file).stem
-    return stem, stem.removesuffix(".ome"), file
-
-
-def _patients(root: Path) -> dict[str, tuple[str, str]] | None:
-    """Return patient and scanner by slide, None where there is no table."""
-    path = root / "patients.csv"
-    if not path.exists():
-        return None
-    found: dict[str, tuple[str, str]] = {}
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            for row in csv.DictReader(file):
-                slide, patient = ((row.get(key) or "").strip() for key in ("slide", "patient"))
-                if not slide or not patient:
-                    raise ConfigError("patients.csv: expected columns slide and patient, filled in every row; add them")
-                said = (patient, (row.get("scanner") or "").strip())
-                if found.setdefault(slide, said) != said:
-                    raise ConfigError(f"patients.csv: expected one row for the slide {slide}, found two that differ")
-    except (OSError, UnicodeDecodeError, csv.Error) as exc:
-        raise ConfigError(f"{path}: expected a CSV table in UTF-8, {exc}") from exc
     return found
 
 

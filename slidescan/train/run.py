@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from slidescan.commit import made
+from slidescan.commit import made, sweep
 from slidescan.detect.card import Card, write_model
 from slidescan.detect.load import load_detector
 from slidescan.detect.model import Model
@@ -31,7 +31,7 @@ from slidescan.train.begun import keep_begun
 from slidescan.train.decided import keep_decided, load_decided
 from slidescan.train.evaluate import best_cut, describe, evaluate, find_all
 from slidescan.train.loop import train
-from slidescan.train.mine import mine
+from slidescan.train.mine import mine, refuse_annotated
 from slidescan.train.mitosis import CropSource
 from slidescan.train.network import build_network, pin, relabel
 from slidescan.train.own import OwnSource, kind_of, load_annotated
@@ -156,9 +156,12 @@ def train_detector(
     """
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    made(out)
+    sweep(made(out))
     if (out / MANIFEST).exists():
         raise ConfigError(f"{out}: expected a directory for a training, found the result of a scan; choose another")
+    for i, variant in enumerate(settings.variants):  # before hours of training
+        if variant.start_mpp is not None and variant.start_mpp not in [one.mpp for one in settings.variants[:i]]:
+            _trained(out / f"{variant.start_mpp:g}")
     decided, taught = None, {}
     if settings.decisions is not None:
         decided = load_decided(settings.decisions, settings.decision_slides, settings)
@@ -168,6 +171,7 @@ def train_detector(
     run, learned = _Run(settings, out, log), []
     for variant in settings.variants:
         source, around = open_source(settings, variant), None
+        refuse_annotated(mine_slides, source)
         keep_begun(settings, variant, source.identity, out)
         if decided is not None:
             decided.refuse_leaks(validation=source.annotated("validation"), test=source.annotated("test"))
@@ -199,8 +203,12 @@ def open_source(settings: TrainSettings, variant: VariantSettings) -> Source:
     return OwnSource.open(settings, variant)
 
 
-def open_test(data: Path, model: Model, images: int) -> Source:
-    """Open annotated data to measure a model on: all of it, or of ``midog21`` its test patients."""
+def open_test(data: Path, model: Model, images: int, mpp: float | None = None, assumed: float | None = None) -> Source:
+    """Open annotated data to measure a model on: all of it, or of ``midog21`` its test patients.
+
+    `mpp` is as `TrainSettings.slide_mpp`; else pictures that do not say theirs are at what those it was trained on were
+    taken to be at, or `assumed`.
+    """
     variant = VariantSettings(mpp=model.mpp, input_px=model.input_px)
     settings = TrainSettings(
         data=data,
@@ -208,10 +216,12 @@ def open_test(data: Path, model: Model, images: int) -> Source:
         attributes=list(model.attributes),
         object_um=model.object_um / _LARGEST,
         eval_images=images,
+        slide_mpp=mpp,
     )
     if (data / "midog21").is_dir():
         return CropSource(data, settings, variant)
-    test, kinds = load_annotated(data, settings, model.mpp), {"test": kind_of(data)}
+    test = load_annotated(data, settings, model.training.get("slide_mpp", assumed))
+    kinds = {"test": kind_of(data)}
     return OwnSource({"test": test}, variant, kinds=kinds, object_um=settings.object_um)
 
 
@@ -252,9 +262,7 @@ def _network(settings: TrainSettings, variant: VariantSettings, start: Path | No
     if start is None:
         network = build_network(settings.classes, settings.attributes, width=settings.width)
     else:
-        if not (start / "model.safetensors").is_file():
-            raise ModelError(f"{start.name}: expected trained weights to start from; list that variant first")
-        network = load_network(start)
+        network = load_network(_trained(start))
         config: Any = network.config
         if config.model_type != "d_fine":
             raise ModelError(f"{start.name}: expected a D-FINE to start from, got {config.model_type}")
@@ -271,7 +279,14 @@ def _network(settings: TrainSettings, variant: VariantSettings, start: Path | No
         raise ModelError(f"device: expected one of this machine, got {device}; use cpu") from exc
 
 
+def _trained(start: Path) -> Path:
+    if not (start / "model.safetensors").is_file():
+        raise ModelError(f"{start.name}: expected trained weights to start from; list that variant first")
+    return start
+
+
 def _card(settings: TrainSettings, variant: VariantSettings, **training: int) -> Card:
+    scale = {} if settings.slide_mpp is None else {"slide_mpp": settings.slide_mpp}
     return Card(
         f"{settings.name}-{variant.mpp:g}",
         tuple(settings.classes),
@@ -282,7 +297,7 @@ def _card(settings: TrainSettings, variant: VariantSettings, **training: int) ->
         merge_iou=_MERGE_IOU,
         halo_um=_HALO_PX * variant.mpp,
         attributes=tuple(settings.attributes),
-        training={"steps": variant.steps, "minutes": variant.minutes, "seed": settings.seed, **training},
+        training={"steps": variant.steps, "minutes": variant.minutes, "seed": settings.seed, **scale, **training},
     )
 
 

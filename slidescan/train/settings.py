@@ -137,6 +137,12 @@ def load_settings(path: Path) -> TrainSettings:
         raise ConfigError(f"{path}: {key}: {first['msg']}, got {first['input']!r}") from exc
     places: dict[str, Any] = {key: getattr(settings, key) for key in ("data", "validation", "test", "decisions")}
     changes = {key: path.parent / place for key, place in places.items() if place is not None}
+    changes["variants"] = [
+        variant.model_copy(update={"start": str(place)})
+        if variant.start is not None and (place := path.parent / variant.start).is_dir()
+        else variant
+        for variant in settings.variants
+    ]
     if settings.decision_slides is not None and "://" not in settings.decision_slides:
         changes["decision_slides"] = str(path.parent / settings.decision_slides)
     return settings.model_copy(update=changes)

@@ -72,8 +72,8 @@ class Source(Protocol):
         """Yield images of many tiles, at the variant's µm/px, to shift the grid of tiles on."""
         ...
 
-    def annotated(self, split: Split) -> Sequence[Annotated]:
-        """Return the slides measured on, which no decision on them may teach; none where images are composed."""
+    def annotated(self, split: Literal["train"] | Split) -> Sequence[Annotated]:
+        """Return the slides of a split: those measured on nothing else may teach; none where images are composed."""
         ...
 
 
