@@ -17,11 +17,13 @@ from slidescan.detections import Detections
 from slidescan.geometry import Box, Frame
 from slidescan.plan import Grid, touched_cores
 
-__all__ = ["TISSUE", "AnomalyMap", "Coverage", "anomaly_map", "coverage_map"]
+__all__ = ["MOST_DENSITY_STEPS", "TISSUE", "AnomalyMap", "Coverage", "anomaly_map", "coverage_map"]
 
-# Stored steps: score in 1e-4, density in 0.1 per mm²; 0 is "not evaluated", so values start at 1.
+# Stored steps: score in 1e-4, density in 0.1 per mm², or ten times as much as often as 16 bit are too few; 0 is "not
+# evaluated", so values start at 1.
 _SCORE_STEPS = 10_000
-_DENSITY_STEPS_PER_MM2 = 10
+MOST_DENSITY_STEPS = 10.0
+_LARGEST = 65_535
 
 
 class Coverage(IntEnum):
@@ -74,20 +76,30 @@ class AnomalyMap:
         tissue = self.tissue_mm2
         return self.area_mm2(Coverage.ANALYSED, Coverage.SATURATED) / tissue if tissue else float("nan")
 
+    @property
+    def density_steps_per_mm2(self) -> float:
+        """How many steps of the density `encode` stores per unit: 10, or fewer where nuclei are counted."""
+        highest, steps = float(np.nan_to_num(self.density).max(initial=0.0)), MOST_DENSITY_STEPS
+        while 1 + round(highest * steps) > _LARGEST:
+            steps /= 10
+        return steps
+
     def encode(self) -> NDArray[np.uint16]:
         """Pack into (score, density, coverage) planes of uint16; 0 means not evaluated."""
         seen = np.isfinite(self.score)
         score = np.where(seen, 1 + np.round(np.nan_to_num(self.score) * _SCORE_STEPS), 0)
-        density = np.where(seen, 1 + np.round(np.nan_to_num(self.density) * _DENSITY_STEPS_PER_MM2), 0)
-        return np.stack([score, np.minimum(density, 65535), self.coverage]).astype(np.uint16)
+        density = np.where(seen, 1 + np.round(np.nan_to_num(self.density) * self.density_steps_per_mm2), 0)
+        return np.stack([score, density, self.coverage]).astype(np.uint16)
 
     @classmethod
-    def decode(cls, planes: NDArray[np.uint16], frame: Frame) -> AnomalyMap:
+    def decode(
+        cls, planes: NDArray[np.uint16], frame: Frame, density_steps_per_mm2: float = MOST_DENSITY_STEPS
+    ) -> AnomalyMap:
         """Unpack what `encode` made, to within half a stored step."""
         raw_score, raw_density, coverage = planes
         seen = raw_score > 0
         score = np.where(seen, (raw_score.astype(np.float32) - 1) / _SCORE_STEPS, np.nan)
-        density = np.where(seen, (raw_density.astype(np.float32) - 1) / _DENSITY_STEPS_PER_MM2, np.nan)
+        density = np.where(seen, (raw_density.astype(np.float32) - 1) / density_steps_per_mm2, np.nan)
         return cls(frame, score.astype(np.float32), density.astype(np.float32), coverage.astype(np.uint8))
 
     @staticmethod

@@ -5,6 +5,7 @@ Exit codes: 0 done; others as in `slidescan.endings.ends_in_a_line`.
 
 from __future__ import annotations
 
+import io
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -54,6 +55,9 @@ VerifyOpt = Annotated[
 
 def main() -> None:
     """Run the command line; a foreseen failure is one line on stderr."""
+    for stream in (sys.stdout, sys.stderr):  # of a file whose name is no text, say
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     kept = "stopped; what was done is kept: run the same command to continue"
     goes_on = sys.argv[1:2] and sys.argv[1] in _GO_ON and "--dry-run" not in sys.argv
     with ends_in_a_line("slidescan", kept if goes_on else "stopped"):
@@ -150,13 +154,14 @@ def scan(
 ) -> None:
     """Scan one slide; run it again to continue after a stop."""
     settings = _settings(config, set_)
-    if slide_id is not None and (slide_id in ("", ".", "..") or "/" in slide_id or "\\" in slide_id):
-        raise ConfigError(f"--slide-id must be a plain name, got {slide_id!r}")
     opened = _open(slide, mpp, backend, verify)
+    name = opened.name if slide_id is None else slide_id
+    if not name.strip(".") or "/" in name or "\\" in name:
+        raise ConfigError(f"--slide-id must be a plain name, got {name!r}; give another")
     result = _scan(
         opened,
         detector_of(model, precision, model_mpp),
-        out / (slide_id or opened.name),
+        out / name,
         settings,
         title=slide_id,
         workers=workers,
@@ -234,7 +239,9 @@ def detect(
     precision: PrecisionOpt = "auto",
     min_score: Annotated[float | None, typer.Option(help="Lowest score; default: the operating threshold.")] = None,
     tile_px: Annotated[int | None, typer.Option(help="Edge of a tile; a picture no larger is scored whole.")] = None,
-    mpp: Annotated[float | None, typer.Option(help="µm/px of the picture; default: its own, else the model's.")] = None,
+    mpp: Annotated[
+        float | None, typer.Option(help="µm/px of the picture; default: its own, of a PNG or JPEG the model's.")
+    ] = None,
 ) -> None:
     """Detect on one picture of any size with any object-detection model of transformers; print boxes and scores."""
     from slidescan.detect import load_detector

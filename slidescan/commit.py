@@ -11,19 +11,21 @@ import errno
 import hashlib
 import os
 import platform
+import re
 import threading
 import time
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
-from slidescan.errors import ResultError
+from slidescan.errors import ConfigError, ResultError
 
-__all__ = ["commit", "disk_error", "flush", "machine", "made", "short_name", "sweep"]
+__all__ = ["commit", "disk_error", "flush", "local", "machine", "made", "short_name", "sweep"]
 
 # Seconds after which nobody writes a file any more, wherever: the largest takes a minute. Clocks differ by less.
 _ABANDONED_S = 24 * 3600
 _TRIES = 3
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")  # two letters at least; a Path has but one slash left
 _LONG_BYTES = 160  # of a name that still has room for what is added to it: file systems end at 255
 
 
@@ -62,14 +64,30 @@ def short_name(path: Path) -> str:
     return path.name if len(name) < _LONG_BYTES else hashlib.sha256(name).hexdigest()
 
 
+def local(out: str | Path) -> Path:
+    """Return where to write as a path.
+
+    Raises
+    ------
+    ConfigError
+        If it is a URL: a directory of that name would be made here.
+    """
+    if found := _URL.match(str(out)):
+        raise ConfigError(f"{out}: expected a directory of this machine, got a {found[1]} URL; write here and copy it")
+    return Path(out)
+
+
 def made(directory: Path) -> Path:
     """Make a directory to write into, now, before hours of work for it; return it.
 
     Raises
     ------
+    ConfigError
+        If it is a URL.
     ResultError
         If it cannot be made or written into.
     """
+    local(directory)
     try:
         directory.mkdir(parents=True, exist_ok=True)
         if not os.access(directory, os.W_OK):

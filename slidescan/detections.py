@@ -101,6 +101,12 @@ class Detections:
         """Box centres, shape (N, 2), in the frame of `xyxy`."""
         return (self.xyxy[:, :2] + self.xyxy[:, 2:]) / 2
 
+    def inside(self, size_wh: tuple[int, int]) -> Detections:
+        """Return what has its centre on a picture of that size, boxes cut at its edges."""
+        x, y = self.centers.T
+        kept = self[(x >= 0) & (y >= 0) & (x < size_wh[0]) & (y < size_wh[1])]
+        return replace(kept, xyxy=kept.xyxy.clip(0, (*size_wh, *size_wh)))
+
     def moved(self, scale: float, dx: float, dy: float) -> Detections:
         """Return the table with boxes multiplied by `scale` and then shifted by (`dx`, `dy`)."""
         return replace(self, xyxy=self.xyxy * scale + np.array([dx, dy, dx, dy]))

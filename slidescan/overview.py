@@ -70,7 +70,7 @@ def draw_overview(thumbnail: NDArray[np.uint8], result: ScanResult, title: str) 
 
     page.paste(slide, (left, top))
     page.paste(_heat(slide, result), (right, top))
-    px_per_l0 = panel_wh[0] / result.frame.size_wh[0]
+    px_per_l0 = max(panel_wh) / max(result.frame.size_wh)  # the shorter side is rounded to few px
     for x in (left, right):
         draw.rectangle((x - 1, top - 1, x + panel_wh[0], top + panel_wh[1]), outline=(200, 200, 205))
     _hotspot(draw, result, (left, top), px_per_l0)
@@ -191,7 +191,8 @@ def _heading(draw: ImageDraw.ImageDraw, result: ScanResult, title: str, left: in
 
 
 def _fitting(draw: ImageDraw.ImageDraw, title: str, width_px: int) -> str:
-    """Cut the middle out of a title that would run into what is beside it."""
+    """Cut the middle out of a title that would run into what is beside it, and what cannot be drawn."""
+    title = "".join(letter if letter.isprintable() else "?" for letter in title)
     kept, said = len(title), title
     while kept > 2 and draw.textlength(said, font=_font(30)) > width_px:
         kept -= 1

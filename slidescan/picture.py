@@ -7,7 +7,6 @@ seam of two tiles is found once.
 from __future__ import annotations
 
 import warnings
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -51,8 +50,8 @@ def detect_image(
         Edge of a tile, a multiple of 32 from 128 to 8192; default: the detector's own. An image no larger is scored
         whole.
     mpp : float, optional
-        µm/px of the image; default: what its file says, and for a plain picture, or a model that names no µm/px, the
-        detector's, that is, it is read as it is. A Slide has its own.
+        µm/px of the image; default: what its file says, and for a PNG, JPEG or array, or a model that names no µm/px,
+        the detector's, that is, it is read as it is. A Slide has its own.
 
     Returns
     -------
@@ -88,7 +87,8 @@ def detect_image(
         slide = image
     else:
         slide = _opened(image, mpp)
-        if slide.mpp is None or (mpp is None and getattr(detector, "knows_px_only", False)):
+        plain = slide.mpp is None and slide.backend in ("image", "memory")
+        if plain or (mpp is None and getattr(detector, "knows_px_only", False)):
             slide = _opened(image, detector.mpp)
     variant = detector.at(slide.frame.mpp, allow_coarse=True)
     min_score = variant.threshold if min_score is None else min_score
@@ -102,7 +102,7 @@ def detect_image(
         _whole(slide, len(pixels.holes))
         found = variant.detect(pixels.rgb[None], min_score)[0]
         _warn_if_full(slide, int(is_full(found, variant)), min_score >= variant.threshold)
-        return _inside(found.moved(plane.factor_to(slide.frame), 0.0, 0.0), *slide.size_wh)
+        return found.moved(plane.factor_to(slide.frame), 0.0, 0.0).inside(slide.size_wh)
     settings = {
         "tissue.enabled": False,
         "tiling.tile_px": tile_px,
@@ -118,7 +118,7 @@ def detect_image(
     result = scan(slide, variant, config=ScanConfig.load({}, settings), allow_coarse=True)
     _whole(slide, result.provenance["tiles"]["read_failed_boxes"])
     _warn_if_full(slide, result.provenance["tiles"]["saturated"], min_score >= variant.threshold)
-    return _inside(result.detections, *slide.size_wh)
+    return result.detections
 
 
 def _opened(image: str | Path | NDArray[np.uint8], mpp: float | None) -> Slide:
@@ -141,10 +141,3 @@ def _warn_if_full(slide: Slide, n_tiles: int, is_sure: bool) -> None:
             SlideWarning,
             stacklevel=3,
         )
-
-
-def _inside(found: Detections, width: int, height: int) -> Detections:
-    """Drop what lies beyond the image and cut boxes at its edge."""
-    x, y = found.centers.T
-    kept = found[(x < width) & (y < height)]
-    return replace(kept, xyxy=np.minimum(kept.xyxy, [width, height, width, height]))

@@ -205,7 +205,12 @@ class ScanResult:
         if only is not None:
             rows = rows.filter(pc.field("id").isin(pa.array(sorted(only), pa.string())))
         rows = rows.slice(0, top_k)
-        commit(Path(path), lambda partial: csv.write_csv(rows, partial))
+
+        def write(partial: Path) -> None:
+            with partial.open("wb") as file:  # pyarrow takes some names for URLs
+                csv.write_csv(rows, file)
+
+        commit(Path(path), write)
         return int(rows.num_rows)
 
     def plot(

@@ -16,11 +16,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pyarrow.parquet as pq
-
 from slidescan.commit import commit, disk_error
 from slidescan.errors import ResultError, SlidescanError
-from slidescan.export.stored import from_table, read_map, write_map
+from slidescan.export.stored import from_table, read_map, read_table, write_map, write_table
 from slidescan.geometry import Frame
 from slidescan.manifest import MANIFEST, SCHEMA, check_files, listed, read_manifest, write_manifest
 from slidescan.result import COMPUTED, ScanResult
@@ -35,7 +33,7 @@ def save_result(result: ScanResult, out: Path, draw: Callable[[], Image]) -> Sca
     """Write the result directory, manifest last, and return the result bound to it; `draw` makes the overview."""
     started = time.perf_counter()
     try:
-        commit(out / "detections.parquet", lambda partial: pq.write_table(result.table(), partial, compression="zstd"))
+        write_table(out / "detections.parquet", result.table())
         write_map(out / "anomaly.ome.zarr", result.anomaly, result.frame)
         result.to_geojson(out / "flagged.geojson", what="regions")
         commit(out / "overview.png", lambda partial: draw().save(partial, format="PNG"))
@@ -107,7 +105,7 @@ def _load(out: Path, manifest: dict[str, Any]) -> ScanResult:
         (int(manifest["frame"]["size_wh"][0]), int(manifest["frame"]["size_wh"][1])), manifest["frame"]["mpp"]
     )
     classes = tuple(manifest["classes"])
-    table = pq.read_table(out / "detections.parquet")
+    table = read_table(out / "detections.parquet")
     detections = from_table(table, classes, manifest["detector"].get("attributes", ()))
     provenance = {k: v for k, v in manifest.items() if k not in ("schema", "classes", "frame", "summary", "files")}
     anomaly = read_map(out / "anomaly.ome.zarr", frame.at(float(manifest["config"]["map"]["um_per_px"])))

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from slidescan.anomaly import anomaly_map, coverage_map
-from slidescan.commit import sweep
+from slidescan.commit import local, sweep
 from slidescan.config import ScanConfig, checked
 from slidescan.detections import Detections, Detector
 from slidescan.errors import ConfigError, ResultError, ResultInTheWayError, SlideReadError
@@ -137,7 +137,7 @@ def scan(
         if out is None:
             directory = Path(held.enter_context(tempfile.TemporaryDirectory(prefix="slidescan-")), "result")
         else:
-            directory = Path(out)
+            directory = local(out)
         held.enter_context(claimed(directory))
         done = _is_done(directory, key, opened, variant, config, overwrite=overwrite)
         if out is not None and remember:
@@ -292,4 +292,5 @@ def _stitch_parts(
     )
     failed = sorted({Box(*row) for p in parts for row in p.failed.tolist()})
     saturated = [Box(*row) for p in parts for row in p.saturated.tolist()]
-    return merged.moved(plane.factor_to(slide), 0.0, 0.0), failed, saturated
+    # The last px of the plane may reach beyond the slide.
+    return merged.moved(plane.factor_to(slide), 0.0, 0.0).inside(slide.size_wh), failed, saturated

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from slidescan.anomaly import AnomalyMap, Coverage, anomaly_map, coverage_map
 from slidescan.detections import Detections
+from slidescan.export.stored import read_map, write_map
 from slidescan.geometry import Box, Frame
 from slidescan.plan import Grid
 
@@ -73,6 +75,19 @@ def test_coverage_knows_tiles_holes_and_saturation() -> None:
     assert coverage[8, 24] == Coverage.SATURATED
     assert coverage[12, 20] == Coverage.ANALYSED
     assert coverage[12, 31] == Coverage.BACKGROUND
+
+
+@pytest.mark.parametrize(("highest", "steps"), [(0, 10), (6553, 10), (6554, 1), (60_000, 1), (500_000, 0.1)])
+def test_no_density_is_too_high_to_be_stored(highest: float, steps: float, tmp_path: Path) -> None:
+    """Nuclei are 15,000 per mm²: stored in larger steps, which the file names."""
+    score = np.zeros((20, 30), np.float32)
+    density = np.full((20, 30), highest, np.float32)
+    density[3, 4] = highest / 2
+    frame = Frame((30, 20), 16.0)
+    write_map(tmp_path / "map", AnomalyMap(frame, score, density, whole(frame)), frame)
+    back = read_map(tmp_path / "map", frame)
+    np.testing.assert_allclose(back.density, density, atol=0.501 / steps)
+    assert f"(value - 1) / {steps:g}; 0 not evaluated" in (tmp_path / "map/zarr.json").read_text()
 
 
 @given(st.integers(0, 2**32 - 1))

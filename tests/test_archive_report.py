@@ -286,6 +286,12 @@ class TestPictures:
         np.testing.assert_array_equal(long[:, middle:], short[:, middle:])
         assert (long[:50, :middle] != short[:50, :middle]).any()
 
+    def test_a_title_that_cannot_be_drawn(self, scanned: Path) -> None:
+        """Lines, and letters of another system."""
+        result, thumbnail = ss.load_result(scanned), np.full((400, 300, 3), 200, np.uint8)
+        odd, same = (np.asarray(draw_overview(thumbnail, result, title)) for title in ("a\nb\udcfc", "a?b?"))
+        np.testing.assert_array_equal(odd, same)
+
     def test_small_ones_of_the_slides_that_matter(
         self, tmp_path: Path, scanned: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -12,7 +12,7 @@ import pytest
 import tifffile
 import transformers as hf
 from numpy.typing import NDArray
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, ImageOps
 
 import slidescan as ss
 from slidescan.detect import Model, load_detector
@@ -27,6 +27,7 @@ from slidescan.errors import (
 )
 from slidescan.geometry import Box
 from slidescan.slides import memory_slide, open_slide
+from slidescan.slides.memory import image_size
 from slidescan.testing import OracleDetector, disc_image, random_centers
 from tests.families import (
     DETECTORS,
@@ -172,6 +173,30 @@ def test_a_slide_file_keeps_its_own_scale(tmp_path: Path) -> None:
     found = ss.detect_image(tmp_path / "scaled.tiff", ORACLE)
     assert_each_once(found, centers)
     assert_equal(found, ss.detect_image(image, ORACLE, mpp=0.4))
+
+
+def test_a_slide_file_without_a_scale_is_no_plain_picture(tmp_path: Path) -> None:
+    """What it says of its scale cannot be true, or it says nothing: nobody guesses."""
+    image, centers = discs((400, 300), 12)
+    tifffile.imwrite(tmp_path / "dpi.tiff", image, photometric="rgb", resolution=(72, 72), resolutionunit=2)
+    with pytest.raises(ResolutionError, match="--mpp"):
+        ss.detect_image(tmp_path / "dpi.tiff", ORACLE)
+    assert_each_once(ss.detect_image(tmp_path / "dpi.tiff", ORACLE, mpp=ORACLE.mpp), centers)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("suffix", ["png", "jpg"])
+def test_boxes_are_on_the_picture_as_it_is_shown(tmp_path: Path, orientation: int, suffix: str) -> None:
+    """A camera's EXIF data say which way up."""
+    image, _ = discs((400, 300), 12)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / f"a.{suffix}"
+    Image.fromarray(image).save(path, exif=exif, quality=100, subsampling=0)
+    with Image.open(path) as picture:
+        shown = np.asarray(ImageOps.exif_transpose(picture))
+    assert image_size(path) == open_slide(path).size_wh == shown.shape[1::-1]
+    assert_equal(ss.detect_image(path, ORACLE), ss.detect_image(shown, ORACLE))
 
 
 def test_a_model_of_photographs_reads_a_picture_as_it_is(rt_detr: Model, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -11,8 +12,9 @@ import pytest
 
 import slidescan as ss
 from slidescan.errors import ConfigError, ResultError
+from slidescan.slides import memory_slide
 from tests.archives import write_slide
-from tests.discs import ORACLE, config, discs
+from tests.discs import ORACLE, config, discs, tissue
 
 
 def test_load_result_gives_everything_back(tmp_path: Path) -> None:
@@ -147,3 +149,40 @@ def test_a_plot_takes_a_path(tmp_path: Path) -> None:
     for plot in (result.plot, result.flagged(4).plot):
         of_slide, of_path = (plot(at) for at in (ss.open_slide(tmp_path / "a.tiff", mpp=0.5), str(tmp_path / "a.tiff")))
         assert of_slide._repr_png_() == of_path._repr_png_()
+
+
+@pytest.mark.parametrize("name", ["S23:101", "a#b?c", os.fsdecode(b"M\xfcller"), "a\nb"])
+def test_a_directory_of_any_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Some of them pyarrow takes for URLs, and some are no text."""
+    monkeypatch.chdir(tmp_path)
+    slide, _ = discs(n=5, size_wh=(700, 500))
+    result = ss.scan(slide, ORACLE, out=name, config=config())
+    assert ss.load_result(name).ids == result.ids
+    assert result.to_csv(f"{name}.csv") == len(result.found)
+    assert Path(f"{name}.csv").read_text().count("\n") == len(result.found) + 1
+
+
+@pytest.mark.parametrize(
+    "out", ["s3://bucket/runs", Path("s3://bucket/runs"), "file:///tmp/runs", "https://x.org/runs"]
+)
+def test_a_url_is_no_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: str | Path) -> None:
+    """One of that name would be made here."""
+    monkeypatch.chdir(tmp_path)
+    slide, _ = discs(n=5, size_wh=(700, 500))
+    with pytest.raises(ConfigError, match=r"expected a directory of this machine, got a (s3|file|https) URL"):
+        ss.scan(slide, ORACLE, out=out, config=config())
+    with pytest.raises(ConfigError, match="expected a directory of this machine"):
+        ss.scan_archive([], ORACLE, out=out)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("size_wh", [(2001, 1501), (1203, 801), (1999, 1499)])
+def test_boxes_end_with_the_slide(size_wh: tuple[int, int]) -> None:
+    """Also where the last px of the detector's plane reaches beyond it."""
+    _, centers = discs(n=20, size_wh=size_wh)
+    edge = np.array([[size_wh[0] - 2.0, 400], [500, size_wh[1] - 2.0]])
+    pixels = tissue(size_wh, np.concatenate((centers, edge)))
+    found = ss.scan(memory_slide(pixels, 0.2), replace(ORACLE, mpp=0.5), config=config()).detections.xyxy
+    assert (found >= 0).all()
+    assert (found[:, 2:] <= size_wh).all()
+    assert (found[:, 2:] == size_wh).any(0).all()

@@ -24,6 +24,7 @@ from slidescan.archive.run import VERSION, Run, Tables
 from slidescan.archive.slide import SlideTask, estimate_slide, killed, scan_slide
 from slidescan.archive.worklist import Worklist
 from slidescan.cluster import in_flight
+from slidescan.commit import local
 from slidescan.config import ScanConfig, checked
 from slidescan.detections import Detector
 from slidescan.errors import ConfigError, ResultError
@@ -132,7 +133,7 @@ def scan_archive(
     if isinstance(retry_failed, str) and retry_failed not in REASONS:
         raise ConfigError(f"retry_failed: expected True or one of {', '.join(REASONS)}, got {retry_failed!r}")
     listed = listing if isinstance(listing, list) else read_listing(listing)
-    run = Run(Path(out), detector, checked(config), allow_coarse, timeout_s)
+    run = Run(local(out), detector, checked(config), allow_coarse, timeout_s)
     listed = as_recorded(listed, run.records)
     entries = _share(listed, shard)
     if remember:

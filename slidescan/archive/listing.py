@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from slidescan.archive.record import Record
 from slidescan.errors import ConfigError
+from slidescan.export.stored import read_table
 from slidescan.slides.remote import Remote, locate
 from slidescan.slides.resolution import override
 
@@ -137,8 +137,9 @@ def _table(path: Path) -> list[Entry]:
     kind = path.suffix.lower()
     try:
         if kind == ".parquet":
-            names = pq.read_schema(path).names
-            rows = pq.read_table(path, columns=[name for name in _COLUMNS if name in names]).to_pylist()
+            table = read_table(path)
+            names = table.column_names
+            rows = table.select([name for name in _COLUMNS if name in names]).to_pylist()
         elif kind in (".csv", ".tsv"):
             with path.open(encoding="utf-8-sig", newline="") as file:  # what Excel writes begins with a mark
                 reader = csv.DictReader(file, delimiter="\t" if kind == ".tsv" else ",")

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from slidescan.commit import commit
 from slidescan.errors import ResultError
+from slidescan.export.stored import write_table
 
 __all__ = ["MOST_ATTEMPTS", "REASONS", "SCORE_BINS", "Record", "read_records", "records_of", "table_of", "write_tables"]
 
@@ -137,7 +137,7 @@ def write_tables(out: Path, records: Iterable[Record]) -> None:
     """Write index.parquet, a row a slide, and failures.csv, those that failed."""
     rows = sorted(records, key=lambda record: record.slide_id)
     table = table_of(rows)
-    commit(out / "index.parquet", lambda partial: pq.write_table(table, partial, compression="zstd"))
+    write_table(out / "index.parquet", table)
     failed = [record for record in rows if record.state == "failed"]
     commit(out / "failures.csv", lambda partial: _write_failures(partial, failed))
 

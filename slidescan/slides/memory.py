@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.ExifTags import Base
 
 from slidescan.errors import SlideFormatError, SlideReadError, SlideUnsupportedError
@@ -22,12 +22,13 @@ from slidescan.slides.codecs import jpeg_size
 from slidescan.slides.resolution import NOTHING, Resolution
 from slidescan.slides.source import WHITE, Facts, check_levels, composite, pyramid
 
-__all__ = ["MemorySource", "image_header", "image_source", "is_image"]
+__all__ = ["MemorySource", "image_size", "image_source", "is_image"]
 
 _TILE_PX = 256  # px; what a file would use
 # Below Pillow's own warning size (89 MP), and too small for a slide: such files are fields of view.
 _MAX_IMAGE_PX = 1 << 26
 
+_ON_ITS_SIDE = (5, 6, 7, 8)  # EXIF orientations
 _PNG, _JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"
 
 
@@ -85,7 +86,7 @@ def is_image(head: bytes) -> bool:
 
 
 def image_source(path: Path) -> MemorySource:
-    """Read a plain PNG or JPEG whole.
+    """Read a plain PNG or JPEG whole, turned upright as its EXIF data say.
 
     Raises
     ------
@@ -93,13 +94,14 @@ def image_source(path: Path) -> MemorySource:
         If it is too large, damaged, or not 8-bit colour.
     """
     with _opened(path) as image:
-        pixels = np.array(image.convert("RGBA") if image.mode == "P" else image)
+        upright = ImageOps.exif_transpose(image)
+        pixels = np.array(upright.convert("RGBA") if upright.mode == "P" else upright)
         # The dpi of a plain image is a screen's or a printer's, so the file does not say its µm/px.
         return MemorySource([pixels], NOTHING, name=path.name, icc=image.info.get("icc_profile"), backend="image")
 
 
-def image_header(path: Path) -> tuple[tuple[int, int], int]:
-    """Return size (width, height) in px and EXIF orientation (1: upright) of a plain PNG or JPEG, from its header.
+def image_size(path: Path) -> tuple[int, int]:
+    """Return width and height in px of what `image_source` returns, from the file's header.
 
     Raises
     ------
@@ -109,7 +111,7 @@ def image_header(path: Path) -> tuple[tuple[int, int], int]:
     with _opened(path) as image:
         exif = Image.Exif()
         exif.load(image.info.get("exif") or b"")  # not Pillow's getexif, which decodes a PNG
-        return image.size, int(exif.get(Base.Orientation, 1))
+        return image.size[::-1] if exif.get(Base.Orientation, 1) in _ON_ITS_SIDE else image.size
 
 
 @contextmanager

@@ -18,7 +18,7 @@ import numpy as np
 
 from slidescan.errors import SlideFormatError, SlideReadError
 from slidescan.slides.remote import Remote, Where, read_small
-from slidescan.slides.resolution import NOTHING, Resolution, judge
+from slidescan.slides.resolution import NOTHING, Resolution, judge, unknown_unit
 from slidescan.slides.source import MAX_BLOB_BYTES, MAX_SIDE_PX, MAX_TILE_PX
 
 __all__ = ["META", "Dataset", "ZarrImage", "is_zarr", "read_zarr_image"]
@@ -28,7 +28,7 @@ META = ("zarr.json", ".zattrs", ".zgroup", ".zarray")
 _CODECS = frozenset(
     ("blosc", "bytes", "bz2", "crc32c", "delta", "gzip", "lz4", "lzma", "sharding_indexed", "transpose", "zlib", "zstd")
 ) | {"imagecodecs_jpeg", "imagecodecs_jpeg8", "imagecodecs_jpeg2k", "imagecodecs_deflate"}
-_UM = {"micrometer": 1.0, "millimeter": 1e3, "centimeter": 1e4, "meter": 1e6, "nanometer": 1e-3}  # µm, NGFF units
+_UM = {"micrometer": 1.0, "millimeter": 1e3, "centimeter": 1e4, "meter": 1e6, "nanometer": 1e-3, "angstrom": 1e-4}  # µm
 _ROUNDING_PX = 1.5  # a level's side may differ by this from the exact ratio, as in TIFF
 _MOST_IMAGES = 100  # of one file that are looked for
 _MALFORMED = (KeyError, TypeError, ValueError, IndexError, AttributeError, StopIteration, ArithmeticError)
@@ -106,9 +106,11 @@ class _Reader:
                     break
                 others += _steps(other) is not None and _steps(other) == _steps(nested)
             self._root, told = self._root / "0", nested
-        paths, axes, resolution = self._plain() if told is None else self._ngff(told)
+        paths, axes = self._plain() if told is None else self._ngff(told)
         datasets = [self._dataset(p, axes) for p in paths]
-        datasets.sort(key=lambda d: -d.shape[axes.index("x")])
+        largest_first = sorted(range(len(datasets)), key=lambda k: -datasets[k].shape[axes.index("x")])
+        datasets = [datasets[k] for k in largest_first]
+        resolution = NOTHING if told is None else self._resolution(told, axes, largest_first[0])
         image = ZarrImage(tuple(datasets), axes, resolution, told is not None, others)
         sizes = [image.wh(dataset.shape) for dataset in datasets]
         for width, height in sizes[1:]:
@@ -125,37 +127,49 @@ class _Reader:
         found = _mapping(told.get("ome")).get("multiscales", told.get("multiscales"))
         return found[0] if isinstance(found, list) and found and isinstance(found[0], dict) else None
 
-    def _ngff(self, told: dict[str, Any]) -> tuple[list[str], tuple[str, ...], Resolution]:
+    def _ngff(self, told: dict[str, Any]) -> tuple[list[str], tuple[str, ...]]:
+        """Return the paths of the levels, and the axes."""
         try:
             axes = tuple(str(axis["name"]) for axis in told["axes"])
-            units = {str(axis["name"]): axis.get("unit") for axis in told["axes"]}
             paths = [str(dataset["path"]) for dataset in told["datasets"]]
-            scale = _scale(told["datasets"][0]["coordinateTransformations"])
+        except _MALFORMED as exc:
+            raise self._incomplete() from exc
+        if not {"x", "y", "c"} <= set(axes) or len(set(axes)) != len(axes):
+            self._fail("expected the axes c, y and x; export one RGB image")
+        if not paths:
+            raise self._incomplete()
+        return paths, axes
+
+    def _resolution(self, told: dict[str, Any], axes: tuple[str, ...], level: int) -> Resolution:
+        """Return µm/px of a level, in the order that the metadata list them."""
+        try:
+            units = {str(axis["name"]): axis.get("unit") for axis in told["axes"]}
+            scale = _scale(told["datasets"][level]["coordinateTransformations"])
             if any(step["type"] == "scale" for step in told.get("coordinateTransformations", [])):
                 outer = _scale(told["coordinateTransformations"])
                 scale = [a * b for a, b in zip(scale, outer, strict=True)]
             size = dict(zip(axes, scale, strict=True))
         except _MALFORMED as exc:
-            raise SlideFormatError(
-                f"{self._name}: its OME-NGFF metadata is incomplete; write it as version 0.4 or 0.5"
-            ) from exc
-        if not {"x", "y", "c"} <= set(axes) or len(set(axes)) != len(axes):
-            self._fail("expected the axes c, y and x; export one RGB image")
+            raise self._incomplete() from exc
         if units["x"] is None and units["y"] is None:
-            return paths, axes, NOTHING
-        x_mpp, y_mpp = (size[axis] * _UM.get(str(units[axis]), math.nan) for axis in "xy")
-        return paths, axes, judge(x_mpp, y_mpp, "ngff")
+            return NOTHING
+        if not {str(units["x"]), str(units["y"])} <= _UM.keys():
+            return unknown_unit("ngff")
+        return judge(size["x"] * _UM[str(units["x"])], size["y"] * _UM[str(units["y"])], "ngff")
 
-    def _plain(self) -> tuple[list[str], tuple[str, ...], Resolution]:
+    def _incomplete(self) -> SlideFormatError:
+        return SlideFormatError(f"{self._name}: its OME-NGFF metadata is incomplete; write it as version 0.4 or 0.5")
+
+    def _plain(self) -> tuple[list[str], tuple[str, ...]]:
         axes = ("y", "x", "c")
         if "shape" in self._json(self._root / ".zarray") or "shape" in self._json(self._root / "zarr.json"):
-            return ["."], axes, NOTHING
+            return ["."], axes
         if isinstance(self._root, Remote):
             self._fail("a Zarr group without OME-NGFF metadata, and a URL cannot be listed; name one of its arrays")
         below = sorted(p.name for p in self._root.iterdir() if p.is_dir() and is_zarr(p))
         if not below:
             self._fail("a Zarr group without images; give the directory of one image")
-        return below, axes, NOTHING
+        return below, axes
 
     def _dataset(self, path: str, axes: tuple[str, ...]) -> Dataset:
         if Path(path).is_absolute() or ".." in Path(path).parts:

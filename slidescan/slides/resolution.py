@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from slidescan.errors import ConfigError
 
-__all__ = ["MAX_MPP", "MIN_MPP", "NOTHING", "Resolution", "judge", "number", "override"]
+__all__ = ["MAX_MPP", "MIN_MPP", "NOTHING", "Resolution", "judge", "number", "override", "unknown_unit"]
 
 MIN_MPP = 0.05  # µm/px; a quarter of the diffraction limit of light, so finer is a unit error
 MAX_MPP = 20.0  # µm/px; a nucleus is then half a px
@@ -43,6 +43,11 @@ def override(mpp: float) -> Resolution:
     if value is None or not MIN_MPP <= value <= MAX_MPP:
         raise ConfigError(f"mpp: expected {MIN_MPP:g} to {MAX_MPP:g} µm/px, got {mpp!r}; a 40× scan is about 0.25")
     return Resolution(value, "override")
+
+
+def unknown_unit(source: str) -> Resolution:
+    """Return the verdict on a size in a unit that is no length known here; which, stays in the file."""
+    return Resolution(None, source, f"the file says it in a unit that is not a known length ({source})")
 
 
 def judge(x_mpp: object, y_mpp: object, source: str) -> Resolution:

@@ -28,7 +28,7 @@ from slidescan.slides.codecs import DECODER_ERRORS, Codec
 from slidescan.slides.ifd import Directory, open_file, read_directories
 from slidescan.slides.pool import owners, pool, spans
 from slidescan.slides.remote import Where
-from slidescan.slides.resolution import NOTHING, Resolution, judge
+from slidescan.slides.resolution import NOTHING, Resolution, judge, unknown_unit
 from slidescan.slides.source import MAX_UNTILED_PX, WHITE, Declined, Facts, check_levels, pyramid
 from slidescan.stages import spent, stage
 
@@ -40,6 +40,7 @@ _PROBES = 4  # tiles decoded at opening, to decline a codec variant before a sca
 _ASIDE = re.compile(r"\b(label|macro|thumbnail|overview)\b", re.IGNORECASE)
 # OME PhysicalSize units in µm (OME-XML 2016-06); the default is µm.
 _UM = {"m": 1e6, "cm": 1e4, "mm": 1e3, "µm": 1.0, "um": 1.0, "nm": 1e-3, "in": 25400.0}
+_UM |= {"\u03bcm": 1.0, "\u00c5": 1e-4, "\u212b": 1e-4}  # a Greek letter for the micro sign; ångström, twice
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,17 +82,23 @@ class TiffSource:
                 raise Declined(f"{path.name}: a {self._file.vendor} file needs OpenSlide")
             first = next((d for d in directories if not _is_reduced(d)), directories[0])
             below, vendor = [d for d in directories if d.is_tiled and _is_reduced(d)] + first.subs, "generic-tiff"
+            whole = [d for d in directories if d.is_tiled and not _is_reduced(d) and d is not first]
+            others = sum(min(d.size_wh) >= min(first.size_wh) and max(d.size_wh) >= max(first.size_wh) for d in whole)
             told = first.resolution
             resolution = NOTHING if told is None else judge(*told, "tiff-resolution")
         levels = [first, *_copies(first, below, aperio)]
         self._grids = [self._grid(d, aperio) for d in levels]
+        lacking = [_lacks_tissue(self._grids[0], grid) for grid in self._grids]
+        if aperio and any(lacking):
+            raise Declined(f"{path.name}: levels that lack tiles of the finest need OpenSlide, which fills them")
+        # One that a writer did not finish shows glass where there is tissue.
+        levels = [one for one, lacks in zip(levels, lacking, strict=True) if not lacks]
+        self._grids = [one for one, lacks in zip(self._grids, lacking, strict=True) if not lacks]
         icc = first.blob(34675) or None
         sizes = [d.size_wh for d in levels]
         tiles = [d.tile_wh for d in levels]
         self.facts = Facts("tiff", vendor, pyramid(sizes, tiles), resolution, icc=icc, others=others)
         check_levels(path.name, self.facts.levels)
-        if aperio and any(_lacks_tissue(self._grids[0], grid) for grid in self._grids[1:]):
-            raise Declined(f"{path.name}: levels that lack tiles of the finest need OpenSlide, which fills them")
         self._probe()
 
     def read_level(self, level: int, x: int, y: int, out: NDArray[np.uint8]) -> list[Box]:
@@ -249,10 +256,12 @@ def _ome(directories: list[Directory], text: bytes) -> tuple[Directory, Resoluti
     # Of another scale it is a copy, or an overview.
     others = sum([one.get(f"PhysicalSize{axis}") for axis in "XY"] == sizes for one in each) - 1
     if None in sizes:
-        return directories[int(ifd)], NOTHING, 0
-    units = [_UM.get(pixels.get(f"PhysicalSize{axis}Unit", "µm"), float("nan")) for axis in "XY"]
+        return directories[int(ifd)], NOTHING, others
     try:
+        units = [_UM[pixels.get(f"PhysicalSize{axis}Unit", "µm")] for axis in "XY"]
         x_mpp, y_mpp = (float(str(size)) * unit for size, unit in zip(sizes, units, strict=True))
+    except KeyError:
+        return directories[int(ifd)], unknown_unit("ome-xml"), others
     except ValueError:
         return directories[int(ifd)], judge("?", "?", "ome-xml"), others
     return directories[int(ifd)], judge(x_mpp, y_mpp, "ome-xml"), others

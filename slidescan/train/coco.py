@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from slidescan.errors import ConfigError, SlideReadError, SlideUnsupportedError
+from slidescan.errors import ConfigError, SlideReadError
 from slidescan.geometry import Box
 from slidescan.slides import Facts, Slide, open_slide
-from slidescan.slides.memory import MemorySource, image_header, image_source, is_image
+from slidescan.slides.memory import MemorySource, image_size, image_source, is_image
 from slidescan.slides.resolution import MAX_MPP, MIN_MPP, NOTHING, number
 from slidescan.slides.source import pyramid
 from slidescan.train.annotated import Annotated, Objects, read_json
@@ -220,13 +220,7 @@ def _picture(path: Path, mpp: float | None) -> Slide:
         slide = open_slide(path, mpp=mpp)
         slide.close()
         return slide
-    size_wh, orientation = image_header(path)
-    if orientation != 1:
-        raise SlideUnsupportedError(
-            f"{path.name}: expected an upright picture, found one that its EXIF data turn (orientation {orientation}), "
-            "and boxes drawn on it may count either way; save it turned, and annotate that"
-        )
-    return Slide(path, _Picture(path, size_wh), mpp=mpp)
+    return Slide(path, _Picture(path, image_size(path)), mpp=mpp)
 
 
 @dataclass(frozen=True, slots=True)

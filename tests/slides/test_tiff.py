@@ -187,6 +187,48 @@ class TestWhichImage:
         slide = open_slide(tmp_path / "a.tiff", backend="tiff")
         assert (slide.size_wh, slide.mpp, len(slide.levels)) == ((1200, 900), 0.25, 1)
 
+    @pytest.mark.parametrize("size", [900, 1200])
+    def test_a_second_page_as_large_is_told_of(self, tmp_path: Path, size: int) -> None:
+        """It may be the next section, or the slide itself behind its thumbnail; a smaller one is neither."""
+        for name, first, second in (("a", self.MAIN[:, :900], self.MAIN[:, :size]), ("b", self.MAIN, self.MACRO)):
+            with tifffile.TiffWriter(tmp_path / f"{name}.tiff") as writer:
+                for pixels in (first, second):
+                    writer.write(pixels, tile=(128, 128), photometric="rgb", metadata=None)
+        with pytest.warns(SlideWarning, match="holds 1 more image, not read"):
+            open_slide(tmp_path / "a.tiff", mpp=0.25)
+        assert open_slide(tmp_path / "b.tiff", mpp=0.25).others == 0
+
+    def test_a_second_slide_without_a_scale_is_told_of(self, tmp_path: Path) -> None:
+        with tifffile.TiffWriter(tmp_path / "a.ome.tiff", ome=True) as writer:
+            for pixels in (self.MAIN, self.MAIN):
+                writer.write(pixels, tile=(128, 128), photometric="rgb", metadata={"axes": "YXS"})
+        with pytest.warns(SlideWarning, match="holds 1 more image, not read"):
+            open_slide(tmp_path / "a.ome.tiff", mpp=0.25)
+
+    @pytest.mark.filterwarnings("error::slidescan.errors.SlideWarning")
+    @pytest.mark.parametrize("ome", [True, False])
+    def test_a_level_that_was_not_finished_is_none(self, tmp_path: Path, ome: bool) -> None:
+        """Its writer was stopped: what it lacks would be glass, and the tissue there scored by nobody."""
+        path = tmp_path / ("a.ome.tiff" if ome else "a.tiff")
+        noise = np.random.default_rng(0).integers(0, 200, (1024, 1024, 3), np.uint8)
+        with tifffile.TiffWriter(path, ome=ome) as writer:
+            for factor in (1, 2, 4):
+                writer.write(
+                    noise[::factor, ::factor],
+                    tile=(128, 128),
+                    photometric="rgb",
+                    subfiletype=int(factor > 1),
+                    subifds=2 if ome and factor == 1 else None,
+                    metadata={"axes": "YXS"} if ome and factor == 1 else None,
+                )
+        assert len(open_slide(path, mpp=0.25, backend="tiff").levels) == 3
+        with tifffile.TiffFile(path, mode="r+") as tiff:
+            tag = (tiff.pages.first.pages[0] if ome else tiff.pages[1]).tags[325]
+            tag.overwrite([0 if i > 9 else n for i, n in enumerate(tag.value)])
+        slide = open_slide(path, mpp=0.25, backend="tiff")
+        assert [level.size_wh for level in slide.levels] == [(1024, 1024), (256, 256)]
+        assert slide.read_level(1, 0, 0, 256, 256).rgb.max() < 200
+
     def aperio(self, path: Path, lacking: dict[int, list[int]]) -> Path:
         """Write three levels, of which some tiles have no bytes."""
         noise = np.random.default_rng(0).integers(0, 200, (1024, 1024, 3), np.uint8)
@@ -344,6 +386,8 @@ class TestOme:
             ('PhysicalSizeX="0.25" PhysicalSizeY="0.25"', 0.25),
             ('PhysicalSizeX="250" PhysicalSizeXUnit="nm" PhysicalSizeY="250" PhysicalSizeYUnit="nm"', 0.25),
             ('PhysicalSizeX="0.25" PhysicalSizeXUnit="pixel" PhysicalSizeY="0.25" PhysicalSizeYUnit="pixel"', None),
+            ('PhysicalSizeX="0.25" PhysicalSizeXUnit="DOE" PhysicalSizeY="0.25"', None),
+            ('PhysicalSizeX="2500" PhysicalSizeXUnit="Å" PhysicalSizeY="0.25" PhysicalSizeYUnit="μm"', 0.25),
             ('PhysicalSizeX="DOE" PhysicalSizeY="JANE"', None),
             ("", None),
         ],
@@ -357,6 +401,7 @@ class TestOme:
         assert slide.name == "a"
         assert slide.mpp == (None if mpp is None else pytest.approx(mpp))
         assert "DOE" not in str(slide.mpp_problem)
+        assert "nan" not in str(slide.mpp_problem)
 
     @pytest.mark.parametrize(
         ("pixels", "before", "told"),

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -49,6 +50,38 @@ def test_name_scale_and_vendor(path: Path) -> None:
     assert (slide.name, slide.vendor, slide.backend) == ("case", "ngff", "zarr")
     assert (slide.mpp, slide.mpp_source) == (0.25, "ngff")
     assert slide.levels[0].tile_wh == (128, 128)
+
+
+@pytest.mark.parametrize("order", [(1, 0), (2, 1, 0), (1, 2, 0)])
+def test_the_scale_is_that_of_the_largest_level(path: Path, order: tuple[int, ...]) -> None:
+    """Wherever the metadata list it."""
+
+    def change(told: dict[str, Any]) -> None:
+        told = told.get("attributes", told)
+        (image,) = told.get("ome", told)["multiscales"]
+        image["datasets"] = [image["datasets"][k] for k in order]
+
+    edit(path / ("zarr.json" if (path / "zarr.json").is_file() else ".zattrs"), change)
+    assert open_slide(path).mpp == 0.25
+
+
+@pytest.mark.parametrize(("unit", "mpp"), [("angstrom", 2.5e-5), ("furlong DOE", None), (None, None)])
+def test_units_that_are_no_length_are_told_without_a_number(path: Path, unit: str | None, mpp: float | None) -> None:
+    """And without the unit, which may say anything."""
+
+    def change(told: dict[str, Any]) -> None:
+        told = told.get("attributes", told)
+        (image,) = told.get("ome", told)["multiscales"]
+        for axis in image["axes"][1:]:
+            axis["unit"] = unit
+
+    edit(path / ("zarr.json" if (path / "zarr.json").is_file() else ".zattrs"), change)
+    slide = open_slide(path)
+    assert slide.mpp is None  # or no microscope's
+    problem = str(slide.mpp_problem)
+    assert ("2.5e-05" if mpp else "not a known length" if unit else "does not say") in problem
+    assert "nan" not in problem
+    assert "DOE" not in problem
 
 
 def test_shards_are_read_by_inner_chunks(
