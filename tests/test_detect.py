@@ -428,7 +428,7 @@ def test_figures_of_test_patients_are_found(shared: Path, mpp: float) -> None:
 
 @pytest.mark.data
 def test_mosaics_of_test_patients_are_read_as_the_model_card_says(shared: Path) -> None:
-    """At the shipped threshold F1 at 7.5 µm is above 0.87 on 3 x 3 mosaics; the card says 0.91 on 288 of them."""
+    """At the shipped threshold F1 at 7.5 µm is above 0.9 on 3 x 3 mosaics; the card says 0.93 on 288 of them."""
     detector = load_detector("mitosis").at(0.25)
     crops = load_crops(shared / "data", "test")
     maker, rng = FieldMaker(crops, 0), np.random.default_rng(7)
@@ -437,7 +437,7 @@ def test_mosaics_of_test_patients_are_read_as_the_model_card_says(shared: Path) 
         image, figures = maker.mosaic(rng, 3 * crops[0].image.shape[0], roll=True)
         found = detector.detect(image[None], 0.05)[0]
         images.append(metrics.Image(found, figures[:, :2], metrics.RADIUS_UM / 0.25, len(image), 4.0 / 0.25))
-    assert metrics.score(images, detector.threshold).f1 >= 0.87
+    assert metrics.score(images, detector.threshold).f1 >= 0.9
 
 
 def test_the_grid_has_no_say_in_what_the_bundled_detector_finds(tmp_path: Path) -> None:
