@@ -14,6 +14,7 @@ import tifffile
 from PIL import Image as Picture
 
 from slidescan.errors import ConfigError, SlidescanError
+from slidescan.slides import open_slide
 from slidescan.train import coco as coco_format
 from slidescan.train.annotated import Annotated
 from slidescan.train.coco import load_coco
@@ -245,6 +246,12 @@ def test_whose_pictures_are(tmp_path: Path) -> None:
     found = load(tmp_path)
     assert [one.patient for one in found] == ["x", "y", "y", "z", "z"]
     assert found[0].scanner == "XR"
+
+
+def test_a_picture_is_the_slide_that_it_is_elsewhere(tmp_path: Path) -> None:
+    """Else one that is measured on could be mined, or was decided on."""
+    (found,) = load(coco(tmp_path))
+    assert found.slide.fingerprint == open_slide(tmp_path / "a.png").fingerprint
 
 
 def test_pictures_of_one_folder_are_each_a_patients(tmp_path: Path) -> None:

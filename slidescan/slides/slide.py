@@ -26,7 +26,6 @@ from slidescan.geometry import Box, Frame
 from slidescan.heap import pixels
 from slidescan.slides.colour import ToSrgb
 from slidescan.slides.fingerprint import fingerprint
-from slidescan.slides.memory import MemorySource
 from slidescan.slides.remote import Remote, Where
 from slidescan.slides.resample import Block, resample
 from slidescan.slides.resolution import Resolution, override
@@ -151,9 +150,10 @@ class Slide:
     def fingerprint(self) -> str:
         """A sha256 that identifies the slide's content, whatever its path."""
         source = self._opened()
-        if isinstance(source, MemorySource):
+        arrays = getattr(source, "arrays", None)  # in memory, or of a picture that is decoded when it is read
+        if arrays is not None:
             digest = hashlib.sha256()
-            for pixels in source.arrays:
+            for pixels in arrays:
                 digest.update(repr(pixels.shape).encode())
                 digest.update(np.ascontiguousarray(pixels).data)
             return digest.hexdigest()

@@ -237,6 +237,11 @@ class _Picture:
     def facts(self) -> Facts:
         return Facts("image", None, pyramid([self.size_wh], [self.size_wh]), NOTHING)
 
+    @property
+    def arrays(self) -> list[NDArray[np.uint8]]:
+        """The pixels, by which it is known wherever it is opened."""
+        return _decoded(self.path).arrays
+
     def read_level(self, level: int, x: int, y: int, out: NDArray[np.uint8]) -> list[Box]:
         source = _decoded(self.path)
         if source.facts.levels[0].size_wh != self.size_wh:
