@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,9 @@ from slidescan.detect import Family, load_detector
 from slidescan.detect.model import Model
 from slidescan.errors import ConfigError, ModelError, ResultError
 from slidescan.slides import memory_slide
+from slidescan.train import evaluate as evaluation
 from slidescan.train import metrics
+from slidescan.train import run as training
 from slidescan.train.crops import load_crops
 from slidescan.train.mitosis import CropSource
 from slidescan.train.run import open_test, train_detector
@@ -136,11 +139,11 @@ def test_a_run_that_ended_is_not_done_again(fake_data: Path, trained: Path) -> N
     assert all(np.array_equal(before[key], after[key]) for key in before)
 
 
-@pytest.mark.parametrize("at", [3, 11], ids=["learning", "finishing"])
+@pytest.mark.parametrize("at", [3, 11, 15], ids=["learning", "halves", "finishing"])
 def test_a_killed_run_goes_on_to_the_same_weights(
     fake_data: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
 ) -> None:
-    """Stopped between two checkpoints, while learning or with the validation patients: nothing tells it afterwards."""
+    """Stopped between two checkpoints, while learning or on validation patients: nothing tells it afterwards."""
     from slidescan.train import loop
 
     average, steps = loop._average, 0
@@ -163,10 +166,8 @@ def test_a_killed_run_goes_on_to_the_same_weights(
         assert all(np.array_equal(whole[key], resumed[key]) for key in whole)
 
 
-def test_the_validation_patients_are_trained_on_when_all_is_chosen(
-    fake_data: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """By the other variant, too, which begins with weights that do not know them; calibration and threshold stay."""
+def spied_splits(monkeypatch: pytest.MonkeyPatch) -> list[Sequence[str]]:
+    """A list that grows by the splits that each training image is made of."""
     shown: list[Sequence[str]] = []
     example = CropSource.example
 
@@ -175,18 +176,47 @@ def test_the_validation_patients_are_trained_on_when_all_is_chosen(
         return example(self, rng, size)
 
     monkeypatch.setattr(CropSource, "example", seen)
+    return shown
+
+
+def test_what_is_finished_is_calibrated_on_halves(
+    fake_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On what two trainings found, each on the half of the validation patients that the other was trained on."""
+    looked: list[dict[str, list[metrics.Image]]] = []
+
+    def look(*arguments: Any) -> tuple[Any, dict[str, list[metrics.Image]]]:
+        shown, found = evaluation.find_all(*arguments)
+        looked.append(found)
+        return shown, found
+
+    monkeypatch.setattr(training, "find_all", look)
+    settings = load_settings(ROOT / "configs" / "train_mitosis.yaml").smoke()
+    said = run(fake_data, tmp_path, variants=settings.variants[:1])
+    _, *halves = looked
+    assert [sum("on half of the validation patients" in line for line in said), len(halves)] == [2, 2]
+    fields = [image for half in halves for image in half["field"]]
+    of_half = [{image.patient for image in half["field"]} for half in halves]
+    assert all(of_half)
+    assert of_half[0].isdisjoint(of_half[1])
+    card = json.loads((tmp_path / "0.25" / "slidescan.json").read_text())
+    assert (card["temperature"], card["offset"]) == metrics.fit_calibration(fields)
+
+
+def test_the_validation_patients_are_trained_on_when_all_is_chosen(
+    fake_data: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the other variant, too, which begins with weights that do not know them."""
+    shown = spied_splits(monkeypatch)
     settings = load_settings(ROOT / "configs" / "train_mitosis.yaml").smoke()
     run(fake_data, tmp_path, variants=[v.model_copy(update={"finish_steps": None}) for v in settings.variants])
     assert set(shown) == {("train",)}
     before = {name: weights(tmp_path / name) for name in ("0.25", "0.5")}
-    cards = {name: json.loads((tmp_path / name / "slidescan.json").read_text()) for name in before}
     shown.clear()
     run(fake_data, tmp_path)  # goes on where that ended
     assert set(shown) == {("train", "validation")}
     for name, old in before.items():
-        card = json.loads((tmp_path / name / "slidescan.json").read_text())
-        assert card["training"].pop("finish_steps") == 4
-        assert card == cards[name]
+        assert json.loads((tmp_path / name / "slidescan.json").read_text())["training"]["finish_steps"] == 4
         now, whole = weights(tmp_path / name), weights(trained / name)
         assert any(not np.array_equal(now[key], old[key]) for key in now)
         assert all(np.array_equal(now[key], whole[key]) for key in now)
@@ -229,17 +259,21 @@ def test_a_cycle_begins_anew(fake_data: Path, tmp_path: Path, monkeypatch: pytes
     assert rates == pytest.approx([smoke.lr, 0.51 * smoke.lr] * 2, rel=0.01)
 
 
-def test_the_whole_of_crops_has_the_validation_patients(fake_data: Path, tmp_path: Path) -> None:
-    """Crops of theirs that are dyed blue are seen in its training images and not in the others'."""
+@pytest.mark.parametrize("part", ["all", "first half", "second half"])
+def test_who_is_trained_on_among_the_validation_patients(fake_data: Path, tmp_path: Path, part: str) -> None:
+    """Crops of theirs that are dyed blue are seen in the training images of who trains on them, in nobody else's."""
     settings = TrainSettings(data=shutil.copytree(fake_data, tmp_path / "data"), share_phantom=0, share_bare=0)
-    held_out = {crop.patient for crop in load_crops(settings.data, "validation")}
+    patients = sorted({crop.patient for crop in load_crops(settings.data, "validation")})
+    held_out = {"all": patients, "first half": patients[::2], "second half": patients[1::2]}[part]
     for row in json.loads((settings.data / "midog21" / "annotations.coco.json").read_text())["images"]:
         if row["slide"] in held_out:
             file = settings.data / "midog21" / "images" / row["file_name"]
             Picture.fromarray(np.asarray(Picture.open(file)) // np.array([8, 2, 1], np.uint8)).save(file)
     source = CropSource(settings.data, settings, settings.variants[0])
+    first, second = source.halves()  # by whom is looked at
     rng = np.random.default_rng(0)
-    for one, seen in ((source, False), (source.whole(), True)):
+    told = [(source, False), (source.whole(), True), (first, part != "first half"), (second, part != "second half")]
+    for one, seen in told:
         images = [one.example(rng, 256).image.astype(int) for _ in range(20)]
         assert any((image[..., 2] - image[..., 0] > 100).mean() > 0.01 for image in images) == seen
 

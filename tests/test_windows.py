@@ -63,6 +63,27 @@ def test_the_whole_of_slides_has_the_validation_patients() -> None:
         assert {int(np.abs(COLOURS.astype(int) - centre).sum(1).argmin()) for centre in centres} == names
 
 
+def test_halves_of_slides_train_on_what_the_other_shows() -> None:
+    """Test stays out of both; where one patient has all objects, there are none."""
+    names = ("train", "left", "right", "test")
+    slides = {
+        name: one(memory_slide(np.full((300, 300, 3), colour, np.uint8), 0.25), [(100, 100, 150, 150)], name)
+        for name, colour in zip(names, COLOURS, strict=False)
+    }
+    splits = {"train": [slides["train"]], "validation": [slides["left"], slides["right"]], "test": [slides["test"]]}
+    source = OwnSource(splits, VariantSettings(steps=1), kinds={"validation": "slides"})
+    rng, shown = np.random.default_rng(0), set[str]()
+    for half in source.halves():
+        (held,) = (part.annotated.patient for part in half.shown("validation"))
+        centres = [half.example(rng, 128).image[64, 64].astype(int) for _ in range(60)]
+        seen = {names[int(np.abs(COLOURS[:4].astype(int) - centre).sum(1).argmin())] for centre in centres}
+        assert seen == {"train", "left", "right"} - {held}
+        shown.add(held)
+    assert shown == {"left", "right"}
+    alone = {**splits, "validation": [slides["left"], one(BLANK, [], "right")]}
+    assert not OwnSource(alone, VariantSettings(steps=1), kinds={}).halves()
+
+
 def test_leaks_are_refused() -> None:
     """The message says how many patients leak, and between which splits."""
     a, b, c = ([one(BLANK, [], patient) for patient in names] for names in ("xyz", "w", "zy"))

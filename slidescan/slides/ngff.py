@@ -95,7 +95,8 @@ class _Reader:
 
     def image(self) -> ZarrImage:
         if not is_zarr(self._root):
-            self._fail("a directory without Zarr metadata; give a slide file or an .ome.zarr")
+            hidden = " (or its server refuses)" if isinstance(self._root, Remote) else ""
+            self._fail(f"a directory without Zarr metadata{hidden}; give a slide file or an .ome.zarr")
         told, others = self._multiscale(self._root), 0
         if told is None and (nested := self._multiscale(self._root / "0")) is not None:
             # bioformats2raw puts each image into a numbered group; the first is the slide.

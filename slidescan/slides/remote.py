@@ -303,12 +303,19 @@ def _runs(numbers: list[int]) -> Iterator[list[int]]:
 
 
 def _status(problem: object) -> int | None:
-    status = getattr(problem, "status", None)
+    answer = getattr(problem, "response", None)  # botocore's errors keep it; aiohttp's have the status
+    told = answer.get("ResponseMetadata", {}).get("HTTPStatusCode") if isinstance(answer, dict) else None
+    status = getattr(problem, "status", told)
     return status if isinstance(status, int) else None
 
 
+def _wants_credentials(problem: object) -> bool:
+    return type(problem).__name__ == "NoCredentialsError"  # botocore's, which is not imported for this
+
+
 def _is_final(problem: object) -> bool:
-    return isinstance(problem, FileNotFoundError | PermissionError) or _status(problem) in _FINAL
+    told = isinstance(problem, FileNotFoundError | PermissionError) or _wants_credentials(problem)
+    return told or _status(problem) in _FINAL
 
 
 def _said(problem: object) -> str:
@@ -322,4 +329,6 @@ def _said(problem: object) -> str:
         return f"does not answer within {_ANSWER_S} s"
     if isinstance(problem, PermissionError):
         return "refuses"
+    if _wants_credentials(problem):
+        return "wants credentials (FSSPEC_S3_ANON=true goes without, to a public bucket)"
     return f"cannot be read ({type(problem).__name__})"

@@ -33,6 +33,7 @@ from slidescan.train.crops import (
     FIGURE_RADIUS_UM,
     NO_FIGURES,
     OBJECT_UM,
+    Crop,
     Figures,
     index_digest,
     load_crops,
@@ -55,6 +56,7 @@ _ASSEMBLED_PER_MM2 = 100.0  # dense, for the number of comparisons
 # (every third), 1,300 steps, with this and a stain jitter of 0.35 against 0 and 0.25: F1 on mosaics 0.90 to 0.93, AP on
 # fields 0.71 to 0.73.
 _ZOOM, _STRETCH = (0.8, 1.25), 0.2
+_WHOLE = ("train", "validation")  # what is trained on when all is chosen
 # Of a training image: nearer to its edge about half a figure is seen, and whether it is one nobody can say.
 _SEEN_UM = 2.0
 _MARGIN_UM = 4.0  # of an image in which nothing counts: of a figure there, half may be cut off
@@ -114,6 +116,8 @@ class CropSource:
     settings, variant : TrainSettings, VariantSettings
     trained : sequence of str
         Splits that training images are made of.
+    half : int, optional
+        0 or 1: show every second of the validation patients alone, and train on the others at most.
 
     Raises
     ------
@@ -122,9 +126,15 @@ class CropSource:
     """
 
     def __init__(
-        self, data: Path, settings: TrainSettings, variant: VariantSettings, trained: Sequence[str] = ("train",)
+        self,
+        data: Path,
+        settings: TrainSettings,
+        variant: VariantSettings,
+        trained: Sequence[str] = ("train",),
+        half: int | None = None,
     ) -> None:
         self._data, self._settings, self._variant, self._trained = data, settings, variant, trained
+        self._half = half
         self._training: _Mix | None = None
 
     @property
@@ -135,7 +145,8 @@ class CropSource:
     def example(self, rng: np.random.Generator, size: int) -> Example:
         """Draw one training image: a field, a mosaic, glass, a phantom or tissue from elsewhere."""
         if self._training is None:  # made when first needed: measuring does without
-            self._training = _Mix(self._maker(*self._trained), self._data, self._settings)
+            others = None if self._half is None else 1 - self._half
+            self._training = _Mix(self._maker(*self._trained, half=others), self._data, self._settings)
         scale_xy = np.exp(rng.uniform(np.log(_ZOOM[0]), np.log(_ZOOM[1])) + rng.uniform(-_STRETCH, _STRETCH, 2))
         width, height = (max(1, round(n)) for n in size / scale_xy)
         scene, figures = self._training.scene(rng, max(width, height))
@@ -152,11 +163,15 @@ class CropSource:
 
     def whole(self) -> CropSource:
         """Return the source whose training images show the validation patients as well."""
-        return CropSource(self._data, self._settings, self._variant, ("train", "validation"))
+        return CropSource(self._data, self._settings, self._variant, _WHOLE)
+
+    def halves(self) -> Sequence[CropSource]:
+        """Return two sources that train on one half of the validation patients too and show the other."""
+        return [CropSource(self._data, self._settings, self._variant, _WHOLE, half) for half in (0, 1)]
 
     def shown(self, split: Split) -> Iterator[ShownImage]:
         """Yield what is measured on; for validation, what the threshold is chosen by, and by its fields calibration."""
-        maker, mpp, size = self._maker(split), self._variant.mpp, self._variant.input_px
+        maker, mpp, size = self._maker(split, half=self._half), self._variant.mpp, self._variant.input_px
         seed, n = self._settings.seed + (1 if split == "validation" else 2), self._settings.eval_images
         edge = 3 * len(maker.crops[0].image)
 
@@ -184,7 +199,7 @@ class CropSource:
 
     def assembled(self, split: Split) -> Iterator[Rgb]:
         """Yield fields of three by three tiles and more; of few crops one, and smaller."""
-        maker, few = self._maker(split), self._settings.crops is not None
+        maker, few = self._maker(split, half=self._half), self._settings.crops is not None
         size = (2 if few else 4) * self._variant.input_px
         figures = round(_ASSEMBLED_PER_MM2 * (size * self._variant.mpp * 1e-3) ** 2)
         for i in range(1 if few else 4):
@@ -194,14 +209,15 @@ class CropSource:
         """Return nothing: crops are of no slide that could have been scanned."""
         return ()
 
-    def _maker(self, *splits: str) -> FieldMaker:
-        s, mpp = self._settings, self._variant.mpp
-        crops = [
-            crop
-            for split in splits
-            for crop in load_crops(self._data, split, mpp=mpp, validation_share=s.validation_share, limit=s.crops)
-        ]
-        return FieldMaker(crops, s.seed)
+    def _maker(self, *splits: str, half: int | None) -> FieldMaker:
+        s, mpp, made_of = self._settings, self._variant.mpp, list[Crop]()
+        for split in splits:
+            crops = load_crops(self._data, split, mpp=mpp, validation_share=s.validation_share, limit=s.crops)
+            if split == "validation" and half is not None:
+                patients = sorted({crop.patient for crop in crops})[half::2]
+                crops = [crop for crop in crops if crop.patient in patients]
+            made_of += crops
+        return FieldMaker(made_of, s.seed)
 
 
 class _Mix:

@@ -166,8 +166,26 @@ class OwnSource:
 
     def whole(self) -> OwnSource:
         """Return the source whose windows show the validation patients as well."""
-        train, validation, test = (self._splits.get(name, []) for name in ("train", "validation", "test"))
-        splits = {"train": [*train, *validation], "test": test}
+        return self._with(self._splits.get("validation", []), [])
+
+    def halves(self) -> Sequence[OwnSource]:
+        """Return two sources that train on one half of the validation patients too and show the other.
+
+        None where objects are of one patient alone.
+        """
+        validation = self._splits.get("validation", [])
+        if len({one.patient for one in validation if len(one.label)}) < 2:
+            return ()
+        some, others = split(validation, 0.5, self._seed)
+        return self._with(some, others), self._with(others, some)
+
+    def _with(self, trained: list[Annotated], shown: list[Annotated]) -> OwnSource:
+        """Return the source that trains on a part of the validation slides too and shows another."""
+        splits = {
+            "train": [*self._splits.get("train", []), *trained],
+            "validation": shown,
+            "test": self._splits.get("test", []),
+        }
         return OwnSource(splits, self._variant, kinds=self._kinds, object_um=self._object_um, seed=self._seed)
 
     def assembled(self, split: Split) -> Iterator[Rgb]:

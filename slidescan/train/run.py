@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -26,26 +27,28 @@ from slidescan.errors import ConfigError, ModelError
 from slidescan.manifest import MANIFEST
 from slidescan.ops import accelerate
 from slidescan.slides import Slide
-from slidescan.train import metrics
 from slidescan.train.begun import keep_begun
 from slidescan.train.decided import keep_decided, load_decided
-from slidescan.train.evaluate import best_cut, describe, evaluate, find_all
+from slidescan.train.evaluate import describe, evaluate, find_all
 from slidescan.train.loop import train
+from slidescan.train.metrics import Image
 from slidescan.train.mine import mine, refuse_annotated
 from slidescan.train.mitosis import CropSource
 from slidescan.train.network import build_network, pin, relabel
+from slidescan.train.operating_point import choose_operating_point
 from slidescan.train.own import OwnSource, kind_of, load_annotated
 from slidescan.train.report import draw_losses
 from slidescan.train.settings import TrainSettings, VariantSettings
 from slidescan.train.source import Batches, Source
 from slidescan.train.windows import Windows
 
-__all__ = ["open_source", "open_test", "settle", "train_detector"]
+__all__ = ["open_source", "open_test", "train_detector"]
 
 # Of the variant's rate: enough to unlearn what was mined and too little to forget the rest; and to learn from the
 # validation patients, while the calibration, which is theirs, is kept.
 _MINE_LR, _FINISH_LR = 0.1, 0.2
-_STAGES = {"mined": 1 << 20, "finish": 2 << 20}  # what the seed begins with: steps are added to it
+# What the seed begins with: steps are added to it.
+_STAGES = {"mined": 1 << 20, "finish": 2 << 20, "half-1": 3 << 20, "half-2": 4 << 20}
 # Two boxes of 12.5 µm overlap so when their centres are 4 µm apart: nearer than two figures are, and farther than what
 # two queries say of one.
 _MERGE_IOU = 0.5
@@ -93,25 +96,50 @@ class _Run:
         network = _network(settings, variant, start)
         average = train(network, batches, settings, variant, checkpoint=checkpoint, log=self.log)
         draw_losses(checkpoint.with_suffix(".csv"), checkpoint.with_suffix(".png"))
-        card = settle(average, _card(settings, variant, **taught), out / name, source, self.log, settings.device)
+        card = self._settle(average, _card(settings, variant, **taught), source)
         windows = mine(Model(out / name, device=settings.device), mine_slides, out / f"mined-{name}", self.log)
         if windows:  # of this run, or of one before: what was unlearned stays so
             batches = Batches(source, settings, variant, windows, around)
             more = variant.model_copy(update={"steps": variant.mine_steps, "lr": variant.lr * _MINE_LR})
             average = self._go_on(more, batches, average, "mined")
-            card = _card(settings, variant, mined=len(windows), **taught)
-            card = settle(average, card, out / name, source, self.log, settings.device)
+            card = self._settle(average, _card(settings, variant, mined=len(windows), **taught), source)
         return _Learned(source, batches, average, card)
 
     def finish(self, variant: VariantSettings, learned: _Learned) -> None:
-        """Train on with the validation patients among the images; calibration and threshold stay as they chose them."""
-        name = f"{variant.mpp:g}"
+        """Train on with the validation patients among the images.
+
+        The weights that this gives have no patients left to choose by. So calibration and threshold are those of two
+        trainings that are as near to it as can be: on one half of these patients each, in half the steps, and looking
+        at the other. Without two patients they stay.
+        """
+        name, steps = f"{variant.mpp:g}", variant.finish_steps or 0
+        more = variant.model_copy(update={"steps": max(1, steps // 2), "lr": variant.lr * _FINISH_LR})
+        kinds: dict[str, list[Image]] = {}
+        for i, half in enumerate(learned.source.halves(), 1):
+            self.log(f"{name} µm/px, on half of the validation patients too ({i} of 2)")
+            average = self._go_on(more, learned.batches.of(half), learned.average, f"half-{i}")
+            with TemporaryDirectory(prefix="slidescan-") as scratch:
+                for kind, found in self._look(average, learned.card, Path(scratch), half).items():
+                    kinds.setdefault(kind, []).extend(found)
+        card = choose_operating_point(learned.card, kinds, self.log) if kinds else learned.card
         self.log(f"{name} µm/px, on the validation patients too")
-        batches = learned.batches.of(learned.source.whole())
-        more = variant.model_copy(update={"steps": variant.finish_steps, "lr": variant.lr * _FINISH_LR})
-        average = self._go_on(more, batches, learned.average, "finish")
-        training = {**learned.card.training, "finish_steps": variant.finish_steps}
-        write_model(average, dataclasses.replace(learned.card, training=training), self.out / name)
+        more = more.model_copy(update={"steps": steps})
+        average = self._go_on(more, learned.batches.of(learned.source.whole()), learned.average, "finish")
+        training = {**learned.card.training, "finish_steps": steps}
+        write_model(average, dataclasses.replace(card, training=training), self.out / name)
+
+    def _settle(self, average: torch.nn.Module, card: Card, source: Source) -> Card:
+        """Write the model with calibration and threshold, both from the validation patients, and return its card."""
+        directory = self.out / f"{card.mpp:g}"
+        card = choose_operating_point(card, self._look(average, card, directory, source), self.log)
+        write_model(average, card, directory)
+        return card
+
+    def _look(self, average: torch.nn.Module, card: Card, directory: Path, source: Source) -> dict[str, list[Image]]:
+        """Write the model, uncalibrated, and return what it finds on all that was held out, by kind."""
+        write_model(average, dataclasses.replace(card, temperature=1.0, offset=0.0), directory)
+        self.log("validation: looking at all that was held out for it")
+        return find_all(Model(directory, device=self.settings.device), source.shown("validation"))[1]
 
     def _go_on(
         self, variant: VariantSettings, batches: Batches, average: torch.nn.Module, stage: str
@@ -223,37 +251,6 @@ def open_test(data: Path, model: Model, images: int, mpp: float | None = None, a
     test = load_annotated(data, settings, model.training.get("slide_mpp", assumed))
     kinds = {"test": kind_of(data)}
     return OwnSource({"test": test}, variant, kinds=kinds, object_um=settings.object_um)
-
-
-def settle(
-    network: torch.nn.Module,
-    card: Card,
-    directory: Path,
-    source: Source,
-    log: Callable[[str], None],
-    device: str | None = None,
-) -> Card:
-    """Write the model with its calibration and threshold, both from the validation patients, and return its card."""
-    write_model(network, card, directory)
-    log("validation: looking at all that was held out for it")
-    _, kinds = find_all(Model(directory, device=device), source.shown("validation"))
-    if not kinds:
-        raise ConfigError("validation: expected images to choose threshold and calibration by, got none")
-    likest = next(iter(kinds))  # a slide; how sure one may be depends on how rare objects are
-    before = metrics.calibration_error(kinds[likest])
-    temperature, offset = metrics.fit_calibration(kinds[likest])
-    kinds = {kind: metrics.calibrate(found, temperature, offset) for kind, found in kinds.items()}
-    images = [image for found in kinds.values() for image in found]
-    threshold = round(metrics.best_threshold(*kinds.values()), 2)
-    cuts = tuple(best_cut(images, threshold, column) for column in range(len(card.attributes)))
-    card = dataclasses.replace(card, temperature=temperature, offset=offset, threshold=threshold, attribute_cuts=cuts)
-    write_model(network, card, directory)
-    at = {kind: metrics.score(found, threshold) for kind, found in kinds.items()}
-    lines = [f"{kind} F1 {s.f1:.3f} (precision {s.precision:.3f}, recall {s.recall:.3f})" for kind, s in at.items()]
-    after = metrics.calibration_error(kinds[likest])
-    error = f"calibration error ({likest}) {before:.3f} before and {after:.3f} after"
-    log("validation: " + "; ".join([*lines, error, f"threshold {threshold:g}"]))
-    return card
 
 
 def _network(settings: TrainSettings, variant: VariantSettings, start: Path | None) -> torch.nn.Module:

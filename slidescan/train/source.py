@@ -64,6 +64,10 @@ class Source(Protocol):
         """Return the source whose training images show the validation patients as well."""
         ...
 
+    def halves(self) -> Sequence[Source]:
+        """Return two sources that train on one half of the validation patients too and show the other; or none."""
+        ...
+
     def shown(self, split: Split) -> Iterator[Shown]:
         """Yield what to measure on; nothing of it is trained on, but of validation at last by `whole`."""
         ...

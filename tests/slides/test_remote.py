@@ -248,6 +248,25 @@ class TestRefuses:
             with pytest.raises(ConfigError, match="OpenSlide reads no URL"):
                 open_slide(f"{served.url}/CMU-1-Small-Region.svs", backend="openslide")
 
+    def test_s3_without_credentials(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """What botocore raises is said once, with what goes without them; and a bucket that is not there is no slide."""
+        errors = pytest.importorskip("botocore.exceptions", reason="s3fs is not installed (slidescan[remote])")
+        missing = {"Error": {"Code": "NoSuchBucket"}, "ResponseMetadata": {"HTTPStatusCode": 404}}
+        for problem, expected, error in (
+            (errors.NoCredentialsError(), r"wants credentials \(FSSPEC_S3_ANON=true", SlideReadError),
+            (errors.ClientError(missing, "HeadObject"), "no such slide; check the URL", SlideNotFoundError),
+        ):
+            asked: list[str] = []
+
+            def info(path: str, problem: Exception = problem, asked: list[str] = asked) -> None:
+                asked.append(path)
+                raise problem
+
+            monkeypatch.setattr(fsspec.filesystem("memory"), "info", info)
+            with pytest.raises(error, match=expected):
+                open_slide("memory://bucket/case.svs")
+            assert len(asked) == 1
+
     def test_unknown_kinds_of_url(self) -> None:
         with pytest.raises(ConfigError, match="of a kind that fsspec knows"):
             open_slide("gopher://archive/case.svs")
