@@ -46,6 +46,8 @@ class FlaggedRegion:
     area_mm2: float
     peak_box_l0: Box
     """The detection of highest score."""
+    rows: NDArray[np.intp]
+    """Of the detections at or above the threshold, those in it: outlines overlap, and each detection is of one."""
 
     @property
     def box_l0(self) -> Box:
@@ -108,7 +110,7 @@ def flag_regions(
     order = np.argsort(cluster, kind="stable")
     members = np.split(order, np.flatnonzero(np.diff(cluster[order])) + 1)
     regions = [
-        _region(found[rows], corners[:, rows].reshape(-1, 2), frame, classes)
+        _region(found, rows, corners, frame, classes)
         for whole in members
         for rows in _halved(whole, centers, frame.px(max_um))
     ]
@@ -177,9 +179,12 @@ def _corners(found: Detections, frame: Frame, margin_um: float) -> NDArray[np.fl
     return inside
 
 
-def _region(found: Detections, corners: NDArray[np.float64], frame: Frame, classes: tuple[str, ...]) -> FlaggedRegion:
+def _region(
+    found: Detections, rows: NDArray[np.intp], corners: NDArray[np.float64], frame: Frame, classes: tuple[str, ...]
+) -> FlaggedRegion:
     """Describe one cluster; its rank is not yet known."""
-    polygon_l0, area_px = _outline(corners)
+    polygon_l0, area_px = _outline(corners[:, rows].reshape(-1, 2))
+    found = found[rows]
     label = classes[int(np.bincount(found.label).argmax())]
     # float64 and sorted: the sum must not depend on the order of the rows
     scores = np.sort(found.score.astype(np.float64))
@@ -194,6 +199,7 @@ def _region(found: Detections, corners: NDArray[np.float64], frame: Frame, class
         evidence=float(evidence),
         area_mm2=area_px * frame.mm2_per_px,
         peak_box_l0=Box(*found.xyxy[int(np.lexsort((*found.xyxy.T, -found.score))[0])].tolist()),
+        rows=np.sort(rows),
     )
 
 

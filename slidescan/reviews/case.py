@@ -6,6 +6,7 @@ import time
 import uuid
 from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from slidescan.provenance import as_scanned
 from slidescan.result import ScanResult
 from slidescan.reviews.attach import reattach
 from slidescan.reviews.decisions import DECISIONS, Decision, DecisionLog, Undo, Verdict, What
-from slidescan.reviews.items import ReviewItem, inside, items_of
+from slidescan.reviews.items import ReviewItem, items_of
 from slidescan.slides import Slide, pooled
 
 __all__ = ["MOST_PARTS", "Case", "SlideAt"]
@@ -86,14 +87,19 @@ class Case:
             self._former[item_id].append(old)
 
     def decisions(self, item_id: str) -> dict[str, Decision]:
-        """Return what stands for an item by reviewer, who decided last at the end."""
-        standing, former = self.log.standing, self._former.get(item_id, ())
+        """Return what stands for an item by reviewer, who decided last at the end.
+
+        What was decided on as of another class, in an earlier scan, is still of the class that was shown.
+        """
+        standing, former, shown = self.log.standing, self._former.get(item_id, ()), self.items[item_id].label
         made = [decision for region in (item_id, *former) for decision in standing.of(region)]
         if former:
             made.sort(key=lambda decision: decision.order)
         last: dict[str, Decision] = {}
         for decision in made:
             last.pop(decision.reviewer, None)
+            if decision.label is None and decision.detected_label not in (None, shown):
+                decision = replace(decision, label=decision.detected_label)
             last[decision.reviewer] = decision
         return last
 
@@ -174,16 +180,8 @@ class Case:
         """Return the boxes (N, 4) of the detections in a region, best first; none for a detection."""
         seen = self._seen
         if seen[0] is not item:  # parts and focus are asked for one after the other, of several by several threads
-            seen = self._seen = item, self._found_in(item)
+            seen = self._seen = item, self._found_l0[item.rows]
         return seen[1]
-
-    def _found_in(self, item: ReviewItem) -> NDArray[np.float32]:
-        box, found = item.box_l0, self._found_l0
-        meets = (found[:, 2:] >= (box.x0, box.y0)) & (found[:, :2] <= (box.x1, box.y1))  # a tree of few is soon built
-        near = found[meets.all(1)]
-        if not len(near):
-            return near
-        return near[np.sort(inside([item], (near[:, :2] + near[:, 2:]) / 2)[:, 1])]
 
     def read_from(self, slide_at: SlideAt) -> None:
         """Take pixels from a slide, opened when it is first needed."""

@@ -51,6 +51,8 @@ class Choice:
             raise ConfigError(f"sort: expected one of {', '.join(_KEYS)}, got {self.sort!r}")
         if self.decision is not None and self.decision not in STATES:
             raise ConfigError(f"decision: expected one of {', '.join(STATES)}, got {self.decision!r}")
+        if self.min_score is not None and not 0 <= self.min_score <= 1:
+            raise ConfigError(f"min_score: expected a score from 0 to 1, got {self.min_score!r}")
         if not self.blinded:
             return
         if self.sort in TELL_SCORES or self.min_score is not None:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
-import shapely
 from numpy.typing import NDArray
 
 from slidescan.flagged import MOST_CERTAIN
@@ -15,7 +14,7 @@ from slidescan.geometry import Box
 from slidescan.result import ScanResult
 from slidescan.reviews.decisions import What
 
-__all__ = ["ReviewItem", "inside", "items_of"]
+__all__ = ["ReviewItem", "items_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +39,8 @@ class ReviewItem:
     box_l0: Box
     polygon_l0: NDArray[np.float64] | None = field(repr=False, compare=False)
     """Outline of a region, (N, 2), not closed; None for a detection, whose box it is."""
+    rows: NDArray[np.intp] = field(default_factory=lambda: np.empty(0, np.intp), repr=False, compare=False)
+    """Of a region its detections, as rows of `ScanResult.found`."""
 
 
 def items_of(result: ScanResult, what: What, slide_id: str, group: str = "") -> Iterator[ReviewItem]:
@@ -47,7 +48,7 @@ def items_of(result: ScanResult, what: What, slide_id: str, group: str = "") -> 
     if what == "region":
         for id_, r in zip(result.region_ids, result.regions, strict=True):
             yield ReviewItem(
-                id_, what, slide_id, group, r.label, r.peak, r.evidence, r.n, r.rank, r.box_l0, r.polygon_l0
+                id_, what, slide_id, group, r.label, r.peak, r.evidence, r.n, r.rank, r.box_l0, r.polygon_l0, r.rows
             )
         return
     rows = np.flatnonzero(result.detections.score >= result.threshold)
@@ -57,13 +58,3 @@ def items_of(result: ScanResult, what: What, slide_id: str, group: str = "") -> 
         evidence = -math.log1p(-min(score, MOST_CERTAIN))
         name, box_l0 = result.classes[label], Box(*xyxy)
         yield ReviewItem(result.ids[row], what, slide_id, group, name, score, evidence, 1, rank, box_l0, None)
-
-
-def inside(regions: Sequence[ReviewItem], xy_l0: NDArray[np.floating]) -> NDArray[np.intp]:
-    """Return which of the points (N, 2) are in which region: rows (region, point), shape (k, 2).
-
-    A detection is in a region if its centre is in the outline, or on it.
-    """
-    outlines = np.array([shapely.Polygon(region.polygon_l0) for region in regions], object)
-    pairs: NDArray[np.intp] = shapely.STRtree(shapely.points(xy_l0)).query(outlines, predicate="intersects").T
-    return pairs

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
-import shapely
 
 from slidescan.errors import ConfigError, ResultError
 from slidescan.result import ScanResult
 from slidescan.reviews.case import Case
 from slidescan.reviews.decisions import DECISIONS, Decision, Verdict
-from slidescan.reviews.items import inside
 
 __all__ = ["decided", "decided_ids"]
 
@@ -22,8 +20,8 @@ def decided(result: ScanResult, decisions: str, *, reviewer: str | None = None) 
     """Return by id the regions that were decided so and the detections in them, with the class a reviewer gave.
 
     None stands for the detector's class. Where reviewers differ, the later decision counts. A detection that was found
-    is in a region if its centre is in the outline, of several in the smallest; where it was decided on by itself, that
-    counts. One that is alone in its region has the region's class. Below the threshold nobody was shown any.
+    is of one region, whatever outlines it lies in; where it was decided on by itself, that counts. One that is alone in
+    its region has the region's class. Below the threshold nobody was shown any.
 
     Parameters
     ----------
@@ -75,10 +73,6 @@ def _last(case: Case, reviewer: str | None) -> dict[str, Decision]:
 
 
 def _homes(result: ScanResult, regions: Case) -> dict[str, str]:
-    """Return by detection the region it is in: outlines overlap, and the smallest is that of its own cluster."""
-    items = list(regions.items.values())
-    areas = np.array([shapely.Polygon(item.polygon_l0).area for item in items])
-    found = np.flatnonzero(result.detections.score >= result.threshold)
-    pairs = inside(items, result.detections.centers[found])
-    largest_first = pairs[np.argsort(-areas[pairs[:, 0]], kind="stable")] if len(pairs) else pairs
-    return {result.ids[found[row]]: items[region].id for region, row in largest_first.tolist()}
+    """Return by detection that was found the region it is in."""
+    found = np.flatnonzero(result.detections.score >= result.threshold).tolist()
+    return {result.ids[found[row]]: item.id for item in regions.items.values() for row in item.rows.tolist()}

@@ -55,6 +55,7 @@ class Review:
         self._on_slide: dict[str, list[str]] = defaultdict(list)
         for item in self._items.values():
             self._on_slide[item.slide_id].append(item.id)
+        self._labels = {name for case in cases for name in case.classes} | {item.label for item in shown}
         self._left: dict[str, tuple[int, int]] = {}
         """By slide how many events its log had when they were counted, and how many items were not decided."""
         self._sorted: dict[Sort, list[ReviewItem]] = {}
@@ -186,8 +187,7 @@ class Review:
             raise ConfigError(f"decision: expected accept, reject or unsure, got {decision!r}")
         if label is not None:
             check_name("label", label, "the name of a class, or None for the detector's")
-        if len(note) > _MOST_TEXT:
-            raise ConfigError(f"note: expected at most {_MOST_TEXT:,} characters, got {len(note):,}; shorten it")
+        _check_note(note)
         case = self._cases[item.slide_id]
         before, undecided = case.log.events, self.decision(item_id) is None
         decided = case.decide(item, decision, reviewer=self.reviewer, label=label, note=note)
@@ -347,9 +347,25 @@ class Review:
     ) -> Iterator[ReviewItem]:
         order: Sort = sort or ("shuffled" if self.blinded else "evidence")
         choice = Choice(order, slide, label, decision, min_score, self.blinded)
+        if slide is not None and slide not in self._cases:
+            raise ConfigError(f"slide: expected one of this review, got {slide!r}; see cases")
+        if label is not None and label not in self._labels:
+            raise ConfigError(f"label: expected one of {', '.join(sorted(self._labels))}, got {label!r}")
         if order not in self._sorted:
             self._sorted[order] = sorted(self._items.values(), key=choice.key)
         return (item for item in self._sorted[order] if choice.fits(item, self.reviewer, self.decisions))
+
+
+def _check_note(note: object) -> None:
+    """Refuse what could not be read again."""
+    if not isinstance(note, str) or not _is_unicode(note):
+        raise ConfigError(f"note: expected text, got {note!r}; leave it out where there is none")
+    if len(note) > _MOST_TEXT:
+        raise ConfigError(f"note: expected at most {_MOST_TEXT:,} characters, got {len(note):,}; shorten it")
+
+
+def _is_unicode(text: str) -> bool:
+    return not any("\ud800" <= character <= "\udfff" for character in text)  # half of a pair, which no file can hold
 
 
 def check_name(name: str, value: object, expected: str) -> None:

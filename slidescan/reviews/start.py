@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import getpass
+import os
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
@@ -173,7 +174,7 @@ def _of_regions(regions: Sequence[ArchiveRegion], kind: What) -> tuple[list[Case
         if item is None or item.polygon_l0 is None or not np.array_equal(item.polygon_l0, each.region.polygon_l0):
             raise ConfigError(f"what: {each.slide_id!r} was scanned anew since its regions were listed; call top again")
         shown.append(item)
-    return list(cases.values()), shown
+    return sorted(cases.values(), key=lambda case: case.slide_id), shown  # as listed they would tell their evidence
 
 
 def _slides_of(what: object, slides: Slides, cases: Sequence[Case]) -> Mapping[str, SlideAt]:
@@ -192,6 +193,6 @@ def _slides_of(what: object, slides: Slides, cases: Sequence[Case]) -> Mapping[s
 
 def _logged_in() -> str:
     try:
-        return getpass.getuser()
+        return os.environ.get("JUPYTERHUB_USER") or getpass.getuser()  # on a hub all may be one user of the system
     except (OSError, KeyError, ImportError) as exc:  # a container without a user's name
         raise ConfigError("reviewer: expected who decides, and nobody is logged in here; pass reviewer=") from exc

@@ -7,19 +7,19 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
+import shapely
 
 import slidescan as ss
 from slidescan import cli
+from slidescan.detections import Detections
 from slidescan.errors import ResultError
-from slidescan.geometry import Box
+from slidescan.flagged import flag_regions
+from slidescan.geometry import Frame
 from slidescan.reviews.case import Case
-from slidescan.reviews.items import ReviewItem
-from slidescan.reviews.selection import _homes
+from slidescan.reviews.selection import _homes, decided
 from slidescan.reviews.start import open_runs
 from slidescan.slides import Slide
 from tests.discs import ORACLE, config, discs
@@ -53,6 +53,24 @@ def test_decisions_find_their_place_after_another_scan(result: ss.ScanResult, sl
     assert ss.review(ss.load_result(result.path), reviewer="ann").decision(fifth).decision == "reject"
     assert looked.decisions(fifth)["ben"].decision == "unsure"
     assert (looked.undo(), looked.decision(fifth).note, looked.undo(), looked.left) == (fifth, "4", fifth, 8)
+
+
+def test_what_was_accepted_is_of_the_class_that_was_shown(
+    result: ss.ScanResult, slide: Slide, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model with another name for it does not change what a reviewer has said, in the review or in an export."""
+    ann = ss.review(result, reviewer="ann")
+    assert {item.label for item in ann.items()} == {"disc"}
+    ann.decide(ann.items()[0].id, "accept")
+    monkeypatch.setattr(type(ORACLE), "classes", ("lymphocyte",))
+    other = replace(ORACLE, jitter_px=3.0)
+    after = ss.scan(slide, other, out=result.path, config=config(), overwrite=True)
+    looked = ss.review(after, reviewer="ann")
+    (item,) = looked.items(decision="accept")
+    assert (item.label, looked.decision(item.id).label) == ("lymphocyte", "disc")
+    table = looked.table().set_index("id").loc[item.id]
+    assert (table["label"], table["decided_label"]) == ("lymphocyte", "disc")
+    assert decided(after, "accepted")[item.id] == "disc"
 
 
 def test_decisions_without_a_place_are_counted_and_kept(result: ss.ScanResult, slide: Slide) -> None:
@@ -116,21 +134,24 @@ def test_what_nobody_was_shown_is_not_accepted(result: ss.ScanResult) -> None:
     regions = Case(result, "region")
     assert len(_homes(result, regions)) == len(result.found) > 0
     doubtful = replace(result.detections, score=np.full(len(result.detections), result.threshold / 2, np.float32))
-    assert _homes(replace(result, detections=doubtful), regions) == {}
+    changed = replace(result, detections=doubtful)
+    assert _homes(changed, Case(changed, "region")) == {}
 
 
-def test_where_outlines_overlap_a_detection_is_in_the_smallest() -> None:
-    """A ring's outline holds what lies in its middle, and that is a region of its own."""
-    square = np.array([[0.0, 0], [1, 0], [1, 1], [0, 1]])
-    outlines = {"ring": 100 * square, "middle": 45 + 10 * square}
-    items = {
-        name: ReviewItem(name, "region", "a", "", "disc", 0.9, 1.0, 3, 1, Box(0, 0, 1, 1), outline)
-        for name, outline in outlines.items()
-    }
-    centers = np.array([[5.0, 5], [50, 50], [95, 95], [500, 500], [6, 6]])
-    detections = SimpleNamespace(centers=centers, score=np.array([0.9, 0.8, 0.7, 0.6, 0.4]))
-    result: Any = SimpleNamespace(ids=list("abcde"), detections=detections, threshold=0.5)
-    assert _homes(result, SimpleNamespace(items=items)) == {"a": "ring", "b": "middle", "c": "ring"}  # type: ignore[arg-type]
+def test_where_outlines_overlap_each_detection_is_of_one_region() -> None:
+    """Where a cluster too wide is cut, both outlines hold what lies there, and it is of the part that counts it."""
+    rng = np.random.default_rng(0)
+    xy = rng.uniform(200, 3800, (300, 2))
+    found = Detections.build(np.concatenate((xy - 10, xy + 10), 1), rng.uniform(0.6, 0.9, 300))
+    regions = flag_regions(
+        found, Frame((4000, 4000), 0.5), ("disc",), threshold=0.5, link_um=150, max_um=600, margin_um=15
+    )
+    outlines = [shapely.Polygon(region.polygon_l0) for region in regions]
+    assert sum(sum(outline.covers(shapely.Point(at)) for outline in outlines) for at in found.centers) > len(found)
+    assert sorted(row for region in regions for row in region.rows) == list(range(len(found)))
+    for region in regions:
+        assert len(region.rows) == region.n
+        assert found.score[region.rows].max() == pytest.approx(region.peak)
 
 
 def exported(monkeypatch: pytest.MonkeyPatch, run: Path, *options: str) -> tuple[set[str], set[str]]:

@@ -92,21 +92,25 @@ def test_orders_and_filters(result: ss.ScanResult) -> None:
     assert doubts == sorted(doubts)
     assert looked.items("shuffled") != looked.items()
     assert looked.items("slide", slide="case", label="disc") == looked.items("slide")
-    assert looked.items(slide="other") == looked.items(label="mitosis") == []
     assert looked.items(min_score=scores[3])[-1].score >= scores[3]
     assert looked.next("uncertainty") == looked.items("uncertainty")[0]
     looked.decide(looked.next().id, "unsure")
     counts = [len(looked.items(decision=state)) for state in ("decided", "undecided", "accept", "reject", "unsure")]
     assert counts == [1, 11, 0, 0, 1]
-    for wrong in ({"sort": "colour"}, {"decision": "maybe"}):
+    for wrong in ({"sort": "colour"}, {"decision": "maybe"}, {"slide": "other"}, {"label": "mitosis"}):
         with pytest.raises(ConfigError, match="expected one of"):
-            looked.items(**wrong)
+            looked.next(**wrong) if "decision" not in wrong else looked.items(**wrong)
+    with pytest.raises(ConfigError, match="score from 0 to 1"):  # not "nothing is left"
+        looked.next(min_score=90)
     some = looked.next().id
     for item_id, decision, more, said in (
         ("nothing", "accept", {}, "item_id"),
         (some, "yes", {}, "accept, reject or unsure"),
         (some, "accept", {"label": "a\nb"}, "label"),
         (some, "accept", {"note": "a" * 10_001}, "note"),
+        (some, "accept", {"note": {"sure": 0.8}}, "note: expected text"),
+        (some, "accept", {"note": None}, "note: expected text"),
+        (some, "accept", {"note": "half \ud800"}, "note: expected text"),
     ):
         with pytest.raises(ConfigError, match=said):
             looked.decide(item_id, decision, **more)

@@ -249,7 +249,7 @@ class TestRefuses:
                 open_slide(f"{served.url}/CMU-1-Small-Region.svs", backend="openslide")
 
     def test_s3_without_credentials(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """What botocore raises is said once, with what goes without them; and a bucket that is not there is no slide."""
+        """What botocore raises is said once, with what does without; a bucket that is not there is no slide."""
         errors = pytest.importorskip("botocore.exceptions", reason="s3fs is not installed (slidescan[remote])")
         missing = {"Error": {"Code": "NoSuchBucket"}, "ResponseMetadata": {"HTTPStatusCode": 404}}
         for problem, expected, error in (
