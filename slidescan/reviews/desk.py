@@ -24,13 +24,13 @@ from slidescan.reviews.layers import Layers, layers_of
 from slidescan.reviews.session import Review
 from slidescan.reviews.summary import notice, summary_of
 from slidescan.reviews.tiles import TILE_PX, Tiling, as_jpeg
+from slidescan.reviews.words import MOST_TEXT
 from slidescan.slides import Slide
 
 __all__ = ["WRITES", "Desk", "Picture"]
 
 WRITES = frozenset({"decide", "undo"})  # kinds that change something
 _MOST_ON_PAGE = 100  # items: as many pictures as a screen holds, several times
-_MOST_TEXT = 10_000  # characters of a note, as `Review.decide` takes
 _MOST_NAME = 1000  # characters of a class or an id
 _FOV_UM = (8.0, 2048.0)  # field of view: of one nucleus; of two flagged regions
 _MOST_CROP_PX = 640  # edge of a crop: 1.2 MB of RGB
@@ -193,7 +193,7 @@ class Desk:
         item = self._item(asked)
         decision: Verdict = asked.one_of("decision", get_args(Verdict))  # type: ignore[assignment]
         label = asked.text_or_none("label", _MOST_NAME)
-        note = asked.text("note", _MOST_TEXT, default="")
+        note = asked.text("note", MOST_TEXT, default="")
         asked.nothing_else()
         with self._lock:
             try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, get_args
@@ -20,6 +20,7 @@ from slidescan.reviews.chosen import Choice, Sort
 from slidescan.reviews.decisions import Decision, Verdict
 from slidescan.reviews.figure import views
 from slidescan.reviews.items import ReviewItem
+from slidescan.reviews.words import check_name, check_note
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -27,9 +28,7 @@ if TYPE_CHECKING:
     from slidescan.figure import Plot
     from slidescan.reviews.widget import ReviewWidget
 
-__all__ = ["Review", "check_name"]
-
-_MOST_TEXT = 10_000  # characters of a note: some pages, and a line that is still written in one piece
+__all__ = ["Review"]
 
 
 class Review:
@@ -59,6 +58,9 @@ class Review:
         self._left: dict[str, tuple[int, int]] = {}
         """By slide how many events its log had when they were counted, and how many items were not decided."""
         self._sorted: dict[Sort, list[ReviewItem]] = {}
+        self._passed: dict[Choice, int] = {}
+        """By choice how many items were passed by `next`, decided or not chosen, when the logs had `_told` events."""
+        self._told = -1
         self._widget: ReviewWidget | None = None
         self._made: dict[str, int] = {}
         """The reviewer's decisions of this session, numbered: which was last must not depend on clocks."""
@@ -133,7 +135,8 @@ class Review:
         ConfigError
             If a setting is not one of these, or would tell in a blinded review scores or what others decided.
         """
-        return list(self._chosen(sort, slide, label, decision, min_score))
+        choice = self._choice(sort, slide, label, decision, min_score)
+        return [item for item in self._in_order(choice) if choice.fits(item, self.reviewer, self.decisions)]
 
     def next(
         self,
@@ -144,7 +147,16 @@ class Review:
         min_score: float | None = None,
     ) -> ReviewItem | None:
         """Return the first item that this reviewer has not decided on; None if there is none left."""
-        return next(self._chosen(sort, slide, label, "undecided", min_score), None)
+        choice = self._choice(sort, slide, label, "undecided", min_score)
+        events = sum(case.log.events for case in self._cases.values())
+        if events != self._told:
+            self._told, self._passed = events, {}
+        items = self._in_order(choice)
+        for place in range(self._passed.get(choice, 0), len(items)):
+            if choice.fits(items[place], self.reviewer, self.decisions):
+                self._passed[choice] = place
+                return items[place]
+        return None
 
     @property
     def left(self) -> int:
@@ -156,7 +168,9 @@ class Review:
         return sum(n for _, n in self._left.values())
 
     def _wrote(self, slide_id: str, before: int, change: int) -> None:
-        """Keep `left` after an event of this review, if no other came with it."""
+        """Keep what `left` and `next` know after an event of this review, if no other came with it."""
+        if change <= 0 and self._cases[slide_id].log.events == before + 1:
+            self._told += 1  # what was passed stays so
         events, n = self._left.get(slide_id, (-1, 0))
         if events == before == self._cases[slide_id].log.events - 1:
             self._left[slide_id] = before + 1, n + change
@@ -187,7 +201,7 @@ class Review:
             raise ConfigError(f"decision: expected accept, reject or unsure, got {decision!r}")
         if label is not None:
             check_name("label", label, "the name of a class, or None for the detector's")
-        _check_note(note)
+        check_note(note)
         case = self._cases[item.slide_id]
         before, undecided = case.log.events, self.decision(item_id) is None
         decided = case.decide(item, decision, reviewer=self.reviewer, label=label, note=note)
@@ -342,33 +356,18 @@ class Review:
             raise ConfigError(f"item_id: expected the id of an item of this review, got {item_id!r}; see items()")
         return item
 
-    def _chosen(
+    def _choice(
         self, sort: Sort | None, slide: str | None, label: str | None, decision: str | None, min_score: float | None
-    ) -> Iterator[ReviewItem]:
+    ) -> Choice:
         order: Sort = sort or ("shuffled" if self.blinded else "evidence")
         choice = Choice(order, slide, label, decision, min_score, self.blinded)
         if slide is not None and slide not in self._cases:
             raise ConfigError(f"slide: expected one of this review, got {slide!r}; see cases")
         if label is not None and label not in self._labels:
             raise ConfigError(f"label: expected one of {', '.join(sorted(self._labels))}, got {label!r}")
-        if order not in self._sorted:
-            self._sorted[order] = sorted(self._items.values(), key=choice.key)
-        return (item for item in self._sorted[order] if choice.fits(item, self.reviewer, self.decisions))
+        return choice
 
-
-def _check_note(note: object) -> None:
-    """Refuse what could not be read again."""
-    if not isinstance(note, str) or not _is_unicode(note):
-        raise ConfigError(f"note: expected text, got {note!r}; leave it out where there is none")
-    if len(note) > _MOST_TEXT:
-        raise ConfigError(f"note: expected at most {_MOST_TEXT:,} characters, got {len(note):,}; shorten it")
-
-
-def _is_unicode(text: str) -> bool:
-    return not any("\ud800" <= character <= "\udfff" for character in text)  # half of a pair, which no file can hold
-
-
-def check_name(name: str, value: object, expected: str) -> None:
-    """Refuse what is no text on one line."""
-    if not isinstance(value, str) or not value.strip() or not value.isprintable() or len(value) > _MOST_TEXT:
-        raise ConfigError(f"{name}: expected {expected}, got {value!r}")
+    def _in_order(self, choice: Choice) -> list[ReviewItem]:
+        if choice.sort not in self._sorted:
+            self._sorted[choice.sort] = sorted(self._items.values(), key=choice.key)
+        return self._sorted[choice.sort]

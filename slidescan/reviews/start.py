@@ -19,7 +19,8 @@ from slidescan.result import ScanResult
 from slidescan.reviews.case import Case, SlideAt
 from slidescan.reviews.decisions import DECISIONS, What
 from slidescan.reviews.items import ReviewItem
-from slidescan.reviews.session import Review, check_name
+from slidescan.reviews.session import Review
+from slidescan.reviews.words import check_name
 from slidescan.saved import load_result
 from slidescan.slides import Slide
 from slidescan.whereabouts import recalled

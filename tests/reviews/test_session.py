@@ -117,6 +117,21 @@ def test_orders_and_filters(result: ss.ScanResult) -> None:
     assert len(lines(result)) == 1
 
 
+def test_the_next_is_the_first_that_is_left(result: ss.ScanResult) -> None:
+    """Whatever was decided and undone before, here or by the same reviewer in another window."""
+    rng, windows = np.random.default_rng(0), [ss.review(result, reviewer="ann") for _ in range(2)]
+    for _ in range(80):
+        looked = windows[int(rng.integers(2))]
+        looked.refresh()
+        for sort in ("evidence", "uncertainty"):
+            assert looked.next(sort) == next(iter(looked.items(sort, decision="undecided")), None)
+        act = rng.random()
+        if act < 0.3:
+            looked.undo()
+        elif item := looked.next("uncertainty") if act < 0.8 else looked.items()[int(rng.integers(12))]:
+            looked.decide(item.id, "accept")
+
+
 def test_a_blinded_review_tells_no_scores(result: ss.ScanResult, slide: Slide) -> None:
     """Neither items, table, text, figure nor log hold a score, and no order tells one; not even another's decision."""
     open_ = ss.review(result, reviewer="ann")
