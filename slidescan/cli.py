@@ -234,11 +234,13 @@ def validate(path: Annotated[Path, typer.Argument(help="GeoJSON file, plain, .gz
 
 @app.command()
 def detect(
-    image: Annotated[Path, typer.Argument(help="A picture: PNG, JPEG, or a slide.")],
+    image: Annotated[Path, typer.Argument(help="A picture: PNG or JPEG (RGB, to 67 MP), or a slide.")],
     model: ModelOpt = "mitosis",
     precision: PrecisionOpt = "auto",
     min_score: Annotated[float | None, typer.Option(help="Lowest score; default: the operating threshold.")] = None,
-    tile_px: Annotated[int | None, typer.Option(help="Edge of a tile; a picture no larger is scored whole.")] = None,
+    tile_px: Annotated[
+        int | None, typer.Option(help="Edge of a tile, twice the largest object; a picture no larger is scored whole.")
+    ] = None,
     mpp: Annotated[
         float | None, typer.Option(help="µm/px of the picture; default: its own, of a PNG or JPEG the model's.")
     ] = None,

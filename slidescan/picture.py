@@ -41,7 +41,8 @@ def detect_image(
     Parameters
     ----------
     image : str, Path, ndarray of uint8 (H, W, 3), or Slide
-        A PNG, JPEG or slide; RGB.
+        A PNG or JPEG (to 67 MP), a slide, or an array of any size; RGB. Of objects larger than half a tile those that
+        every tile cuts are not found: give a larger `tile_px`.
     detector : Detector, str or Path
         A detector, or a name or directory for `load_detector`; a px is the unit of a model that names no µm/px.
     min_score : float, optional
@@ -51,7 +52,8 @@ def detect_image(
         whole.
     mpp : float, optional
         µm/px of the image; default: what its file says, and for a PNG, JPEG or array, or a model that names no µm/px,
-        the detector's, that is, it is read as it is. A Slide has its own.
+        the detector's, that is, it is read as it is. A Slide has its own; with a model that names no µm/px there is
+        nothing to give.
 
     Returns
     -------
@@ -63,7 +65,7 @@ def detect_image(
     SlideError
         If the image cannot be read, or parts of it cannot be decoded.
     ConfigError
-        If `tile_px`, `min_score` or `mpp` is out of range, or `mpp` is given with a Slide.
+        If `tile_px`, `min_score` or `mpp` is out of range, or `mpp` is given with a Slide or a model of px.
 
     Examples
     --------
@@ -81,6 +83,10 @@ def detect_image(
         from slidescan.detect import load_detector
 
         detector = load_detector(detector, mpp="px")
+    if mpp is not None and getattr(detector, "knows_px_only", False):
+        raise ConfigError(
+            f"mpp: expected none with a model that names no µm/px, got {mpp}; load it with load_detector(…, mpp=…)"
+        )
     if isinstance(image, Slide):
         if mpp is not None:
             raise ConfigError(f"mpp: expected none beside an open slide, which has its own, got {mpp}")

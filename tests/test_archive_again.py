@@ -15,6 +15,7 @@ from slidescan.archive.engine import estimate_archive
 from slidescan.archive.record import Record
 from slidescan.archive.run import Run
 from slidescan.archive.slide import scan_slide
+from slidescan.export.stored import read_table
 from slidescan.lease import claimed
 from tests.archives import write_slide
 from tests.discs import ORACLE, config
@@ -134,6 +135,37 @@ def test_a_slide_keeps_its_id_when_another_of_its_name_is_listed(two: Path, tmp_
     looked = ss.review(open_archive(out), slides=two, reviewer="ann")
     item = next(item for item in looked.items() if item.slide_id == records[2].slide_id)
     assert looked.crop(item.id).shape == (256, 256, 3)
+
+
+def test_lists_with_slides_of_one_name_share_an_output(tmp_path: Path, client: Client) -> None:
+    """Neither takes the other's place, whichever is run again; one that was moved is still the same."""
+    for site, seed in (("north", 3), ("south", 8)):
+        write_slide(tmp_path / site / "case.tiff", seed)
+    out = tmp_path / "runs"
+
+    def scanned(site: str) -> list[Record]:
+        return ss.scan_archive(tmp_path / site, ORACLE, out=out, config=config(), client=client)
+
+    (north,), (south,) = scanned("north"), scanned("south")
+    assert north.slide_id != south.slide_id
+    assert (scanned("north"), scanned("south")) == ([north], [south])
+    assert archive_status(out).slides == len(open_archive(out)) == 2
+    (tmp_path / "north").rename(tmp_path / "moved")
+    (moved,) = scanned("moved")
+    assert (moved.slide_id, moved.told["fingerprint"]) == (north.slide_id, north.told["fingerprint"])
+    assert archive_status(out).slides == 2
+
+
+def test_a_corrected_group_is_that_of_what_is_done(two: Path, tmp_path: Path, client: Client) -> None:
+    """Without a scan: in the record, the table and the cohort."""
+    rows, out = two.read_text().split()[1:], tmp_path / "runs"
+    for group in ("train", "test"):
+        two.write_text("\n".join(["slide_path,group", *(f"{row},{group}" for row in rows)]))
+        records = ss.scan_archive(two, ORACLE, out=out, config=config(), client=client)
+    assert [record.group for record in records] == ["test", "test"]
+    assert set(read_table(out / "index.parquet")["group"].to_pylist()) == {"test"}
+    assert [len(open_archive(out).top(100, group=group)) > 0 for group in ("train", "test")] == [False, True]
+    assert sum(record.attempts for record in records) == 2
 
 
 def test_a_slide_that_vanishes_is_tried_again(two: Path, tmp_path: Path) -> None:

@@ -115,6 +115,10 @@ class TestListing:
             ("slide_path,slide_id\na.svs,x\nb.svs,x\n", "slide_id 'x' is given to 2 slides"),
             ("slide_path\na.svs\n./a.svs\n", "a.svs: expected each slide once"),
             ("slide_path,group\n,north\n", "slide 1: expected a slide_path"),
+            ('slide_path,group\n"a.svs,\nb.svs,\n', r"unexpected end of data: check its quotes"),
+            ("slide_path\nA, B.svs\n", "slide 1: expected a cell a column, found more"),
+            ('slide_path\n"a.svs\nb.svs"\n', "slide 1: expected a slide_path on one line"),
+            ("slide_path\na\0.svs\n", "slide 1: expected a slide_path on one line|line contains NUL"),
         ],
     )
     def test_what_cannot_be_meant(self, tmp_path: Path, text: str, told: str) -> None:

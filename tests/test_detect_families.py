@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import transformers as hf
 from numpy.typing import NDArray
@@ -236,6 +237,8 @@ def test_code_in_a_directory_is_never_run(tmp_path: Path, monkeypatch: pytest.Mo
         ({"attributes": ["large"]}, "classes and attributes are 4"),
         ({"temperature": float("nan")}, "out of range"),
         ({"anchor_px": 20.0}, "model that has anchors"),
+        ({"temperature": 3.0, "offset": -2.0}, "share a softmax"),
+        ({"classes": ["a", "b"], "attributes": ["large"]}, "share a softmax"),
     ],
 )
 def test_a_card_that_does_not_fit_its_network_is_refused(tmp_path: Path, change: dict[str, Any], said: str) -> None:
@@ -247,6 +250,26 @@ def test_a_card_that_does_not_fit_its_network_is_refused(tmp_path: Path, change:
     (tmp_path / "slidescan.json").write_text(json.dumps(card | change))
     with pytest.raises(ModelError, match=said):
         load_detector(tmp_path).detect(picture()[None], 0.0)
+
+
+def test_steps_that_a_batch_norm_counted_are_no_weights(tmp_path: Path) -> None:
+    """Published DETRs hold them; transformers loads these."""
+    path = saved(network(partial(plain, hf.DetrForObjectDetection, hf.DetrConfig)), tmp_path)
+    (before,) = load_detector(path, mpp=1.0).detect(picture()[None], 0.0)
+    tensors = safetensors.torch.load_file(path / "model.safetensors")
+    means = [key for key in tensors if key.endswith("running_mean")]
+    assert means
+    counted = {key.replace("running_mean", "num_batches_tracked"): torch.tensor(7) for key in means}
+    safetensors.torch.save_file(tensors | counted, path / "model.safetensors", {"format": "pt"})
+    (after,) = load_detector(path, mpp=1.0).detect(picture()[None], 0.0)
+    assert np.array_equal(before.score, after.score)
+
+
+def test_weights_in_several_files_are_told(tmp_path: Path) -> None:
+    model = network(partial(plain, hf.DetrForObjectDetection, hf.DetrConfig))
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    with pytest.raises(ModelError, match="several files; save the model again with a larger max_shard_size"):
+        load_detector(tmp_path, mpp=1.0)
 
 
 def test_a_crowded_tile_of_two_stages_is_recognised(tmp_path: Path) -> None:

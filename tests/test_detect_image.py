@@ -290,6 +290,9 @@ def test_what_is_no_picture_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="open slide"):
         ss.detect_image(memory_slide(picture(), 0.5), ORACLE, mpp=0.5)
     Image.fromarray(picture()).save(tmp_path / "picture.png")
+    of_px = saved(network(DETECTORS["RT-DETR"]), tmp_path / "model")
+    with pytest.raises(ConfigError, match=r"a model that names no µm/px, got 0\.25"):
+        ss.detect_image(tmp_path / "picture.png", of_px, mpp=0.25)
     with pytest.raises(ResolutionError, match="picture"):
         ss.detect_image(open_slide(tmp_path / "picture.png"), ORACLE)
 

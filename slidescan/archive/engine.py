@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 
 from slidescan.archive.listing import Entry, as_recorded, read_listing
 from slidescan.archive.record import MOST_ATTEMPTS, REASONS, Record
-from slidescan.archive.report import write_report
 from slidescan.archive.run import VERSION, Run, Tables
 from slidescan.archive.slide import SlideTask, estimate_slide, killed, scan_slide
 from slidescan.archive.worklist import Worklist
@@ -135,6 +134,7 @@ def scan_archive(
     listed = listing if isinstance(listing, list) else read_listing(listing)
     run = Run(local(out), detector, checked(config), allow_coarse, timeout_s)
     listed = as_recorded(listed, run.records)
+    regrouped = run.regroup(listed)
     entries = _share(listed, shard)
     if remember:
         noted(run.out, {entry.slide_id: entry.path for entry in listed})
@@ -145,6 +145,7 @@ def scan_archive(
     again = anew["done"]  # under other settings, or of another file
     started, failures, megapixels, to_do = time.time(), 0, 0.0, len(todo)
     tables, with_others = Tables(run.out), set[str]()
+    stopped = False
     because, share = "finished", "" if shard is None else f"{shard[0]}/{shard[1]}"
     try:
         with contextlib.ExitStack() as held:
@@ -178,7 +179,7 @@ def scan_archive(
                         so_far = states["done"], states["failed"], len(entries), megapixels, time.time() - started
                         on_slide(ArchiveProgress(record, *so_far))
                     if max_failures is not None and failures >= max_failures:
-                        write_report(run.out, run.records.values())
+                        stopped = True
                         raise ResultError(f"{run.out}: stopped after {failures} failures; see report.html")
                     tables.write_if_due()
     except BaseException as exc:
@@ -188,8 +189,8 @@ def scan_archive(
         seconds = round(time.time() - started, 3)
         done, failed = states["done"], states["failed"]
         run.log("run_ended", share=share, because=because, done=done, failed=failed, seconds=seconds)
-        tables.write()
-    if to_do or not (run.out / "report.html").exists():
+        tables.write(report=stopped)
+    if to_do or regrouped or not (run.out / "report.html").exists():
         tables.write(report=True)
     kept = run.records.keys() - with_others
     return [run.records[entry.slide_id] for entry in entries if entry.slide_id in kept]

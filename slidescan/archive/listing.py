@@ -21,8 +21,9 @@ from typing import Any
 import pyarrow as pa
 
 from slidescan.archive.record import Record
-from slidescan.errors import ConfigError
+from slidescan.errors import ConfigError, SlideReadError
 from slidescan.export.stored import read_table
+from slidescan.slides.fingerprint import fingerprint
 from slidescan.slides.remote import Remote, locate
 from slidescan.slides.resolution import override
 
@@ -35,6 +36,7 @@ _SUFFIXES = frozenset(
 )
 _COLUMNS = ("slide_path", "slide_id", "mpp", "group", "sha256")
 _ALIKE = 0.85  # of difflib: one letter more, less or wrong, and none in mpp
+_PICTURES = frozenset({".png", ".jpg", ".jpeg"})  # known by their pixels, not by their files
 _OWN = "anomaly.ome.zarr"  # the map of a result: an archive's output may lie below its slides
 _LONGEST_BYTES = 200  # of an id: file systems take names of 255, and files aside add to it
 _TAG_CHARS = 8  # hex digits that tell slides of one name apart: 1 in 4 billion
@@ -142,14 +144,15 @@ def _table(path: Path) -> list[Entry]:
             rows = table.select([name for name in _COLUMNS if name in names]).to_pylist()
         elif kind in (".csv", ".tsv"):
             with path.open(encoding="utf-8-sig", newline="") as file:  # what Excel writes begins with a mark
-                reader = csv.DictReader(file, delimiter="\t" if kind == ".tsv" else ",")
+                reader = csv.DictReader(file, delimiter="\t" if kind == ".tsv" else ",", strict=True)
                 rows, names = list(reader), list(reader.fieldnames or ())
         else:
             raise ConfigError(
                 f"{path.name}: expected a list of slides as .csv, .tsv or .parquet, got {kind or 'no'} file"
             )
     except (OSError, UnicodeDecodeError, csv.Error, pa.ArrowException) as exc:
-        raise ConfigError(f"{path.name}: cannot be read as a list of slides ({type(exc).__name__})") from exc
+        hint = {UnicodeDecodeError: "; save it as UTF-8", csv.Error: f"; {exc}: check its quotes"}.get(type(exc), "")
+        raise ConfigError(f"{path.name}: cannot be read as a list of slides ({type(exc).__name__}){hint}") from exc
     if "slide_path" not in names:
         found = ", ".join(names) or "no header"
         hint = "; columns are separated by commas" if kind == ".csv" and len(names) == 1 and ";" in found else ""
@@ -166,6 +169,10 @@ def _entry(table: Path, number: int, row: Mapping[str, Any]) -> Entry:
     told = {name: str(row.get(name) if row.get(name) is not None else "").strip() for name in _COLUMNS}
     if not told["slide_path"]:
         raise ConfigError(f"{where}: expected a slide_path, found none")
+    if row.get(None):  # type: ignore[call-overload]  # csv's, of a row that is too long
+        raise ConfigError(f"{where}: expected a cell a column, found more; quote what has a comma in it")
+    if any(char in told["slide_path"] for char in "\0\n\r"):
+        raise ConfigError(f"{where}: expected a slide_path on one line, got {told['slide_path']!r}; check the quotes")
     slide_id = told["slide_id"]
     if slide_id in (".", "..") or any(char in slide_id for char in "/\\") or not slide_id.isprintable():
         raise ConfigError(f"{where}: slide_id must be a plain name, got {slide_id!r}")
@@ -209,14 +216,33 @@ def _named(entries: list[Entry]) -> list[Entry]:
 
 
 def as_recorded(entries: Iterable[Entry], records: Mapping[str, Record]) -> list[Entry]:
-    """Give a slide the id under which it is on record, where another of its name was listed since, or is no longer."""
+    """Give a slide the id under which it is on record, where another of its name was listed since, or is no longer.
+
+    One that has the name of another that is done, in another list, gets a tag: neither takes the other's place.
+    """
     kept = []
     for entry in entries:
         stem, tag = stem_of(entry.path), tag_of(entry.path)
-        own = [name for name in (stem, f"{stem}-{tag}") if name in records and records[name].place == tag]
-        derived = entry.slide_id in (stem, f"{stem}-{tag}")
-        kept.append(replace(entry, slide_id=own[0]) if own and derived else entry)
+        tagged = f"{stem}-{tag}"
+        own = [name for name in (stem, tagged) if name in records and records[name].place == tag]
+        if entry.slide_id in (stem, tagged):
+            if own:
+                entry = replace(entry, slide_id=own[0])
+            elif entry.slide_id in records and _is_another(entry, records[entry.slide_id]):
+                entry = replace(entry, slide_id=tagged)
+        kept.append(entry)
     return kept
+
+
+def _is_another(entry: Entry, record: Record) -> bool:
+    """Return whether a slide is not the one that was done under its name, which may have been moved."""
+    where, size_wh = locate(entry.path), record.told.get("size_wh")
+    if record.state != "done" or size_wh is None or not isinstance(where, Path) or where.suffix.lower() in _PICTURES:
+        return False
+    try:
+        return bool(fingerprint(where, tuple(size_wh)) != record.told["fingerprint"])
+    except SlideReadError:  # it is not there: what is on record stays so
+        return False
 
 
 def tag_of(path: str) -> str:

@@ -10,6 +10,7 @@ import importlib.metadata
 import json
 import os
 import time
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -104,6 +105,15 @@ class Run:
         # A slide that crashes its workers is not to do so every night.
         again = record.kind == "crash" and not record.quarantined
         return replace(task, attempts=record.attempts) if again else None
+
+    def regroup(self, entries: Iterable[Entry]) -> bool:
+        """Put the groups of a list on record, where they are others; return whether any is."""
+        known = ((entry.group, self.records.get(entry.slide_id)) for entry in entries)
+        moved = [replace(record, group=group) for group, record in known if record and record.group != group]
+        for record in moved:
+            self.records[record.slide_id] = record
+            record.save(self.out / "records")
+        return bool(moved)
 
     def keep(self, record: Record) -> None:
         """Put what became of a slide on record; the disk's own troubles end the run."""

@@ -304,6 +304,7 @@ def _told(result: ScanResult) -> dict[str, Any]:
         "mpp": provenance["slide"]["mpp"],
         "detector": provenance["detector"]["name"],
         "fingerprint": provenance["slide"]["fingerprint"],
+        "size_wh": provenance["slide"]["size_wh"],
     }
 
 

@@ -105,6 +105,11 @@ class Model:
                 f"{config.get('model_type')}, which needs a text prompt, too; choose one without text_config in "
                 "config.json"
             )
+        if (self.path / "model.safetensors.index.json").is_file():
+            raise ModelError(
+                f"{self.path.name}: expected all weights in model.safetensors, found them in several files; save the "
+                "model again with a larger max_shard_size"
+            )
         if not (self.path / "model.safetensors").is_file():
             raise ModelError(
                 f"{self.path.name}: expected model.safetensors beside config.json, found none; pickled weights are not "

@@ -170,6 +170,11 @@ class Detr:
         model = model.eval()
         kind = getattr(model.config, "model_type", "")
         self._softmax, self._square = kind in _SOFTMAX, kind in _SQUARE
+        if self._softmax and (attributes or (temperature, offset) != (1.0, 0.0)):
+            raise ModelError(
+                f"{name}: expected no temperature, offset or attributes in slidescan.json with a model of type {kind}, "
+                "whose classes share a softmax; leave them out"
+            )
         self._window, self._least = _window_px(model.config), _least_px(model.config)
         with suppress(ModelError):  # DETR and YOLOS attend to everything: there is nothing to replace
             accelerate(model)

@@ -88,6 +88,8 @@ def deform_attn(
     """
     if isinstance(shapes, Tensor):  # as the original op has them
         shapes = [(int(height), int(width)) for height, width in shapes.tolist()]
+    elif any(isinstance(side, Tensor) for shape in shapes for side in shape):  # rows of that, or torch.jit.trace's
+        shapes = [(int(height), int(width)) for height, width in shapes]
     _check(value, shapes, locations, weights, points)
     if backend not in get_args(Backend):
         raise ValueError(f"deform_attn: expected backend {', '.join(get_args(Backend))}, got {backend}")

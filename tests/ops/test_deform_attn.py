@@ -67,8 +67,10 @@ def test_a_forward_derivative_is_refused(backend: str) -> None:
 def test_shapes_may_be_a_tensor(backend: str) -> None:
     """As the original op takes them, whose levels would begin in wrong places if it were taken for pairs."""
     value, shapes, *rest = inputs([(5, 7), (3, 4), (2, 2)], [1, 2, 1], q=3, m=2, d=4)
-    out = deform_attn(value, torch.tensor(shapes), *rest, backend=backend)
-    assert torch.equal(out, deform_attn(value, shapes, *rest, backend=backend))
+    expected = deform_attn(value, shapes, *rest, backend=backend)
+    levels = torch.tensor(shapes)
+    for told in (levels, list(levels), [(height, width) for height, width in levels]):
+        assert torch.equal(deform_attn(value, told, *rest, backend=backend), expected)
 
 
 def test_tensors_of_another_rank_are_refused() -> None:
