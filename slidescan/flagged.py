@@ -6,7 +6,7 @@ Both are pure functions of stitched detections in level-0 px, deterministic, and
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import product
 
 import numpy as np
@@ -46,7 +46,7 @@ class FlaggedRegion:
     area_mm2: float
     peak_box_l0: Box
     """The detection of highest score."""
-    rows: NDArray[np.intp]
+    rows: NDArray[np.intp] = field(default_factory=lambda: np.empty(0, np.intp), repr=False)
     """Of the detections at or above the threshold, those in it: outlines overlap, and each detection is of one."""
 
     @property
