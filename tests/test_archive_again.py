@@ -166,6 +166,8 @@ def test_a_corrected_group_is_that_of_what_is_done(two: Path, tmp_path: Path, cl
     assert set(read_table(out / "index.parquet")["group"].to_pylist()) == {"test"}
     assert [len(open_archive(out).top(100, group=group)) > 0 for group in ("train", "test")] == [False, True]
     assert sum(record.attempts for record in records) == 2
+    two.write_text("\n".join(["slide_path", *rows]))  # a list that knows of none takes none away
+    assert ss.scan_archive(two, ORACLE, out=out, config=config(), client=client) == records
 
 
 def test_a_slide_that_vanishes_is_tried_again(two: Path, tmp_path: Path) -> None:

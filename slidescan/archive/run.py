@@ -107,8 +107,8 @@ class Run:
         return replace(task, attempts=record.attempts) if again else None
 
     def regroup(self, entries: Iterable[Entry]) -> bool:
-        """Put the groups of a list on record, where they are others; return whether any is."""
-        known = ((entry.group, self.records.get(entry.slide_id)) for entry in entries)
+        """Put the groups of a list on record, where they are others; return whether any is. No group says nothing."""
+        known = ((entry.group, self.records.get(entry.slide_id)) for entry in entries if entry.group)
         moved = [replace(record, group=group) for group, record in known if record and record.group != group]
         for record in moved:
             self.records[record.slide_id] = record
