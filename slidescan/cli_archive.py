@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from slidescan.cli_options import ModelMppOpt, PrecisionOpt, assigned, detector_of
-from slidescan.cli_progress import slides_done
+from slidescan.cli_progress import slides_done, slides_opened
 from slidescan.cli_report import area, duration, warnings_in_a_line
 from slidescan.errors import ConfigError, WorkerError
 from slidescan.timeouts import LONGEST_S
@@ -22,6 +22,7 @@ from slidescan.timeouts import LONGEST_S
 if TYPE_CHECKING:
     from distributed import Client
 
+    from slidescan.archive import Entry
     from slidescan.detections import Detector
     from slidescan.jobqueue import Queue
 
@@ -71,12 +72,14 @@ def archive(
     if retry_failed and retry_failed not in REASONS:
         raise ConfigError(f"--retry-failed must be one of {', '.join(REASONS)}, or nothing, got {retry_failed!r}")
     settings, queue = load_settings(config, assigned(set_ or []))
-    part, entries = _shard(shard), read_listing(listing)
+    with warnings_in_a_line():  # of what is left out
+        part, entries = _shard(shard), read_listing(listing)
     detector = detector_of(model, precision, model_mpp)
     with heeded_signals(), _cluster(scheduler, queue) as client:
         n = queue.workers if queue is not None and client is not None else workers
         common: dict[str, Any] = {"config": settings, "client": client, "workers": n, "shard": part}
-        common |= {"allow_coarse": allow_coarse, "timeout_s": timeout}
+        common |= {"allow_coarse": allow_coarse, "timeout_s": timeout, "out": out}
+        common["retry_failed"] = retry_failed or retry_failed is not None
         if dry_run:
             _estimate(entries, detector, common)
             return
@@ -84,8 +87,6 @@ def archive(
             records = scan_archive(
                 entries,
                 detector,
-                out=out,
-                retry_failed=retry_failed or retry_failed is not None,
                 max_failures=1 if fail_fast else max_failures,
                 on_slide=on_slide,
                 **common,
@@ -93,7 +94,7 @@ def archive(
     status(out)
     if any(record.state == "failed" for record in records):
         raise typer.Exit(1)
-    left = (len(entries) if part is None else len(entries[part[0] - 1 :: part[1]])) - len(records)
+    left = len(_given(entries, part)) - len(records)
     if left > 0:
         raise WorkerError(
             f"{left} of the slides {'is' if left == 1 else 'are'} not done: another run was at work on them when they "
@@ -182,20 +183,31 @@ def _shard(shard: str | None) -> tuple[int, int] | None:
     return int(found[1]), int(found[2])
 
 
-def _estimate(entries: list[Any], detector: Detector, common: dict[str, Any]) -> None:
+def _given(entries: list[Entry], part: tuple[int, int] | None) -> list[Entry]:
+    return entries if part is None else entries[part[0] - 1 :: part[1]]
+
+
+def _estimate(entries: list[Entry], detector: Detector, common: dict[str, Any]) -> None:
     from slidescan.archive.engine import estimate_archive
 
     total: dict[str, float] = {"bytes": 0, "tissue_mm2": 0, "tiles": 0, "megapixels": 0, "seconds": 0}
     n = bad = 0
-    for entry, told in estimate_archive(entries, detector, **common):
-        n += 1
-        if "reason" in told:
-            bad += 1
-            why = told["message"].removeprefix(f"{entry.slide_id}: ")
-            typer.echo(f"{entry.slide_id}: would fail, {told['reason']}: {why}")
-        for name in total:
-            total[name] += told.get(name) or 0
-    typer.echo(f"slides      {n:,}, {bad:,} of which would fail; {total['bytes'] / 1e9:,.1f} GB")
+    slides = len(_given(entries, common["shard"]))
+    with slides_opened() as on_slide:
+        for entry, told in estimate_archive(entries, detector, **common):
+            n += 1
+            if "reason" in told:
+                bad += 1
+                why = told["message"].removeprefix(f"{entry.slide_id}: ")
+                typer.echo(f"{entry.slide_id}: would fail, {told['reason']}: {why}")
+            for name in total:
+                total[name] += told.get(name) or 0
+            on_slide(n, slides)
+    if not n:
+        typer.echo(f"slides      {slides:,}, all on record: nothing to do; what failed is tried with --retry-failed")
+        return
+    before = f"{slides - n:,} of {slides:,} need nothing or would fail again; " if n < slides else ""
+    typer.echo(f"slides      {before}{n:,} to do, {bad:,} of which would fail; {total['bytes'] / 1e9:,.1f} GB")
     typer.echo(f"tissue      {area(total['tissue_mm2'])}")
     typer.echo(f"plan        {total['tiles']:,.0f} tiles, {total['megapixels']:,.0f} MP")
     typer.echo(f"time        about {duration(total['seconds'])} for one process; shared by all there are")

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from slidescan.scan_slide import Progress
     from slidescan.slides import Slide
 
-__all__ = ["slide_scanned", "slides_done"]
+__all__ = ["slide_scanned", "slides_done", "slides_opened"]
 
 
 @contextmanager
@@ -50,6 +50,18 @@ def slide_scanned(slide: Slide, title: str) -> Iterator[tuple[Callable[[Prepared
             bar.update(task, completed=state.regions_done, total=state.regions, rate=rate)
 
         yield prepared, progress
+
+
+@contextmanager
+def slides_opened() -> Iterator[Callable[[int, int], None]]:
+    """Show how many slides were looked at; give what is called with their number and the number of all."""
+    from rich.console import Console
+    from rich.progress import Progress as Bar
+
+    console = Console(stderr=True)
+    with Bar(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("slides", total=None)
+        yield lambda n, slides: bar.update(task, completed=n, total=slides)
 
 
 @contextmanager

@@ -140,6 +140,7 @@ def in_flight(
     from distributed import CancelledError, KilledWorker, as_completed
     from distributed.client import ClosedClientError
     from distributed.comm import CommClosedError
+    from distributed.scheduler import NoValidWorkerError, NoWorkerError
 
     owner: dict[str, T] = {}
     running = as_completed()
@@ -158,6 +159,11 @@ def in_flight(
                 outcome = future.result()
             except (CancelledError, ClosedClientError, CommClosedError) as exc:
                 raise WorkerError("the Dask cluster is gone; start it and run the same command to continue") from exc
+            except (NoWorkerError, NoValidWorkerError) as exc:
+                raise WorkerError(
+                    "no worker process is left, and none came back; see to the machine's memory and run the same "
+                    "command to continue"
+                ) from exc
             except KilledWorker:
                 outcome = killed(task)
             del future  # or Dask does the task again where its worker dies after this

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from slidescan.errors import ConfigError, ResultError
 
-__all__ = ["commit", "disk_error", "flush", "local", "machine", "made", "short_name", "sweep"]
+__all__ = ["can_be_made", "commit", "disk_error", "flush", "local", "machine", "made", "short_name", "sweep"]
 
 # Seconds after which nobody writes a file any more, wherever: the largest takes a minute. Clocks differ by less.
 _ABANDONED_S = 24 * 3600
@@ -94,6 +94,22 @@ def made(directory: Path) -> Path:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as exc:
         raise disk_error(directory, exc) from exc
+    return directory
+
+
+def can_be_made(directory: Path) -> Path:
+    """See that a directory could be made and written into, without doing so; return it.
+
+    Raises
+    ------
+    ResultError
+        If it could not.
+    """
+    there = next(each for each in (directory, *directory.absolute().parents) if each.exists())
+    code = 0 if os.access(there, os.W_OK) else errno.EACCES
+    if code or not there.is_dir():
+        code = code or errno.ENOTDIR
+        raise disk_error(directory, OSError(code, os.strerror(code)))
     return directory
 
 

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 __all__ = ["processes", "visible_gpus"]
 
 _DRAIN_S = 5  # for regions in flight when a run is ended; SLURM kills 30 s after it asked, others after 10
+# A process that died and is not there again after this: Dask's own 15 s, after which it is never started again, are
+# less than importing torch takes on a machine that swaps.
+_RESTART_S = 600
 _CLOSING_S = 2  # for what did begin of a cluster whose start was cut short
 _servers_started: set[int] = set()  # processes that workers are forked from
 
@@ -74,6 +77,8 @@ def processes(
     n = workers or (max(1, len(names)) if gpu else cores())
     settings = {
         "distributed.scheduler.allowed-failures": DEATHS,
+        "distributed.scheduler.no-workers-timeout": _RESTART_S,
+        "distributed.deploy.lost-worker-timeout": _RESTART_S,
         "distributed.worker.daemon": False,
         "distributed.scheduler.http.routes": [],  # its status pages name tasks and show logs
         "distributed.worker.http.routes": [],
@@ -140,7 +145,7 @@ def _kill(cluster: Any) -> None:
     """End what is left of a cluster, and leave nothing for Dask to close, with its own patience, at the end."""
     cluster._instances.discard(cluster)
     for nanny in list(cluster.workers.values()):
-        nanny.auto_restart = False
+        nanny.close_gracefully()  # or it starts another one
         with contextlib.suppress(OSError, TypeError):  # it has ended
             os.kill(nanny.pid, signal.SIGKILL)
 

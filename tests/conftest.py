@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
+import dask
 import pytest
 from hypothesis import HealthCheck, settings
 
@@ -18,6 +20,13 @@ os.environ["SLIDESCAN_STATE"] = ""
 settings.register_profile("default", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("ci", parent=settings.get_profile("default"), derandomize=True, max_examples=60)
 settings.load_profile("ci" if os.environ.get("CI") else "default")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _processes_that_die_come_back() -> Iterator[None]:
+    """Dask gives up one that has not started again in 15 s, which a busy machine takes."""
+    with dask.config.set({"distributed.deploy.lost-worker-timeout": "10 minutes"}):
+        yield
 
 
 @pytest.fixture(scope="session")

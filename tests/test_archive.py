@@ -6,7 +6,6 @@ import contextlib
 import csv
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -23,9 +22,7 @@ import pytest
 import slidescan as ss
 from slidescan.archive import Entry, archive_status, engine, read_listing
 from slidescan.archive.engine import ArchiveProgress, estimate_archive
-from slidescan.archive.record import REASONS, Record, read_records
-from slidescan.archive.slide import SlideTask
-from slidescan.archive.status import standing
+from slidescan.archive.record import Record, read_records
 from slidescan.errors import ConfigError, ResultError
 from slidescan.lease import claimed
 from tests.archives import DEADLY, FORGETFUL, TROUBLED, write_cohort, write_slide
@@ -166,11 +163,44 @@ class TestRuns:
         ss.scan_archive(cohort, ORACLE, out=out, config=config(), client=client)
         assert read_records(out / "records")["other"].state == "done"
 
+    def test_an_estimate_is_of_what_is_to_do(self, cohort: Path, tmp_path: Path, client: Client) -> None:
+        """Of an archive that is half done, the other half; what cannot be written into is said before the night."""
+        out, options = tmp_path / "runs", {"config": config(), "client": client}
+
+        def told(**more: object) -> set[str]:
+            return {entry.slide_id for entry, _ in estimate_archive(cohort, ORACLE, out=out, **options, **more)}  # type: ignore[arg-type]
+
+        ss.scan_archive(read_listing(cohort)[2:5], ORACLE, out=out, **options)  # type: ignore[arg-type]
+        entries = {entry.slide_id for entry in read_listing(cohort)}
+        assert told() == entries - {"other", "unscaled", "broken"}
+        assert told(retry_failed=True) == entries - {"other", "unscaled"}
+        out = cohort / "runs"
+        with pytest.raises(ResultError, match=r"runs: cannot be written \(Not a directory\)"):
+            told()
+
+    def test_a_directory_that_cannot_be_written_costs_its_slide(
+        self, cohort: Path, tmp_path: Path, client: Client
+    ) -> None:
+        in_the_way = tmp_path / "runs/slides/other"
+        in_the_way.parent.mkdir(parents=True)
+        in_the_way.touch()
+
+        def reasons() -> list[str | None]:
+            out, entries = tmp_path / "runs", read_listing(cohort)[1:4]
+            records = ss.scan_archive(entries, ORACLE, out=out, config=config(), client=client)
+            assert not any(str(tmp_path) in record.message for record in records)
+            return [record.reason for record in records]
+
+        assert reasons() == [None, "unwritable", None]
+        in_the_way.unlink()
+        assert reasons() == [None] * 3
+
     def test_max_failures(self, cohort: Path, tmp_path: Path, client: Client) -> None:
         with pytest.raises(ResultError, match="stopped after 2 failures"):
             ss.scan_archive(cohort, ORACLE, out=tmp_path / "runs", config=config(), client=client, max_failures=2)
         assert sum(archive_status(tmp_path / "runs").failed.values()) >= 2
-        assert "The run is on" not in (tmp_path / "runs/report.html").read_text(encoding="utf-8")
+        assert "No run is on: the same command" in (tmp_path / "runs/report.html").read_text(encoding="utf-8")
+        assert archive_status(tmp_path / "runs").left >= 1
 
     def test_a_wrong_file_is_not_scanned(self, cohort: Path, tmp_path: Path, client: Client) -> None:
         entries = [Entry("a", str(cohort.parent / "south/other.tiff"), sha256="0" * 64)]
@@ -192,87 +222,6 @@ class TestRuns:
         assert told["other"]["seconds"] > 0
         assert told["other"]["bytes"] == (cohort.parent / "south/other.tiff").stat().st_size
         assert set(tmp_path.rglob("*")) == before
-
-
-class TestRecords:
-    """What is told of slides and of the whole, from records alone."""
-
-    @pytest.mark.parametrize(
-        ("told", "reason"),
-        [
-            ({"analysed_fraction": 1.0, "read_failed_boxes": 0, "other_images": 0}, None),
-            ({"analysed_fraction": 0.91, "read_failed_boxes": 7, "other_images": 1}, "decode_holes"),
-            ({"analysed_fraction": 1.0, "read_failed_boxes": 0, "other_images": 2}, "more_images"),
-            ({"analysed_fraction": None, "read_failed_boxes": 0, "other_images": 0}, "no_tissue"),
-        ],
-    )
-    def test_a_slide_is_done_with_a_caveat(self, tmp_path: Path, told: dict[str, object], reason: str | None) -> None:
-        task = SlideTask(Entry("a", "a.svs"), ORACLE, config(), tmp_path, "key")
-        record = task.done(told)
-        assert (record.state, record.reason, record.attempts) == ("done", reason, 1)
-        assert ("91.00% of the tissue" in record.message) == (reason == "decode_holes")
-        assert standing([record], tmp_path / "log.jsonl").caveats == ({reason: 1} if reason else {})
-
-    def test_rates_are_of_the_runs_that_are_on(self, tmp_path: Path) -> None:
-        """Two of three shards are on, one was killed days ago and taken up again; models scored half of the time."""
-        log = tmp_path / "log.jsonl"
-        started = [(0, "1/3"), (1_000, "1/3"), (1_010, "2/3"), (1_020, "3/3")]
-        events: list[dict[str, object]] = [
-            {"at": at, "event": "run_started", "slides": 9, "scoring": 1, "share": share} for at, share in started
-        ]
-        events += [{"at": 1_050, "event": "run_ended", "share": "3/3"}, {"at": 1_060, "event": "slide_done"}]
-        log.write_text("".join(json.dumps(event) + "\n" for event in events) + '{"event": "run_')
-        told = {"stages_s": {"model": 40.0, "decode": 9.0, "batch": 10.0}, "megapixels": 30.0}
-        records = [Record(str(at), "", "k", "done", finished_s=at, told=told) for at in (500, 1_050, 1_100)]
-        now = standing(records, log)
-        assert (now.slides, now.done, now.running) == (9, 3, True)
-        assert (now.slides_per_h, now.megapixels_per_s, now.busy) == (72.0, 0.6, 0.5)
-        assert now.seconds_left == 300
-        failed = [replace(record, state="failed", reason="not_found") for record in records]
-        assert standing(failed, log).slides_per_h is None
-        whole = {"at": 2_000, "event": "run_started", "slides": 9, "share": ""}
-        log.write_text("".join(json.dumps(event) + "\n" for event in [*events, whole, {"event": "run_ended"}]))
-        assert not standing(records, log).running
-
-    def test_what_is_done_anew_is_not_done_yet(self, tmp_path: Path) -> None:
-        """After a setting was changed: thirty of a hundred are scanned again so far, and no more than that count."""
-        log = tmp_path / "log.jsonl"
-        begun = {
-            "at": 1_000,
-            "event": "run_started",
-            "slides": 100,
-            "to_do": 100,
-            "again": 98,
-            "scoring": 1,
-            "share": "",
-        }
-        log.write_text(json.dumps(begun) + "\n")
-        records = [Record(str(n), "", "k", "done", finished_s=1_010 + n if n < 30 else 5) for n in range(98)]
-        records += [Record(f"f{n}", "", "k", "failed", "read_error", finished_s=5) for n in range(2)]
-        now = standing(records, log)
-        assert (now.done, now.slides) == (28, 100)
-        assert "28 done, 2 failed, 70 to do" in now.lines()[0]
-        assert now.seconds_left == pytest.approx(39 / 30 * 70)
-
-    def test_a_killed_job_of_another_array_is_not_on(self, tmp_path: Path) -> None:
-        log = tmp_path / "log.jsonl"
-        events = [
-            {"at": 1, "event": "run_started", "slides": 9, "share": "3/64"},
-            {"at": 9_000, "event": "run_started", "slides": 9, "share": "1/2"},
-            {"at": 9_100, "event": "run_ended", "share": "1/2"},
-        ]
-        log.write_text("".join(json.dumps(event) + "\n" for event in events))
-        now = standing([Record("a", "", "k", "done", finished_s=9_050)], log)
-        assert (now.running, now.slides_per_h) == (False, 72.0)
-
-    def test_the_readme_has_every_reason(self) -> None:
-        text = (ROOT / "slidescan/archive/README.md").read_text(encoding="utf-8")
-        told = dict(re.findall(r"^\| `(\w+)` \| (.*?) \|", text, re.MULTILINE))
-        assert told == {reason: meaning for reason, (_, meaning) in REASONS.items()}
-
-    def test_a_reason_of_another_slidescan_is_told(self, tmp_path: Path) -> None:
-        now = standing([Record("a", "", "k", "failed", "moonlight")], tmp_path / "log.jsonl")
-        assert any("moonlight" in line for line in now.lines())
 
 
 class TestAccidents:

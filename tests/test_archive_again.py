@@ -10,11 +10,12 @@ import pytest
 import tifffile
 
 import slidescan as ss
-from slidescan.archive import archive_status, open_archive, read_listing
+from slidescan.archive import Entry, archive_status, open_archive, read_listing
 from slidescan.archive.engine import estimate_archive
 from slidescan.archive.record import Record
 from slidescan.archive.run import Run
 from slidescan.archive.slide import scan_slide
+from slidescan.errors import ConfigError
 from slidescan.export.stored import read_table
 from slidescan.lease import claimed
 from tests.archives import write_slide
@@ -247,3 +248,38 @@ def test_an_archive_is_reviewed_while_a_slide_is_scanned_anew(two: Path, tmp_pat
     assert [each.slide_id for each in archive.top(100)] == [slide_id for slide_id in before if slide_id == "b"]
     looked = ss.review(archive, reviewer="ann")
     assert {item.slide_id for item in looked.items()} == {"b"}
+
+
+def test_a_slide_under_another_id_is_one_slide(two: Path, tmp_path: Path, client: Client) -> None:
+    """Who gives ids later has no slide twice in tables and regions; the former result stays on the disk."""
+    out = tmp_path / "runs"
+
+    def run() -> list[str]:
+        ss.scan_archive(two, ORACLE, out=out, config=config(), client=client)
+        assert archive_status(out).slides == 2
+        return sorted(read_table(out / "index.parquet")["slide_id"].to_pylist())
+
+    assert run() == ["a", "b"]
+    two.write_text("slide_path,slide_id\na.tiff,first\nb.tiff,b\n")
+    assert run() == ["b", "first"]
+    assert {each.slide_id for each in open_archive(out).top(1000)} == {"b", "first"}
+    assert (out / "slides/a/manifest.json").is_file()
+    two.write_text("slide_path\na.tiff\nb.tiff\n")
+    assert run() == ["a", "b"]
+    two.write_text("slide_path\nb.tiff\n")  # what a list leaves out stays
+    assert run() == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("entries", "told"),
+    [
+        ([Entry("a", "a.svs"), Entry("A", "b.svs")], "slide_id 'A?a?' is given to 2 slides"),
+        ([Entry("up/a", "a.svs")], "slide 1: slide_id must be a plain name, got 'up/a'"),
+        ([Entry("a", "a.svs"), Entry("b", "a.svs")], "a.svs: expected each slide once"),
+    ],
+)
+def test_a_list_made_by_hand_is_looked_at_too(tmp_path: Path, entries: list[Entry], told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        ss.scan_archive(entries, ORACLE, out=tmp_path / "runs", config=config())
+    with pytest.raises(ConfigError, match=told):
+        estimate_archive(entries, ORACLE, config=config())

@@ -24,6 +24,7 @@ import slidescan as ss
 from slidescan.archive import report
 from slidescan.archive.record import REASONS, Record
 from slidescan.archive.report import write_report
+from slidescan.archive.unfinished import UNFINISHED, begin
 from slidescan.overview import draw_overview, heat_panel
 from tests.archives import write_slide
 from tests.discs import ORACLE, config
@@ -215,7 +216,8 @@ class TestData:
 
 class TestHead:
     def test_numbers(self, tmp_path: Path) -> None:
-        (tmp_path / "log.jsonl").write_text('{"at": 1699999000.0, "event": "run_started", "slides": 6, "to_do": 6}\n')
+        (tmp_path / UNFINISHED).mkdir()
+        begin(tmp_path, "abcdef", "def", 1)
         page = written(tmp_path, done("a"), done("b", "decode_holes", analysed_fraction=0.99999), failed("c", "no_mpp"))
         said = " ".join(page.text.split())
         for part in ("6", "81.0 mm²", "99.99%", "Research use only", "Scores of all 34 detections", "Detector mitosis"):
@@ -223,6 +225,7 @@ class TestHead:
         for reason in ("no_mpp", "decode_holes"):
             assert REASONS[reason][1] in said
         assert "2023-11-14 22:13 UTC" in said
+        assert "To do3" in said
         assert "killed before its end" in said
         bars = [attributes for tag, attributes in page.tags if tag == "rect"]
         assert len(bars) == 4  # of 20 bins those with something in them

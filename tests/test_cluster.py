@@ -16,8 +16,9 @@ import pytest
 import yaml
 
 from slidescan import jobqueue, scheduler
+from slidescan.cluster import in_flight
 from slidescan.config import ScanConfig
-from slidescan.errors import ConfigError, MissingExtraError
+from slidescan.errors import ConfigError, MissingExtraError, WorkerError
 from slidescan.jobqueue import Queue, from_queue, load_settings, prepared
 from slidescan.scheduler import connect
 
@@ -44,6 +45,19 @@ def guarded() -> Iterator[LocalCluster]:
     options = {"protocol": "tls", "security": Security.temporary(), "host": "127.0.0.1", "silence_logs": 50}
     with LocalCluster(n_workers=1, processes=False, dashboard_address="127.0.0.1:0", **options) as running:
         yield running
+
+
+def test_nothing_waits_for_processes_that_do_not_come() -> None:
+    from dask import config
+    from distributed import Client, LocalCluster
+
+    with (
+        config.set({"distributed.scheduler.no-workers-timeout": "10ms"}),
+        LocalCluster(n_workers=0, processes=False, dashboard_address="127.0.0.1:0", silence_logs=50) as none,
+        Client(none) as client,
+        pytest.raises(WorkerError, match="no worker process is left"),
+    ):
+        list(in_flight(client, abs, [-1].pop, 1, abs))
 
 
 class TestCertificates:

@@ -126,6 +126,16 @@ class TestThisMachine:
             os.kill(second, signal.SIGINT)
             assert client.submit(os.getpid, pure=False).result(60) == second != first
 
+    def test_one_that_is_slow_to_start_again_is_waited_for(self) -> None:
+        """Dask gives up one that has died and is not back in time; when it was the last, its work waits for ever."""
+        from dask import config
+
+        at_once = config.set({"distributed.deploy.lost-worker-timeout": "1ms"})
+        with at_once, processes(None, 1, gpu=False) as (client, _):
+            first = client.submit(os.getpid, pure=False).result(60)
+            os.kill(first, signal.SIGKILL)
+            assert client.submit(os.getpid, pure=False).result(60) != first
+
     def test_threads_of_one_process_are_reached_by_nobody_either(self) -> None:
         before = listening()
         with cluster.cluster(None, 2) as (_, threads, n):

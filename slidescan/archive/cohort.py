@@ -62,7 +62,7 @@ class Archive:
     @property
     def status(self) -> ArchiveStatus:
         """Counts and rates."""
-        return standing(self.records.values(), self.path / "log.jsonl")
+        return standing(self.records.values(), self.path)
 
     def result(self, slide_id: str) -> ScanResult:
         """Return the result of a slide.

@@ -17,13 +17,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slidescan.archive.listing import Entry, as_recorded, read_listing
+from slidescan.archive.listing import Entry, as_recorded, named, read_listing
 from slidescan.archive.record import MOST_ATTEMPTS, REASONS, Record
 from slidescan.archive.run import VERSION, Run, Tables
 from slidescan.archive.slide import SlideTask, estimate_slide, killed, scan_slide
+from slidescan.archive.unfinished import begin, end
 from slidescan.archive.worklist import Worklist
 from slidescan.cluster import in_flight
-from slidescan.commit import local
+from slidescan.commit import can_be_made, local
 from slidescan.config import ScanConfig, checked
 from slidescan.detections import Detector
 from slidescan.errors import ConfigError, ResultError
@@ -131,10 +132,12 @@ def scan_archive(
         raise ConfigError(f"workers: expected 1 or more, got {workers}")
     if isinstance(retry_failed, str) and retry_failed not in REASONS:
         raise ConfigError(f"retry_failed: expected True or one of {', '.join(REASONS)}, got {retry_failed!r}")
-    listed = listing if isinstance(listing, list) else read_listing(listing)
+    listed = named(listing) if isinstance(listing, list) else read_listing(listing)
     run = Run(local(out), detector, checked(config), allow_coarse, timeout_s)
+    run.open()
     listed = as_recorded(listed, run.records)
     regrouped = run.regroup(listed)
+    run.rename(listed)
     entries = _share(listed, shard)
     if remember:
         noted(run.out, {entry.slide_id: entry.path for entry in listed})
@@ -142,16 +145,19 @@ def scan_archive(
     states = Counter(run.records[entry.slide_id].state for entry in entries if entry.slide_id in run.records)
     anew = Counter(run.records[task.entry.slide_id].state for task in todo if task.entry.slide_id in run.records)
     states.subtract(anew)
-    again = anew["done"]  # under other settings, or of another file
     started, failures, megapixels, to_do = time.time(), 0, 0.0, len(todo)
     tables, with_others = Tables(run.out), set[str]()
     stopped = False
+    begun: Path | None = None
     because, share = "finished", "" if shard is None else f"{shard[0]}/{shard[1]}"
     try:
         with contextlib.ExitStack() as held:
             scoring = scored_at_once(run.detector)
             running, n = held.enter_context(run.processes(client, workers)) if todo else (None, 0)
-            counts = {"slides": len(listed), "to_do": to_do, "again": again, "scoring": n * scoring}
+            begun = begin(
+                run.out, [each.slide_id for each in entries], [task.entry.slide_id for task in todo], n * scoring
+            )
+            counts = {"slides": len(listed), "to_do": to_do, "again": anew["done"], "scoring": n * scoring}
             run.log("run_started", share=share, version=VERSION, **counts)
             while running is not None and todo:
                 todo.wait()
@@ -186,6 +192,8 @@ def scan_archive(
         because = type(exc).__name__
         raise
     finally:
+        if begun is not None:
+            end(begun, finished=because == "finished")
         seconds = round(time.time() - started, 3)
         done, failed = states["done"], states["failed"]
         run.log("run_ended", share=share, because=because, done=done, failed=failed, seconds=seconds)
@@ -200,18 +208,40 @@ def estimate_archive(
     listing: str | Path | list[Entry],
     detector: Detector | str | Path = "mitosis",
     *,
+    out: str | Path | None = None,
     config: ScanConfig | None = None,
     client: Client | None = None,
     workers: int | None = None,
     shard: tuple[int, int] | None = None,
     allow_coarse: bool = False,
+    retry_failed: bool | str = False,
     timeout_s: float | None = None,
 ) -> Iterator[tuple[Entry, dict[str, Any]]]:
-    """Open every slide of a list and yield what a scan would do with it, or why it would fail; nothing is written."""
-    entries = _share(listing if isinstance(listing, list) else read_listing(listing), shard)
-    run = Run(None, detector, checked(config), allow_coarse, timeout_s)
+    """Open the slides that a run would scan and yield what it would do with each, or why it would fail.
+
+    Nothing is written. With `out`, slides that are on record there and would not be scanned are left out.
+
+    Raises
+    ------
+    ConfigError, ModelError, ResultError
+        As `scan_archive`, before the first slide is opened.
+    """
+    run = Run(None if out is None else can_be_made(local(out)), detector, checked(config), allow_coarse, timeout_s)
+    listed = named(listing) if isinstance(listing, list) else read_listing(listing)
+    todo = [
+        task
+        for entry in _share(as_recorded(listed, run.records), shard)
+        if (task := run.task(entry, retry_failed)) is not None
+    ]
+    return _estimated(run, todo, client, workers)
+
+
+def _estimated(
+    run: Run, tasks: list[SlideTask], client: Client | None, workers: int | None
+) -> Iterator[tuple[Entry, dict[str, Any]]]:
+    if not tasks:
+        return
     with tempfile.TemporaryDirectory(prefix="slidescan-") as scratch:  # for marks of what does not open in time
-        tasks = (run.new_task(entry) for entry in entries)
         todo = Worklist(replace(task, out=Path(scratch, task.entry.slide_id)) for task in tasks)
         with run.processes(client, workers) as (running, n):
             suspects = []

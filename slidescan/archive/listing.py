@@ -21,23 +21,18 @@ from typing import Any
 import pyarrow as pa
 
 from slidescan.archive.record import Record
+from slidescan.archive.search import one_a_series, slides_below, slides_like
 from slidescan.errors import ConfigError, SlideReadError
 from slidescan.export.stored import read_table
 from slidescan.slides.fingerprint import fingerprint
 from slidescan.slides.remote import Remote, locate
 from slidescan.slides.resolution import override
 
-__all__ = ["Entry", "as_recorded", "read_listing", "stem_of", "tag_of"]
+__all__ = ["Entry", "as_recorded", "named", "read_listing", "stem_of", "tag_of"]
 
-# What a folder is searched for: slide formats by the suffix that is opened. A picture is no slide, and the files beside
-# a .mrxs or a .vms are theirs.
-_SUFFIXES = frozenset(
-    ".svs .tif .tiff .ndpi .mrxs .scn .bif .vms .vmu .svslide .czi .zarr".split()  # noqa: SIM905  # one line to read
-)
 _COLUMNS = ("slide_path", "slide_id", "mpp", "group", "sha256")
 _ALIKE = 0.85  # of difflib: one letter more, less or wrong, and none in mpp
 _PICTURES = frozenset({".png", ".jpg", ".jpeg"})  # known by their pixels, not by their files
-_OWN = "anomaly.ome.zarr"  # the map of a result: an archive's output may lie below its slides
 _LONGEST_BYTES = 200  # of an id: file systems take names of 255, and files aside add to it
 _TAG_CHARS = 8  # hex digits that tell slides of one name apart: 1 in 4 billion
 
@@ -74,8 +69,9 @@ def read_listing(source: str | Path) -> list[Entry]:
     ----------
     source : str or Path
         A .csv, .tsv or .parquet file with a column ``slide_path`` (relative to the file) and optionally ``slide_id``,
-        ``mpp``, ``group`` and ``sha256``; other columns are left alone. Or a folder, searched whole. Or a pattern such
-        as ``slides/**/*.svs``.
+        ``mpp``, ``group`` and ``sha256``; other columns are left alone. Or a folder, searched whole; `SlideWarning`
+        tells what was left out there. Or a pattern such as ``slides/**/*.svs``. The files of one DICOM series in one
+        folder are one slide.
 
     Raises
     ------
@@ -93,45 +89,14 @@ def read_listing(source: str | Path) -> list[Entry]:
     """
     path = Path(source).expanduser()
     if path.is_dir():
-        entries = [Entry("", str(file)) for file in _found(path)]
-        said = f"{path}: expected a folder with slides, found none ({', '.join(sorted(_SUFFIXES))})"
+        entries = [Entry("", str(file)) for file in slides_below(path)]
     elif path.is_file():
         entries = _table(path)
-        said = f"{path.name}: expected slides, found none"
     elif glob.has_magic(str(source)):
-        matched = sorted(glob.glob(str(path), recursive=True))  # noqa: PTH207  # patterns may be absolute
-        entries = [Entry("", os.path.abspath(file)) for file in matched]  # noqa: PTH100  # keeps a link a link
-        said = f"{source}: no file fits this pattern; quote it so that the shell leaves it alone, and check it"
+        entries = [Entry("", str(file)) for file in slides_like(str(path))]
     else:
         raise ConfigError(f"{source}: expected a table of slides, a folder or a pattern, found nothing there")
-    if not entries:
-        raise ConfigError(said)
-    return _named(entries)
-
-
-def _found(folder: Path) -> Iterable[Path]:
-    """Yield the slides below a folder, sorted; a Zarr directory is one slide, and hidden ones are nobody's.
-
-    Links to folders are followed, each folder once. Results of slidescan are no slides.
-    """
-
-    def refuse(error: OSError) -> None:
-        raise ConfigError(
-            f"{error.filename}: expected a folder that can be read, got {error.strerror}; it is below {folder}"
-        )
-
-    seen: set[str] = set()
-    for directory, below, files in os.walk(folder.absolute(), onerror=refuse, followlinks=True):
-        place = os.path.realpath(directory)
-        if place in seen:
-            below.clear()
-            continue
-        seen.add(place)
-        zarrs = [name for name in below if name.lower().endswith(".zarr")]
-        below[:] = sorted(name for name in below if name not in zarrs and not name.startswith("."))
-        for name in sorted([*zarrs, *files]):
-            if not name.startswith(".") and name != _OWN and Path(name).suffix.lower() in _SUFFIXES:
-                yield Path(directory, name)
+    return named(entries)
 
 
 def _table(path: Path) -> list[Entry]:
@@ -161,7 +126,15 @@ def _table(path: Path) -> list[Entry]:
         (meant,) = difflib.get_close_matches(name.strip().lower(), _COLUMNS, 1, _ALIKE) or [None]
         if meant is not None and meant not in names:
             raise ConfigError(f"{path.name}: column {name!r}: expected {meant}, if that is meant; else another name")
-    return [_entry(path, number, row) for number, row in enumerate(rows, 1)]
+    if not rows:
+        raise ConfigError(f"{path.name}: expected slides, found none")
+    entries = [_entry(path, number, row) for number, row in enumerate(rows, 1)]
+    dicom = [Path(entry.path) for entry in entries if entry.path.lower().endswith(".dcm") and "://" not in entry.path]
+    slides, n_other = one_a_series(dicom)
+    if len(slides) + n_other < len(dicom):
+        n = f"{len(dicom) - n_other:,} .dcm files of {len(slides):,}"
+        raise ConfigError(f"{path.name}: expected each slide once, got {n}; list one file of a series, or the folder")
+    return entries
 
 
 def _entry(table: Path, number: int, row: Mapping[str, Any]) -> Entry:
@@ -173,9 +146,6 @@ def _entry(table: Path, number: int, row: Mapping[str, Any]) -> Entry:
         raise ConfigError(f"{where}: expected a cell a column, found more; quote what has a comma in it")
     if any(char in told["slide_path"] for char in "\0\n\r"):
         raise ConfigError(f"{where}: expected a slide_path on one line, got {told['slide_path']!r}; check the quotes")
-    slide_id = told["slide_id"]
-    if slide_id in (".", "..") or any(char in slide_id for char in "/\\") or not slide_id.isprintable():
-        raise ConfigError(f"{where}: slide_id must be a plain name, got {slide_id!r}")
     try:
         mpp = float(told["mpp"]) if told["mpp"] else None
         if mpp is not None:
@@ -184,7 +154,7 @@ def _entry(table: Path, number: int, row: Mapping[str, Any]) -> Entry:
         raise ConfigError(f"{where}: mpp must be µm/px such as 0.25, or empty, got {told['mpp']!r}") from exc
     at = locate(told["slide_path"]) if "://" in told["slide_path"] else _beside(table, told["slide_path"])
     path = at.url if isinstance(at, Remote) else os.path.abspath(at)  # noqa: PTH100
-    return Entry(slide_id, path, mpp, told["group"], told["sha256"].lower() or None)
+    return Entry(told["slide_id"], path, mpp, told["group"], told["sha256"].lower() or None)
 
 
 def _beside(table: Path, told: str) -> Path:
@@ -194,11 +164,21 @@ def _beside(table: Path, told: str) -> Path:
     return table.absolute().parent / place
 
 
-def _named(entries: list[Entry]) -> list[Entry]:
-    """Give each slide its id: its name, and a tag of its path where the name alone would not tell."""
+def named(entries: list[Entry]) -> list[Entry]:
+    """Give each slide its id: its own, or its name, and a tag of its path where the name alone would not tell.
+
+    Raises
+    ------
+    ConfigError
+        If an id is no plain name or that of two slides, or a slide is there twice.
+    """
     twice = [path for path, n in Counter(entry.path for entry in entries).items() if n > 1]
     if twice:
         raise ConfigError(f"{locate(twice[0]).name}: expected each slide once, this one is listed twice")
+    for number, entry in enumerate(entries, 1):
+        told = entry.slide_id
+        if told in (".", "..") or any(char in told for char in "/\\") or not told.isprintable():
+            raise ConfigError(f"slide {number}: slide_id must be a plain name, got {told!r}")
     names = [entry.slide_id or stem_of(entry.path) for entry in entries]
     times = Counter(name.casefold() for name in names)  # some file systems know one case
     named = []

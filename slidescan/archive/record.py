@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
-from slidescan.commit import commit
+from slidescan.commit import commit, disk_error
 from slidescan.errors import ResultError
 from slidescan.export.stored import write_table
 
@@ -30,6 +30,7 @@ REASONS: Mapping[str, tuple[Kind, str]] = {
     "not_found": ("next_run", "no slide at this place"),
     "missing_package": ("next_run", "reading it needs a package that is not installed"),
     "read_error": ("retry", "its bytes or pixels could not be had"),
+    "unwritable": ("next_run", "its result directory, alone, cannot be written to"),
     "out_of_memory": ("retry", "the model did not fit into memory"),
     "killed": ("crash", "its worker died more than once, most likely out of memory"),
     "timeout": ("crash", "opening it, or scoring a region, took too long more than once"),
@@ -86,6 +87,13 @@ class Record:
         # A file name that is no text, from another system, is told with question marks.
         data = text.encode(errors="replace")
         commit(folder / f"{self.slide_id}.json", lambda partial: partial.write_bytes(data))
+
+    def remove(self, folder: Path) -> None:
+        """Have no record of it."""
+        try:
+            (folder / f"{self.slide_id}.json").unlink(missing_ok=True)
+        except OSError as exc:
+            raise disk_error(folder, exc) from exc
 
     @property
     def outdated(self) -> Record:

@@ -212,14 +212,14 @@ def _picture(slides: Path, slide_id: str) -> str | None:
 
 def _head(out: Path, rows: list[Record]) -> Iterator[str]:
     """Yield what stands above the table; it is there without a script, too."""
-    status = standing(rows, out / "log.jsonl")
+    status = standing(rows, out)
     n_failed = sum(status.failed.values())
     rate = status.slides_per_h
     figures = [
         ("Slides", f"{status.slides:,}", ""),
         ("Done", f"{status.done:,}", "good"),
         ("Failed", f"{n_failed:,}", "bad" if n_failed else ""),
-        ("To do", f"{max(0, status.slides - status.done - n_failed):,}", ""),
+        ("To do", f"{status.left:,}", ""),
         ("Tissue", f"{status.tissue_mm2:,.1f} mm²", ""),
         ("Tissue analysed", _share(status.analysed_fraction), ""),
         ("Figures found", f"{status.found:,}", ""),
@@ -235,6 +235,8 @@ def _head(out: Path, rows: list[Record]) -> Iterator[str]:
     yield f"<p>{escape(_when(rows))}</p>"
     if status.running:
         yield '<p class="note">The run is on, or was killed before its end: the same command continues it.</p>'
+    elif status.left:
+        yield '<p class="note">No run is on: the same command continues.</p>'
     yield '<div class="panels"><div>'
     yield from _reasons("Failures by reason", status.failed)
     if status.quarantined:

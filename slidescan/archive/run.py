@@ -16,11 +16,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from slidescan.archive.listing import Entry
+from slidescan.archive.listing import Entry, tag_of
 from slidescan.archive.record import Record, read_records, write_tables
 from slidescan.archive.report import write_report
 from slidescan.archive.slide import SlideTask
-from slidescan.commit import disk_error, sweep
+from slidescan.archive.unfinished import UNFINISHED
+from slidescan.commit import disk_error, made, sweep
 from slidescan.config import ScanConfig
 from slidescan.detect import Family, Model
 from slidescan.detections import Detector
@@ -62,18 +63,16 @@ class Run:
         identity = detector.sha256, detector.mpp, detector.runs_on
         settings = [VERSION, *identity, config.model_dump(mode="json"), allow_coarse]
         self._settings = json.dumps(settings, sort_keys=True)
-        self.records: dict[str, Record] = {}
         self.out = Path() if out is None else out
-        if out is None:
-            return
-        try:
-            for folder in ("slides", "records"):
-                (out / folder).mkdir(parents=True, exist_ok=True)
-        except OSError as exc:
-            raise disk_error(out / "slides", exc) from exc
-        sweep(out)
-        sweep(out / "records")
-        self.records = read_records(out / "records")
+        self.records: dict[str, Record] = {} if out is None else read_records(out / "records")
+        self._former: dict[str, Record] = {}
+
+    def open(self) -> None:
+        """Make the output directory, or see that it can be written to, and tidy up after what was killed."""
+        for name in ("slides", "records", UNFINISHED):
+            made(self.out / name)
+        for folder in (self.out, self.out / "records", self.out / UNFINISHED):
+            sweep(folder)
 
     def processes(self, client: Client | None, workers: int | None) -> AbstractContextManager[tuple[Client, int]]:
         """Give the cluster, and how many processes it has."""
@@ -115,12 +114,35 @@ class Run:
             record.save(self.out / "records")
         return bool(moved)
 
+    def rename(self, entries: Iterable[Entry]) -> None:
+        """Note which slides of a list are on record under an id that it has no more; one that is done has that no more.
+
+        A result under the former id stays where it is.
+        """
+        ids = {tag_of(entry.path): entry.slide_id for entry in entries}
+        listed = set(ids.values())
+        self._former = {
+            each.place: each for each in self.records.values() if each.place in ids and each.slide_id not in listed
+        }
+        for place in list(self._former):
+            if record := self.records.get(ids[place]):
+                self._is_renamed(record)
+
     def keep(self, record: Record) -> None:
         """Put what became of a slide on record; the disk's own troubles end the run."""
         self.records[record.slide_id] = record
         record.save(self.out / "records")
         said = {"slide_id": record.slide_id, "reason": record.reason, "message": record.message}
         self.log(f"slide_{record.state}", attempts=record.attempts, **said, **record.told)
+        self._is_renamed(record)
+
+    def _is_renamed(self, record: Record) -> None:
+        former = self._former.get(record.place)
+        if record.state != "done" or former is None or _differ(former, record):
+            return
+        del self._former[record.place], self.records[former.slide_id]
+        former.remove(self.out / "records")
+        self.log("slide_renamed", slide_id=record.slide_id, former=former.slide_id)
 
     def log(self, event: str, **told: object) -> None:
         """Append a line to the log: one write, so that lines of two runs do not mix."""
@@ -137,6 +159,11 @@ class Run:
         """Name all that a slide's result depends on, without opening it."""
         setup = json.dumps([self._settings, entry.path, entry.mpp, entry.sha256])
         return ":".join(hashlib.sha256(text.encode()).hexdigest() for text in (setup, json.dumps(now)))
+
+
+def _differ(former: Record, record: Record) -> bool:
+    """Return whether two slides that are done are not the same file."""
+    return former.state == "done" and former.told.get("fingerprint") != record.told.get("fingerprint")
 
 
 def _is_torn(log: Path) -> bool:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
 import time
 import traceback
+import uuid
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -19,6 +21,7 @@ import numpy as np
 from slidescan.archive.listing import Entry, stem_of, tag_of
 from slidescan.archive.record import SCORE_BINS, Record, read_record
 from slidescan.cluster import from_within
+from slidescan.commit import commit
 from slidescan.config import ScanConfig
 from slidescan.detections import Detector
 from slidescan.endings import OUT_OF_MEMORY, is_short_of_memory
@@ -54,6 +57,8 @@ __all__ = ["SlideTask", "estimate_slide", "killed", "scan_slide"]
 T = TypeVar("T")
 # Seconds until a worker that was told to go has let go of its slide, which the cluster gave to another at once.
 _UNLOCKED_S = 5
+# Of the directory of one slide's result, such as one of another user or a file of that name; others are the disk's.
+_OWN_TROUBLES = frozenset({errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.EISDIR})
 _PIECE_BYTES = 1 << 22  # read at a time for a digest
 
 
@@ -162,7 +167,13 @@ def _explained(task: SlideTask, do: Callable[[], T], failed: Callable[[str, str]
 
     try:
         return do()
-    except (ConfigError, ResultError):  # of all slides
+    except ConfigError:  # of all slides
+        raise
+    except ResultError as exc:
+        why = exc.__cause__
+        if isinstance(why, OSError) and why.errno in _OWN_TROUBLES and _is_writable(task.out.parent):
+            said = f"its result directory cannot be written to ({why.strerror}); see who owns it and what it is"
+            return failed("unwritable", said)
         raise
     except SlideNotFoundError as exc:
         return fail("not_found", exc)
@@ -235,6 +246,16 @@ def _sha256(where: Any) -> str:
     except OSError as exc:
         raise SlideReadError(f"{where.name}: cannot be read for its sha256 ({exc.strerror})") from exc
     return digest.hexdigest()
+
+
+def _is_writable(folder: Path) -> bool:
+    probe = folder / f".{uuid.uuid4().hex}.probe"
+    try:
+        commit(probe, lambda partial: partial.write_bytes(b"\0"))
+        probe.unlink()
+    except (ResultError, OSError):
+        return False
+    return True
 
 
 def _scanned(task: SlideTask) -> dict[str, Any]:

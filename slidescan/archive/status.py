@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from slidescan.archive.record import REASONS, Record, records_of
+from slidescan.archive.unfinished import unfinished
 from slidescan.stages import SCORING
 
 __all__ = ["ArchiveStatus", "archive_status", "standing"]
@@ -22,8 +25,10 @@ class ArchiveStatus:
     """Counts and rates of an archive's output directory."""
 
     slides: int
-    """In the list of the last run."""
+    """On record or to do."""
     done: int
+    left: int = 0
+    """To do, or to be done again."""
     failed: dict[str, int] = field(default_factory=dict)
     """Failures by reason."""
     caveats: dict[str, int] = field(default_factory=dict)
@@ -31,7 +36,7 @@ class ArchiveStatus:
     quarantined: int = 0
     """Failures that are not tried again because they crashed too often."""
     running: bool = False
-    """Whether a run has not said that it ended: it is on, or was killed."""
+    """Whether a run has not said that it ends: it is on, or was killed."""
     found: int = 0
     tissue_mm2: float = 0.0
     analysed_fraction: float | None = None
@@ -42,7 +47,7 @@ class ArchiveStatus:
     busy: float | None = None
     """Share of that time in which models scored, of all that could."""
     seconds_left: float | None = None
-    """At that rate, for what has no record yet."""
+    """At that rate, for what is left."""
 
     def told(self) -> dict[str, Any]:
         """Return it as JSON would have it."""
@@ -51,8 +56,7 @@ class ArchiveStatus:
     def lines(self) -> list[str]:
         """Return what a person reads."""
         n_failed = sum(self.failed.values())
-        left = max(0, self.slides - self.done - n_failed)
-        lines = [f"slides      {self.slides:,}: {self.done:,} done, {n_failed:,} failed, {left:,} to do"]
+        lines = [f"slides      {self.slides:,}: {self.done:,} done, {n_failed:,} failed, {self.left:,} to do"]
         for reason, n in sorted([*self.failed.items(), *self.caveats.items()], key=lambda item: -item[1]):
             kind, meaning = REASONS.get(reason, ("stays", "a reason of another slidescan"))
             lines.append(f"  {reason:<16} {n:,}: {meaning}{_AGAIN.get(kind, '')}")
@@ -65,10 +69,12 @@ class ArchiveStatus:
         if self.slides_per_h:
             rate = f"{self.slides_per_h:,.1f} slides/h, {self.megapixels_per_s or 0:,.1f} MP/s"
             busy = "" if self.busy is None else f", models busy {self.busy:.0%} of the time"
-            to_go = f"; about {(self.seconds_left or 0) / 3600:.1f} h left" if left else ""
+            to_go = f"; about {(self.seconds_left or 0) / 3600:.1f} h left" if self.left else ""
             lines.append(f"rate        {rate}{busy}{to_go}")
         if self.running:
             lines.append("run         on, or killed before its end: run the same command to continue")
+        elif self.left:
+            lines.append("run         none is on: run the same command to continue")
         return lines
 
 
@@ -81,40 +87,50 @@ def archive_status(out: str | Path) -> ArchiveStatus:
         If `out` holds no archive.
     """
     folder = Path(out)
-    return standing(records_of(folder).values(), folder / "log.jsonl")
+    return standing(records_of(folder).values(), folder)
 
 
-def standing(records: Iterable[Record], log: Path) -> ArchiveStatus:
-    """Tell how an archive stands from its records and its log."""
-    records = list(records)
-    runs = _runs(log)
-    done = [record for record in records if record.state == "done"]
-    failed = [record for record in records if record.state == "failed"]
+def standing(records: Iterable[Record], out: Path) -> ArchiveStatus:
+    """Tell how an archive stands from its records, its log, and what its runs have still to do."""
+    known = {record.slide_id: record for record in records}
+    runs, last = unfinished(out), _last_run(out / "log.jsonl")
+    # What is done anew, under other settings or once more, is not done until it is done again.
+    waiting = {
+        slide_id
+        for run in runs
+        for slide_id in run.to_do
+        if slide_id not in known or known[slide_id].finished_s < run.at
+    }
+    done = [record for record in known.values() if record.state == "done"]
+    ended = [record for record in known.values() if record.slide_id not in waiting]
+    failed = [record for record in ended if record.state == "failed"]
+    n_done = sum(record.state == "done" for record in ended)
+    # Jobs of an array that have not begun are to do, too.
+    slides = max(len(known.keys() | waiting), int(last.get("slides", 0)))
+    left = slides - n_done - len(failed)
     tissue = sum(record.told.get("tissue_mm2") or 0.0 for record in done)
     seen = sum(
         (record.told.get("tissue_mm2") or 0.0) * (record.told.get("analysed_fraction") or 0.0) for record in done
     )
-    slides = max(int(runs[-1]["slides"]) if runs else 0, len(records))
     rates: dict[str, float] = {}
-    begun_s = min((run["at"] for run in runs), default=0.0)
-    now = [record for record in records if runs and record.finished_s >= begun_s]
-    # What a run does anew, under other settings say, is not done until it has done it.
-    waiting = max(0, sum(run.get("to_do", 0) for run in runs) - len(now))
-    again = min(waiting, sum(run.get("again", 0) for run in runs))
+    on = [run for run in runs if not run.stopped]
+    begun_s = min((run.at for run in on), default=last.get("at", math.inf))
+    now = [record for record in known.values() if record.finished_s >= begun_s]
     if any(record.state == "done" for record in now):  # a run in which all failed at once has no rate
         seconds = max(1e-3, max(record.finished_s for record in now) - begun_s)
         rates["slides_per_h"] = 3600 * len(now) / seconds
         rates["megapixels_per_s"] = sum(record.told.get("megapixels") or 0.0 for record in now) / seconds
-        rates["seconds_left"] = seconds / len(now) * max(slides - len(records), waiting)
-        if scoring := sum(run.get("scoring", 0) for run in runs):
+        rates["seconds_left"] = seconds / len(now) * left
+        if scoring := sum(run.scoring for run in on) or last.get("scoring", 0):
             rates["busy"] = min(1.0, sum(map(_model_s, now)) / (seconds * scoring))
     return ArchiveStatus(
         slides=slides,
-        done=max(0, len(done) - again),
+        done=n_done,
+        left=left,
         failed=dict(Counter(record.reason or "" for record in failed)),
-        caveats=dict(Counter(record.reason for record in done if record.reason)),
+        caveats=dict(Counter(record.reason for record in ended if record.state == "done" and record.reason)),
         quarantined=sum(record.quarantined for record in failed),
-        running=any(not run["ended"] for run in runs),
+        running=bool(on),
         found=sum(record.told.get("found") or 0 for record in done),
         tissue_mm2=round(tissue, 3),
         analysed_fraction=round(seen / tissue, 5) if tissue else None,
@@ -127,32 +143,12 @@ def _model_s(record: Record) -> float:
     return sum(stages.get(name, 0.0) for name in SCORING)
 
 
-def _runs(log: Path) -> list[dict[str, Any]]:
-    """Return the runs that are on, each of its share of the list, or the last one; a later run takes up an earlier."""
-    last: dict[str, dict[str, Any]] = {}
-    for event in _events(log):
-        share = event.get("share", "")
-        if event["event"] == "run_started":
-            # Also a job of another number of jobs: it was killed, and its slides are shared anew.
-            for earlier in list(last):
-                if not share or earlier == share or earlier.partition("/")[2] != share.partition("/")[2]:
-                    del last[earlier]
-            last[share] = {**event, "ended": False}
-        elif share in last:
-            last[share]["ended"] = True
-    runs = list(last.values())
-    return [run for run in runs if not run["ended"]] or runs[-1:]
-
-
-def _events(log: Path) -> Iterator[dict[str, Any]]:
-    """Yield what the log says of runs; a line cut off by the end of a process is none."""
-    try:
-        with log.open(encoding="utf-8", errors="replace") as file:  # it may be cut off within a letter
-            for line in file:
-                if '"event": "run_' in line:
-                    try:
-                        yield json.loads(line)
-                    except ValueError:
-                        continue
-    except OSError:
-        return
+def _last_run(log: Path) -> dict[str, Any]:
+    """Return what the log says of the run that began last; a line cut off by the end of a process is none."""
+    last: dict[str, Any] = {}
+    with contextlib.suppress(OSError), log.open(encoding="utf-8", errors="replace") as file:  # may be cut in a letter
+        for line in file:
+            if '"event": "run_started"' in line:
+                with contextlib.suppress(ValueError):
+                    last = json.loads(line)
+    return last

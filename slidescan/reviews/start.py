@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import getpass
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 
 from slidescan.archive import Archive, ArchiveRegion, open_archive, read_listing
 from slidescan.archive.listing import as_recorded
-from slidescan.errors import ConfigError, ResultError
+from slidescan.errors import ConfigError, ResultError, SlideWarning
 from slidescan.manifest import read_manifest
 from slidescan.result import ScanResult
 from slidescan.reviews.case import Case, SlideAt
@@ -186,7 +187,9 @@ def _slides_of(what: object, slides: Slides, cases: Sequence[Case]) -> Mapping[s
         return {case.slide_id: slides for case in cases}
     if isinstance(slides, Slide):
         raise ConfigError(f"slides: expected a list of slides or a mapping from slide ids, got one slide: {slides!r}")
-    listed = read_listing(str(slides))
+    with warnings.catch_warnings():  # what else lies there does not matter
+        warnings.simplefilter("ignore", SlideWarning)
+        listed = read_listing(str(slides))
     if isinstance(what, Archive):
         listed = as_recorded(listed, what.records)
     return {entry.slide_id: entry.path for entry in listed}

@@ -1,0 +1,161 @@
+"""Which slides lie in a folder or fit a pattern: each once, whatever files it is made of and links lead to it.
+
+Hides the kinds of slides there are, what belongs to another slide, and which DICOM files are one.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from slidescan.errors import ConfigError, SlideWarning
+from slidescan.manifest import MANIFEST
+
+__all__ = ["one_a_series", "slides_below", "slides_like"]
+
+# What a folder is searched for: slide formats by the suffix that is opened. A picture is no slide.
+_SUFFIXES = frozenset(
+    ".svs .tif .tiff .btf .ndpi .mrxs .scn .bif .vms .vmu .svslide .czi .dcm .zarr".split()  # noqa: SIM905  # one line
+)
+_MAP = "anomaly.ome.zarr"  # of a result: an archive's output may lie below its slides
+_ARCHIVE = {"slides", "records"}  # its folders, beside its log
+_LOG = "log.jsonl"
+_DEEP = re.compile(r"[/\\]\*\*(?=[/\\]|$)")
+_MOST_KINDS = 6  # that are named where files are left out
+_WSI = "1.2.840.10008.5.1.4.1.1.77.1.6"  # VL Whole Slide Microscopy Image Storage, DICOM PS3.6 table A-1
+_SERIES_TAG = 0x0020000E  # SeriesInstanceUID; tags come in rising order, and those of a million tiles after it
+
+
+def slides_below(folder: Path) -> list[Path]:
+    """Return the slides below a folder, sorted; warn of files of other kinds, which are left out.
+
+    Links to folders are followed, each folder once. A Zarr directory is one slide, and so are the files of one DICOM
+    series in a folder. What is hidden is nobody's, what is beside a .mrxs is its, and results of slidescan are none.
+
+    Raises
+    ------
+    ConfigError
+        If a folder cannot be read, or there is no slide.
+    """
+    files: list[Path] = []
+    others: Counter[str] = Counter()
+    for file in _files(folder):
+        kind = file.suffix.lower()
+        if kind in _SUFFIXES:
+            files.append(file)
+        else:
+            others[kind or "without suffix"] += 1
+    slides, n_other = one_a_series(files)
+    if n_other:
+        others[".dcm that are no slides"] = n_other
+    most = sorted(others.items(), key=lambda item: (-item[1], item[0]))[:_MOST_KINDS]
+    told = ", ".join(f"{n:,} {kind}" for kind, n in most)
+    told += ", …" if len(others) > _MOST_KINDS else ""
+    if not slides:
+        there = f", but {told}" if others else ""
+        raise ConfigError(f"{folder}: expected slides ({', '.join(sorted(_SUFFIXES))}), found none{there}")
+    if others:
+        n = f"{len(slides):,} slide{'s' * (len(slides) > 1)}"
+        warnings.warn(f"{folder}: {n}; left out files of other kinds: {told}", SlideWarning, stacklevel=3)
+    return slides
+
+
+def slides_like(pattern: str) -> list[Path]:
+    """Return the slides that fit a pattern, sorted; ``**`` stands for the same folders as `slides_below` searches.
+
+    Raises
+    ------
+    ConfigError
+        If a folder cannot be read, or there is no slide.
+    """
+    once: dict[str, Path] = {}
+    for file in sorted(_fitting(os.path.abspath(pattern))):  # noqa: PTH100  # keeps a link a link
+        once.setdefault(os.path.join(os.path.realpath(file.parent), file.name), file)  # noqa: PTH118
+    slides, _ = one_a_series(once.values())
+    if not slides:
+        raise ConfigError(f"{pattern}: no slide fits this pattern; quote it so that the shell leaves it, and check it")
+    return slides
+
+
+def one_a_series(files: Iterable[Path]) -> tuple[list[Path], int]:
+    """Leave of each DICOM slide one file, the first that holds its pixels; count files of other DICOM objects.
+
+    OpenSlide opens all files of a series that lie beside the one it is given. A file that cannot be understood stays,
+    to be refused by its name.
+    """
+    slides: list[Path] = []
+    series: dict[tuple[Path, str], tuple[bool, Path]] = {}
+    n_other = 0
+    for file in files:
+        told = _instance(file) if file.suffix.lower() == ".dcm" else None
+        if told is None:
+            slides.append(file)
+        elif told[0] != _WSI:
+            n_other += 1
+        else:
+            _, uid, is_beside = told
+            best = min(series.get((file.parent, uid), (True, file)), (is_beside, file))
+            series[file.parent, uid] = best
+    return sorted([*slides, *(file for _, file in series.values())]), n_other
+
+
+def _instance(file: Path) -> tuple[str, str, bool] | None:
+    """Return kind and series of a DICOM file, and whether it is a label or an overview; None where it is none."""
+    from pydicom.filereader import read_partial
+
+    try:
+        with warnings.catch_warnings(), file.open("rb") as opened:
+            warnings.simplefilter("ignore")
+            head = read_partial(opened, stop_when=lambda tag, vr, length: tag > _SERIES_TAG)
+            kind, uid = str(head.SOPClassUID), str(head.SeriesInstanceUID)
+            return kind, uid, "VOLUME" not in head.get("ImageType", ())
+    except Exception:  # noqa: BLE001  # a damaged file may raise anything there
+        return None
+
+
+def _fitting(pattern: str) -> Iterator[Path]:
+    """Yield what fits; glob's own ``**`` takes for ever where links lead back."""
+    above, *below = _DEEP.split(pattern, 1)
+    if not below:
+        yield from map(Path, glob.iglob(pattern))  # noqa: PTH207  # it is absolute
+        return
+    for folder in filter(Path.is_dir, map(Path, glob.iglob(above or os.sep))):  # noqa: PTH207
+        for directory, *_ in _folders(folder):
+            yield from _fitting(glob.escape(directory) + (below[0] or f"{os.sep}*"))
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """Yield what may be a slide below a folder, or is none and may have been meant."""
+    for directory, zarrs, files in _folders(folder):
+        names = sorted([*zarrs, *files])
+        yield from (Path(directory, name) for name in names if not name.startswith("."))
+
+
+def _folders(folder: Path) -> Iterator[tuple[str, set[str], list[str]]]:
+    """Yield the folders that may hold slides, each once, with their Zarr directories and files."""
+
+    def refuse(error: OSError) -> None:
+        raise ConfigError(
+            f"{error.filename}: expected a folder that can be read, got {error.strerror}; it is below {folder}"
+        )
+
+    seen: set[str] = set()
+    for directory, below, files in os.walk(folder.absolute(), onerror=refuse, followlinks=True):
+        place = os.path.realpath(directory)
+        if place in seen:
+            below.clear()
+            continue
+        seen.add(place)
+        zarrs = {name for name in below if name.lower().endswith(".zarr")}
+        of_mirax = {name[: -len(".mrxs")] for name in files if name.lower().endswith(".mrxs")}
+        is_archive = _LOG in files and _ARCHIVE.issubset(below)
+        if is_archive or (MANIFEST in files and _MAP in zarrs):
+            files = [name for name in files if Path(name).suffix.lower() in _SUFFIXES]
+        not_searched = zarrs | of_mirax | (_ARCHIVE if is_archive else set())
+        below[:] = sorted(name for name in below if name not in not_searched and not name.startswith("."))
+        yield directory, zarrs - {_MAP}, files
