@@ -1,7 +1,8 @@
 """`detect_image`: objects on one picture of any size, in its own px.
 
 A picture that fits the model's tile is scored whole; a larger one takes the path of a slide, so that an object on the
-seam of two tiles is found once.
+seam of two tiles is found once. Where the model's unit is the px objects may have any size: those that no tile holds
+are looked for on the whole picture made small.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slidescan.config import ScanConfig
-from slidescan.detections import Detections, Detector
+from slidescan.detections import Detections, Detector, iou_pairs
 from slidescan.errors import ConfigError, SlideReadError, SlideWarning
+from slidescan.geometry import Frame
 from slidescan.prepare import halo_px
 from slidescan.region import is_full
 from slidescan.scan_slide import scan
@@ -25,6 +27,7 @@ __all__ = ["detect_image"]
 _SIDE_PX = 32  # sides are padded to a multiple of it: the coarsest stride of a detector
 _LEAST_PX, _MOST_PX = 128, 8192  # of a tile: what a scan takes
 _HALO = 0.25  # of the tile, where the detector wants none: an object of up to half a tile is whole in one of them
+_SAME_IOU = 0.5  # two boxes, one of a tile and one of the small picture, that say one object
 _SLACK = 0.02  # of the tile: how far two tiles may disagree on the centre of one object
 
 
@@ -41,8 +44,8 @@ def detect_image(
     Parameters
     ----------
     image : str, Path, ndarray of uint8 (H, W, 3), or Slide
-        A PNG or JPEG (to 67 MP), a slide, or an array of any size; RGB. Of objects larger than half a tile those that
-        every tile cuts are not found: give a larger `tile_px`.
+        A PNG or JPEG (to 67 MP), a slide, or an array of any size; RGB. A model that names no µm/px also looks at the
+        whole made as small as a tile, for objects larger than half of one.
     detector : Detector, str or Path
         A detector, or a name or directory for `load_detector`; a px is the unit of a model that names no µm/px.
     min_score : float, optional
@@ -124,7 +127,28 @@ def detect_image(
     result = scan(slide, variant, config=ScanConfig.load({}, settings), allow_coarse=True)
     _whole(slide, result.provenance["tiles"]["read_failed_boxes"])
     _warn_if_full(slide, result.provenance["tiles"]["saturated"], min_score >= variant.threshold)
-    return result.detections
+    if not getattr(variant, "knows_px_only", False):
+        return result.detections
+    both = Detections.concat([result.detections, _large(slide, variant, plane, edge, min_score, result.detections)])
+    return both[np.argsort(-both.score, kind="stable")]
+
+
+def _large(slide: Slide, variant: Detector, plane: Frame, edge: int, min_score: float, known: Detections) -> Detections:
+    """Return objects larger than half a tile, as they are seen on the whole picture made as small as a tile.
+
+    What a tile saw whole, and is `known`, is not said again: it was seen more finely there.
+    """
+    small = slide.plane(plane.mpp * max(plane.size_wh) / edge)
+    width, height = (max(_LEAST_PX, -(-n // _SIDE_PX) * _SIDE_PX) for n in small.size_wh)
+    found = variant.detect(slide.read(0, 0, width, height, small).rgb[None], min_score)[0]
+    found = found.moved(small.factor_to(slide.frame), 0.0, 0.0).inside(slide.size_wh)
+    sides = np.ptp(found.xyxy.reshape(-1, 2, 2), axis=1).max(1)
+    found = found[sides > 2 * _HALO * edge * plane.factor_to(slide.frame)]
+    new = [
+        not (iou_pairs(np.broadcast_to(box, known.xyxy.shape), known.xyxy)[known.label == label] > _SAME_IOU).any()
+        for box, label in zip(found.xyxy, found.label, strict=True)
+    ]
+    return found[np.array(new, bool)]
 
 
 def _opened(image: str | Path | NDArray[np.uint8], mpp: float | None) -> Slide:

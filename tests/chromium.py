@@ -39,6 +39,8 @@ class Tab:
         """What the page wrote to the console, and what it was refused."""
         self.thrown: list[str] = []
         """Errors that nothing in the page caught: no wait outlasts one."""
+        self.dialogs: list[str] = []
+        """Kinds of dialogs that opened; they are answered with yes."""
         self.asked: list[str] = []
         """URLs it asked for."""
         self._loop = asyncio.new_event_loop()
@@ -82,6 +84,10 @@ class Tab:
                     raise _ElsewhereError
                 assert "error" not in told, told
                 return told["result"]
+            if told.get("method") == "Page.javascriptDialogOpening":  # the page waits for an answer: yes
+                self.dialogs.append(told["params"]["type"])
+                yes = {"id": 0, "method": "Page.handleJavaScriptDialog", "params": {"accept": True}}
+                await self._socket.send_json(yes)
             self._heard(told)
 
     def _heard(self, told: dict[str, Any]) -> None:

@@ -199,6 +199,20 @@ def test_what_a_processor_leaves_out_is_its_classes_default(
     assert Colours.read(tmp_path) == expected
 
 
+@pytest.mark.parametrize(
+    ("kind", "normalised"),
+    [("deformable_detr", True), ("conditional_detr", True), ("d_fine", False), ("rt_detr_v2", False), (None, False)],
+)
+def test_without_a_processor_it_is_that_of_the_kind(tmp_path: Path, kind: str | None, normalised: bool) -> None:
+    """A model saved alone is prepared for as transformers would; a processor for texts, too, holds one for pictures."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind} if kind else {}))
+    usual = Colours(1 / 255, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    assert Colours.read(tmp_path) == (usual if normalised else Colours())
+    told = {"image_processor_type": "GroundingDinoImageProcessor", "image_mean": [0.5] * 3, "image_std": [0.25] * 3}
+    (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": {**told, "size": 640}}))
+    assert Colours.read(tmp_path) == Colours(1 / 255, (0.5,) * 3, (0.25,) * 3)
+
+
 @pytest.mark.parametrize("factor", [0, -1])
 def test_a_scale_that_cannot_be_is_refused(tmp_path: Path, factor: float) -> None:
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({"rescale_factor": factor}))

@@ -102,6 +102,27 @@ def test_each_disc_of_a_large_picture_is_found_once(tile_px: int | None) -> None
     assert_each_once(ss.detect_image(image, ORACLE, tile_px=tile_px), centers)
 
 
+class OfPhotos(OracleDetector):
+    """Names no µm/px: objects may have any size."""
+
+    @property
+    def knows_px_only(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("tile_px", [128, 256, 416])
+def test_objects_larger_than_a_tile_are_found_too(tile_px: int) -> None:
+    """Once each, the largest also on a picture of several of its sizes; what a tile sees is not seen twice."""
+    centers = [(60, 70), (900, 40), (850, 700)]
+    image = disc_image((1000, 800), centers, RADIUS_PX)
+    large = disc_image((1000, 800), [(450, 400)], 290)
+    middle = disc_image((1000, 800), [(880, 350)], 60)
+    image = np.minimum(np.minimum(image, large), middle)
+    found = ss.detect_image(image, OfPhotos(mpp=1.0, input_px=256, object_um=13.0), tile_px=tile_px)
+    assert_each_once(found, np.array([*centers, (450, 400), (880, 350)]), within_px=8)
+    assert len(ss.detect_image(large, ORACLE, tile_px=tile_px)) == 0  # of a detector of cells it is none
+
+
 def test_a_tile_little_larger_than_the_objects_serves() -> None:
     """The halo holds half the largest object, where a share of the tile would not."""
     image = disc_image((400, 300), [(64, 64), (250, 150), (330, 240)], 45)
@@ -301,7 +322,7 @@ def test_the_command_prints_a_line_a_box(rt_detr: Model, tmp_path: Path) -> None
     """Label, score and box of each, best first, on stdout; how many on stderr; the same as in Python."""
     image = picture(150, 200)
     Image.fromarray(image).save(tmp_path / "picture.png")
-    found = ss.detect_image(image, rt_detr, min_score=0.1, tile_px=128)
+    found = ss.detect_image(image, str(rt_detr.path), min_score=0.1, tile_px=128)
     assert len(found)
     arguments = ("--model", rt_detr.path, "--min-score", "0.1", "--tile-px", "128")
     done = slidescan("detect", tmp_path / "picture.png", *arguments)

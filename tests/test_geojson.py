@@ -376,7 +376,6 @@ def _export_nuclei(shared: Path, path: Path, limit: int) -> tuple[int, int]:
     return n, peak_mib
 
 
-@pytest.mark.data
 def test_a_class_has_one_colour() -> None:
     """Of its regions and of its detections, or a viewer that keeps the first it sees shows two classes alike."""
     classes = ["mitotic figure", "apoptotic body"]
@@ -395,6 +394,7 @@ def test_a_class_has_one_colour() -> None:
     assert colours[classes[0]] != colours[classes[1]]
 
 
+@pytest.mark.data
 def test_a_whole_slide_of_nuclei(shared: Path, tmp_path: Path) -> None:
     """All 592,349 nuclei of a real slide stream to GeoJSON, in hardly more memory than a part of them, and import."""
     path = tmp_path / "nuclei.geojson.gz"

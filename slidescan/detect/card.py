@@ -21,10 +21,14 @@ if TYPE_CHECKING:
 
 __all__ = ["MODEL_FILES", "Card", "Colours", "digest", "read_card", "read_json", "write_card", "write_model"]
 
-MODEL_FILES = ("config.json", "model.safetensors", "slidescan.json", "preprocessor_config.json")
+MODEL_FILES = (
+    "config.json", "model.safetensors", "slidescan.json", "preprocessor_config.json", "processor_config.json"
+)  # fmt: skip
 # transformers' defaults where a processor's file leaves them out; all of DETR's kin normalise but these.
 _IMAGENET = {"image_mean": (0.485, 0.456, 0.406), "image_std": (0.229, 0.224, 0.225)}
 _PLAIN = ("RTDetr",)
+# Kinds of models that transformers gives that processor.
+_PLAIN_MODELS = frozenset({"rt_detr", "rt_detr_v2", "d_fine", "deimv2"})
 _PHOTO_PX = 640  # edge of the images most DETR-type models are trained on, where nothing says so
 
 
@@ -96,17 +100,14 @@ class Colours:
 
     @classmethod
     def read(cls, path: Path) -> Colours:
-        """Read them from transformers' ``preprocessor_config.json``; without one, grey levels become 0 to 1.
+        """Read them from the file of transformers' image processor; without one, they are usual for the kind of model.
 
         Raises
         ------
         ModelError
             If the file is damaged.
         """
-        file = path / "preprocessor_config.json"
-        if not file.is_file():
-            return cls()
-        table = read_json(file)
+        name, table = _processor(path)
         try:
             scale = float(table.get("rescale_factor", 1 / 255)) if table.get("do_rescale", True) else 1.0
             if not 0 < scale < math.inf:
@@ -120,9 +121,20 @@ class Colours:
                 raise ValueError("three channels, and a scale and spread above 0")
         except (KeyError, TypeError, ValueError) as exc:
             raise ModelError(
-                f"{path.name}/{file.name}: expected rescale_factor, image_mean and image_std of three channels: {exc}"
+                f"{path.name}/{name}: expected rescale_factor, image_mean and image_std of three channels: {exc}"
             ) from exc
         return cls(scale, mean, spread)
+
+
+def _processor(path: Path) -> tuple[str, dict[str, Any]]:
+    """Return the file that tells how pictures are prepared, and what it says; without one, what is usual."""
+    name, whole = "preprocessor_config.json", "processor_config.json"  # of pictures; of pictures and texts
+    if (path / name).is_file():
+        return name, read_json(path / name)
+    if (path / whole).is_file() and isinstance(inner := read_json(path / whole).get("image_processor"), dict):
+        return whole, inner
+    kind = read_json(path / "config.json").get("model_type") if (path / "config.json").is_file() else None
+    return "config.json", {"do_normalize": kind is not None and kind not in _PLAIN_MODELS}
 
 
 def digest(path: Path, names: tuple[str, ...] = MODEL_FILES) -> str:
@@ -197,8 +209,7 @@ def _labels(config: dict[str, Any]) -> tuple[str, ...]:
 
 def _trained_px(path: Path) -> int:
     """Return the edge of the images a model was trained on, a multiple of 32, as its image processor says."""
-    file = path / "preprocessor_config.json"
-    size = read_json(file).get("size") if file.is_file() else None
+    size = _processor(path)[1].get("size")
     size = {"shortest_edge": size} if isinstance(size, int) else size  # as older processors wrote it
     edges = [size.get(key) for key in ("height", "width", "shortest_edge")] if isinstance(size, dict) else []
     known = [edge for edge in edges if isinstance(edge, int) and edge >= 32]

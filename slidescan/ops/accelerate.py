@@ -2,7 +2,7 @@
 
 Hides the three ways in which transformers calls the op. Only instances are changed, never a class or a module of
 transformers: other models in the process stay as they are, and so do weights and names of parameters. Save an
-accelerated model by its state_dict and accelerate the loaded one: the replaced functions cannot be pickled.
+accelerated model by its state_dict and accelerate the loaded one: classes made here cannot be pickled.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import types
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -20,6 +20,8 @@ from slidescan.errors import ModelError
 from slidescan.ops.deform_attn import Backend, deform_attn
 
 __all__ = ["accelerate"]
+
+_UNTOUCHED = "_slidescan_untouched"  # of a kind of module with our op: transformers' own
 
 
 def accelerate(model: nn.Module, backend: Backend = "auto") -> int:
@@ -60,32 +62,48 @@ def accelerate(model: nn.Module, backend: Backend = "auto") -> int:
 
 def _swap(module: Any, backend: Backend) -> bool:
     """Put the op into one module, if it calls transformers' own."""
-    kind = type(module)
-    if kind.__name__ == "MultiScaleDeformableAttention" and "sampling_locations" in _parameters(kind.forward):
-        module.forward = types.MethodType(_as_module(backend), module)
-        return True
     if hasattr(module, "ms_deformable_attn_core"):
         module.ms_deformable_attn_core = _with_points(backend)
         return True
-    replacements: dict[str, Callable[..., Tensor]] = {
-        "multi_scale_deformable_attention_v2": _with_points(backend),
-        "multi_scale_deformable_attention": _without_points(backend),
-    }
-    forward = kind.forward
-    called = replacements.keys() & set(getattr(getattr(forward, "__code__", None), "co_names", ()))
-    called &= set(getattr(forward, "__globals__", ()))
-    if not called:
+    kind = type(module)
+    untouched: type[nn.Module] = vars(kind).get(_UNTOUCHED, kind)
+    ours = _with_our_op(untouched, backend)  # type: ignore[arg-type]  # a class can be hashed
+    if ours is None:
         return False
-    # The same code, looking the op up elsewhere: only this instance sees it. torch.compile reuses what it compiled
-    # wherever it meets the same code object, hence the copy, and would look the op up in the module of `__name__`.
-    scope = {**forward.__globals__, **{name: replacements[name] for name in called}}
-    scope.pop("__name__", None)
-    own = types.FunctionType(
-        forward.__code__.replace(), scope, forward.__name__, forward.__defaults__, forward.__closure__
-    )
-    own.__kwdefaults__ = forward.__kwdefaults__
-    module.forward = types.MethodType(own, module)
+    # A method of the instance would be bound to it, and replicas on other GPUs would compute with its weights.
+    module.__class__ = ours
+    if "forward" in vars(module):  # another library's, around the forward of before
+        module.forward = types.MethodType(ours.forward, module)
     return True
+
+
+@cache
+def _with_our_op(kind: type[nn.Module], backend: Backend) -> type[nn.Module] | None:
+    """Return a kind of module that calls our op where `kind` calls transformers'; None where it does not."""
+    forward: Any = kind.forward
+    own: Callable[..., Tensor]
+    if kind.__name__ == "MultiScaleDeformableAttention" and "sampling_locations" in _parameters(forward):
+        own = _as_module(backend)
+    else:
+        replacements: dict[str, Callable[..., Tensor]] = {
+            "multi_scale_deformable_attention_v2": _with_points(backend),
+            "multi_scale_deformable_attention": _without_points(backend),
+        }
+        called = replacements.keys() & set(getattr(getattr(forward, "__code__", None), "co_names", ()))
+        called &= set(getattr(forward, "__globals__", ()))
+        if not called:
+            return None
+        # The same code, looking the op up elsewhere. torch.compile reuses what it compiled wherever it meets the same
+        # code object, hence the copy, and would look the op up in the module of `__name__`.
+        scope = {**forward.__globals__, **{name: replacements[name] for name in called}}
+        scope.pop("__name__", None)
+        copied = types.FunctionType(
+            forward.__code__.replace(), scope, forward.__name__, forward.__defaults__, forward.__closure__
+        )
+        copied.__kwdefaults__ = forward.__kwdefaults__
+        own = copied
+    members = {"forward": own, "__module__": kind.__module__, "__qualname__": kind.__qualname__, _UNTOUCHED: kind}
+    return type(kind.__name__, (kind,), members)
 
 
 def _parameters(function: Callable[..., Any]) -> set[str]:

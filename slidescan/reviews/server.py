@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hmac
 import json
+import logging
 import secrets
 import socket
 import sys
@@ -89,11 +90,15 @@ class ReviewServer:
 
     def run(self) -> None:
         """Answer until Ctrl-C or `stop`."""
+        # Of pictures that are not waited for at the end it would print tracebacks.
+        log, while_on = logging.getLogger("uvicorn.error"), lambda _: not self._server.should_exit
+        log.addFilter(while_on)
         try:
             self._server.run(sockets=[self._socket])
         except KeyboardInterrupt:  # which uvicorn raises again once it has ended
             return
         finally:
+            log.removeFilter(while_on)
             self._socket.close()
 
     def stop(self) -> None:

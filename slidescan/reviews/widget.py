@@ -22,7 +22,8 @@ from slidescan.reviews.refusals import MOST_ASKED_BYTES, Refusal, answered
 
 __all__ = ["ReviewWidget"]
 
-_THREADS = 4  # at once: a picture that is near takes ms, one that is far mostly waits
+_THREADS = 4  # pictures at once: one that is near takes ms, one that is far mostly waits
+_PICTURES = frozenset({"crop", "slide", "tile", "heat", "coverage", "boxes"})  # what reads files; the rest waits not
 _MOST_NAME = 100  # characters of what a view calls itself; it takes some 30
 
 
@@ -48,6 +49,7 @@ class ReviewWidget(anywidget.AnyWidget):
         self._desk = desk
         self._told = told
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="slidescan-review")
+        self._quick = ThreadPoolExecutor(1, thread_name_prefix="slidescan-review-quick")
         self._waiting: dict[tuple[str, int], Future[None]] = {}
         self._sending = Lock()
         super().__init__()
@@ -60,6 +62,7 @@ class ReviewWidget(anywidget.AnyWidget):
         """End every view; what was decided stays."""
         super().close()
         self._threads.shutdown(wait=False, cancel_futures=True)
+        self._quick.shutdown(wait=False)  # a decision that was made is saved
 
     def _asked(self, _: object, content: Any, buffers: Sequence[object]) -> None:
         """Have a message answered: ``{view, n, kind, values}``; or ``{view, n, drop}``, which nobody waits for now."""
@@ -76,8 +79,9 @@ class ReviewWidget(anywidget.AnyWidget):
             self._answer(view, n, Refusal(f"request: expected at most {MOST_ASKED_BYTES} bytes, got more", 413))
             return
         # With the context goes which message this is, for the kernel to name in the answers.
-        run = copy_context().run
-        future = self._threads.submit(run, self._work, view, n, content.get("kind"), content.get("values"))
+        run, kind = copy_context().run, content.get("kind")
+        threads = self._threads if isinstance(kind, str) and kind in _PICTURES else self._quick
+        future = threads.submit(run, self._work, view, n, kind, content.get("values"))
         self._waiting[view, n] = future
         future.add_done_callback(lambda _: self._waiting.pop((view, n), None))
 

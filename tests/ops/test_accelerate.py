@@ -273,6 +273,16 @@ def test_a_copy_is_accelerated_and_stands_alone(family: str, calls: list[Backend
 
 
 @pytest.mark.parametrize("family", WAYS)
+def test_replicas_on_other_gpus_use_their_own_weights(family: str) -> None:
+    """DataParallel copies a module's attributes: a method of the original among them would use the original's."""
+    model, _, _ = build(family)
+    accelerate(model)
+    for module in model.modules():
+        replica: Any = module._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        assert replica.forward.__self__ is replica
+
+
+@pytest.mark.parametrize("family", WAYS)
 def test_a_fresh_model_takes_the_weights(family: str) -> None:
     """What an accelerated model saves, another loads, and gives the same outputs."""
     model, inputs, _ = build(family)

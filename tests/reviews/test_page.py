@@ -134,6 +134,56 @@ class TestDeciding:
         (line,) = (json.loads(text) for text in (case / "decisions.jsonl").read_text().splitlines())
         assert (line["note"], line["label"]) == ("arz", HOSTILE)
 
+    def test_what_is_not_saved_is_marked(self, opened: Callable[..., Desk], tab: Tab, case: Path) -> None:
+        """Also typed after a decision; and who closes the page is asked."""
+        hint = "document.querySelector('.ss-unsaved').hidden"
+        opened(change=two_classes)
+        assert tab.run(hint)
+        press(tab, "a")
+        at(tab, 2)
+        press(tab, "ArrowLeft")
+        at(tab, 1)
+        press(tab, "n")
+        tab.press("x")
+        assert not tab.run(hint)
+        tab.press("Escape")
+        press(tab, "ArrowRight")
+        at(tab, 2)
+        assert tab.run(hint)
+        tab.press("2")  # a class chosen, and the first again
+        assert not tab.run(hint)
+        tab.press("1")
+        assert tab.run(hint)
+        press(tab, "ArrowLeft")
+        at(tab, 1)
+        assert not tab.run(hint)
+        tab.dialogs.clear()
+        tab.send("Page.reload")
+        tab.wait(READY)
+        assert tab.dialogs == ["beforeunload"]
+        press(tab, "ArrowLeft")
+        at(tab, 1)
+        press(tab, "n")
+        tab.press("y")
+        tab.press("Escape")
+        press(tab, "a")
+        at(tab, 2)
+        assert json.loads((case / "decisions.jsonl").read_text().splitlines()[-1])["note"] == "y"
+        tab.dialogs.clear()
+        tab.send("Page.reload")
+        tab.wait(READY)
+        assert tab.dialogs == []
+
+    def test_a_list_that_is_kept_no_more_is_made_anew(self, opened: Callable[..., Desk], tab: Tab, case: Path) -> None:
+        """When others, or this page in other windows, were asked for since."""
+        desk = opened()
+        for _ in range(9):
+            desk.answer("items", {"page": 0, "size": 24})
+        tab.run("document.getElementById('review').review.go(24)")
+        tab.wait("document.querySelector('[role=status]').textContent === 'This list was made anew.'")
+        tab.run("document.getElementById('review').review.go(24)")
+        at(tab, 25)
+
     def test_undone_is_as_it_was(self, opened: Callable[..., Desk], tab: Tab, case: Path) -> None:
         """Of the last of a list, which stays in view: its note goes with the decision that is taken back."""
         opened()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.client
 import json
 import os
 import re
@@ -10,6 +12,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -78,6 +81,30 @@ def test_many_at_once(call: Caller, desk: Desk, case: Path) -> None:
     assert not failed
     assert len((case / "decisions.jsonl").read_text().splitlines()) == 12
     assert desk.answer("state", {})["left"] == 0
+
+
+def test_an_end_waits_for_no_picture_and_says_nothing(desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
+    """As by Ctrl-C while a slide far away is read."""
+    begun, go = threading.Event(), threading.Event()
+
+    def slow(_: Any) -> dict[str, Any]:
+        begun.set()
+        assert go.wait(60)
+        return {}
+
+    desk._kinds = {**desk._kinds, "heat": slow}
+
+    def ask(url: str) -> None:
+        with contextlib.suppress(OSError, http.client.HTTPException):  # there is no answer
+            Caller(url).get("heat", slide=0)
+
+    with running(desk) as server:
+        asking = threading.Thread(target=ask, args=(server.url,))
+        asking.start()
+        assert begun.wait(30)
+    go.set()
+    asking.join(30)
+    assert capsys.readouterr().err == ""
 
 
 def test_hostile_names_stay_data(case: Path, slide: Slide) -> None:

@@ -164,7 +164,7 @@ class TestMessages:
         widget.close()
 
     def test_many_at_once_and_one_dropped(self, looked: Review) -> None:
-        """A slow request keeps no quick one waiting; one that is dropped before its turn is never begun."""
+        """Slow pictures, however many, keep no decision waiting; one dropped before its turn is never begun."""
         widget = looked.widget()
         channel = Channel(widget)
         go = threading.Event()
@@ -176,12 +176,11 @@ class TestMessages:
             return {}
 
         widget._desk._kinds = {**widget._desk._kinds, "heat": slow}
-        for n in range(3):
+        for n in range(6):
             channel.take({"view": "a", "n": n, "kind": "heat", "values": {"slide": n}})
-        channel.take({"view": "b", "n": 0, "kind": "state", "values": {}})
+        decision = {"id": looked.items()[0].id, "decision": "accept"}
+        channel.take({"view": "b", "n": 0, "kind": "decide", "values": decision})
         assert channel.answers(1)[0][0]["view"] == "b"
-        for n in range(3, 6):
-            channel.take({"view": "a", "n": n, "kind": "heat", "values": {"slide": n}})
         channel.take({"view": "a", "n": 5, "drop": True})
         go.set()
         assert {told["n"] for told, _ in channel.answers(6)[1:]} == {0, 1, 2, 3, 4}

@@ -9,7 +9,7 @@ const PAN = 0.2; // share of the view that a key moves
 const ZOOM = 1.5; // a key's factor
 const MOST_TILES = 150; // tiles, of 1 MB each
 const REACH = 10; // screen px around an item that a click still means
-const MOST_LOADING = 6; // tiles at once: as many as a browser asks one server for
+const MOST_LOADING = 4; // tiles at once: a browser asks one server for six things, and a decision is not to wait
 
 export class SlideView {
   constructor(transport, OpenSeadragon, { say, blinded, onPlace }) {

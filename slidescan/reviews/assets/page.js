@@ -137,7 +137,7 @@ class Page {
     try {
       await this.#page(number);
     } catch (error) {
-      this.panel.say(error.message, { wrong: true });
+      this.#failed(error);
       return;
     }
     if (this.wanted !== index || !this.at(index)) return;
@@ -166,8 +166,18 @@ class Page {
       const { index } = await this.transport.request("find", { listing, ...place });
       if (index !== null && listing === this.listing) await this.go(index, { stay: true });
     } catch (error) {
-      this.panel.say(error.message, { wrong: true });
+      this.#failed(error);
     }
+  }
+
+  /* Say why a place of the list could not be had; one that is kept no more, for others were asked for, is made anew. */
+  async #failed(error) {
+    if (!error.message.startsWith("listing:")) {
+      this.panel.say(error.message, { wrong: true });
+      return;
+    }
+    await this.list();
+    this.panel.say("This list was made anew.");
   }
 
   async summarise() {

@@ -25,6 +25,9 @@ export class Panel {
       button("Undo", acts.undo, { key: "z" }), button("Slide", acts.context, { key: "f" }),
       button("Summary", acts.summary, { key: "i" }), button("Help", acts.help, { key: "?" })];
     this.contextButton = moves[3];
+    this.unsavedHint = element("p", { className: "ss-unsaved", hidden: true, aria: { live: "polite" },
+      text: "Not saved yet: a, r or u saves it with the decision." });
+    for (const field of [this.note, ...this.radios]) field.addEventListener("input", () => this.#changed());
     this.status = element("p", { className: "ss-status", role: "status" });
     this.alert = element("p", { className: "ss-alert", role: "alert" });
     this.root = element("section", { className: "ss-panel", aria: { label: "In question" } },
@@ -34,6 +37,7 @@ export class Panel {
       this.title, this.facts, this.others,
       element("fieldset", { hidden: this.labels.length < 2 }, element("legend", { text: "Class" }), ...this.choices),
       element("label", { className: "ss-note" }, element("span", { className: "ss-hidden", text: "Note" }), this.note),
+      this.unsavedHint,
       element("div", { className: "ss-moves", role: "group", aria: { label: "Go" } }, ...moves));
   }
 
@@ -64,9 +68,23 @@ export class Panel {
   /* Keep what was typed or chosen and not decided with. */
   #keep() {
     if (!this.item) return;
+    if (this.#differs) this.drafts.set(this.item.id, { note: this.note.value, label: this.#chosen });
+    else this.drafts.delete(this.item.id);
+  }
+
+  get #differs() {
+    if (!this.item) return false;
     const { note, label } = known(this.item);
-    if (this.note.value === note && this.#chosen === label) this.drafts.delete(this.item.id);
-    else this.drafts.set(this.item.id, { note: this.note.value, label: this.#chosen });
+    return this.note.value !== note || this.#chosen !== label;
+  }
+
+  #changed() {
+    this.unsavedHint.hidden = !this.#differs;
+  }
+
+  /* Whether something was typed or chosen that no decision has saved. */
+  get unsaved() {
+    return this.drafts.size > 0 || this.#differs;
   }
 
   /* Have an item shown as it is known the next time, even if it is shown now. */
@@ -85,6 +103,7 @@ export class Panel {
     const verdict = item.decided?.decision;
     this.root.dataset.decision = verdict ?? "none";
     for (const each of this.verdicts) each.setAttribute("aria-pressed", String(each.dataset.verdict === verdict));
+    this.#changed();
     this.others.hidden = !item.others.length;
     const said = item.others.map(({ reviewer, decision, note }) =>
       element("dd", { text: `${reviewer} ${decision}${note ? `: ${note}` : ""}` }));
@@ -102,6 +121,7 @@ export class Panel {
 
   #choose(label) {
     for (const radio of this.radios) radio.checked = radio.value === label;
+    this.#changed();
   }
 
   get #chosen() {

@@ -33,6 +33,8 @@ if (location.hash.length > 1) {
 }
 addEventListener("hashchange", () => location.reload());
 
+addEventListener("beforeunload", (event) => { if (root.review?.panel.unsaved) event.preventDefault(); });
+
 const root = document.getElementById("review");
 mount(root, new HttpCarrier(sessionStorage.getItem(TOKEN) ?? ""), { keysFrom: document }).then(
   (review) => { root.review = review; },
