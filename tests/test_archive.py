@@ -264,7 +264,8 @@ class TestAccidents:
         subprocess.run([*command, str(tmp_path / "whole")], cwd=ROOT, check=True, capture_output=True)
         out = tmp_path / "runs"
         for regions in (1, 14):
-            run = subprocess.Popen([*command, str(out)], cwd=ROOT, start_new_session=True, stderr=subprocess.DEVNULL)
+            with (tmp_path / "said").open("w") as said:
+                run = subprocess.Popen([*command, str(out)], cwd=ROOT, start_new_session=True, stderr=said)
             until = time.monotonic() + 60
             while run.poll() is None and time.monotonic() < until:
                 n_slides = len(list(out.glob("slides/*/manifest.json")))
@@ -272,7 +273,7 @@ class TestAccidents:
                     break
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     run.wait(timeout=0.005)
-            assert run.poll() is None
+            assert run.poll() is None, (tmp_path / "said").read_text()
             os.killpg(run.pid, signal.SIGKILL)
             run.wait()
         subprocess.run([*command, str(out)], cwd=ROOT, check=True, capture_output=True)
