@@ -100,4 +100,5 @@ def evaluate(
         report = measure(variant, source.shown("test"), directory, assembled=source.assembled("test"), shifts=shifts)
         for line in describe(report):
             typer.echo(line)
-        typer.echo(f"written     {directory}: metrics.json, pr.png, froc.png, reliability.png, worst.png")
+        names = ("metrics.json", "pr.png", "froc.png", "reliability.png", "worst.png")
+        typer.echo(f"written     {directory}: {', '.join(name for name in names if (directory / name).is_file())}")

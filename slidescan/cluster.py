@@ -45,6 +45,7 @@ _MOST_READERS = 16  # threads that read beside a GPU, a core each; every one hol
 @contextmanager
 def cluster(client: Client | None, threads: int) -> Iterator[tuple[Client, int, int]]:
     """Give a Dask client, its threads and processes: the caller's, or one of `threads` inside this process."""
+    from dask import config
     from distributed import Client, LocalCluster
 
     if client is not None:
@@ -54,6 +55,8 @@ def cluster(client: Client | None, threads: int) -> Iterator[tuple[Client, int, 
     # One process: regions share the loaded model, and pixels never cross a socket. Memory is bounded by the regions in
     # flight, so Dask's own memory limits (which would restart our only worker) are off.
     with (
+        # A picture in memory goes with each task; it is not sent anywhere.
+        config.set({"distributed.admin.large-graph-warning-threshold": "1 TB"}),
         LocalCluster(
             n_workers=1,
             threads_per_worker=threads,

@@ -27,7 +27,9 @@ __all__ = ["detect_image"]
 _SIDE_PX = 32  # sides are padded to a multiple of it: the coarsest stride of a detector
 _LEAST_PX, _MOST_PX = 128, 8192  # of a tile: what a scan takes
 _HALO = 0.25  # of the tile, where the detector wants none: an object of up to half a tile is whole in one of them
-_SAME_IOU = 0.5  # two boxes, one of a tile and one of the small picture, that say one object
+# Of a box of a tile and one of the small picture, where a px is several: that they say one object, for they overlap by
+# so much and the former is no smaller than so much of the latter; or that so much of the former is inside.
+_SAME_IOU, _SAME_AREA, _INSIDE = 0.5, 0.7, 0.8
 _SLACK = 0.02  # of the tile: how far two tiles may disagree on the centre of one object
 
 
@@ -88,7 +90,7 @@ def detect_image(
         detector = load_detector(detector, mpp="px")
     if mpp is not None and getattr(detector, "knows_px_only", False):
         raise ConfigError(
-            f"mpp: expected none with a model that names no µm/px, got {mpp}; load it with load_detector(…, mpp=…)"
+            f"mpp: expected none with a model that names no µm/px, got {mpp}: it reads a picture as it is"
         )
     if isinstance(image, Slide):
         if mpp is not None:
@@ -129,26 +131,43 @@ def detect_image(
     _warn_if_full(slide, result.provenance["tiles"]["saturated"], min_score >= variant.threshold)
     if not getattr(variant, "knows_px_only", False):
         return result.detections
-    both = Detections.concat([result.detections, _large(slide, variant, plane, edge, min_score, result.detections)])
+    both = _with_large(result.detections, slide, variant, plane, edge, min_score)
     return both[np.argsort(-both.score, kind="stable")]
 
 
-def _large(slide: Slide, variant: Detector, plane: Frame, edge: int, min_score: float, known: Detections) -> Detections:
-    """Return objects larger than half a tile, as they are seen on the whole picture made as small as a tile.
+def _with_large(
+    tiled: Detections, slide: Slide, variant: Detector, plane: Frame, edge: int, min_score: float
+) -> Detections:
+    """Add what is too large for a tile, seen on the whole picture made as small as one; take its parts away.
 
-    What a tile saw whole, and is `known`, is not said again: it was seen more finely there.
+    An object that a tile saw whole is not added, for it was seen more finely there. Of one that it did not, some tile
+    may have taken what it saw for all: where a model's edges are off by some px, it does not seem cut. With its centre
+    in the tile's core such a part is at least as large as what is looked for here.
     """
     small = slide.plane(plane.mpp * max(plane.size_wh) / edge)
     width, height = (max(_LEAST_PX, -(-n // _SIDE_PX) * _SIDE_PX) for n in small.size_wh)
     found = variant.detect(slide.read(0, 0, width, height, small).rgb[None], min_score)[0]
     found = found.moved(small.factor_to(slide.frame), 0.0, 0.0).inside(slide.size_wh)
-    sides = np.ptp(found.xyxy.reshape(-1, 2, 2), axis=1).max(1)
-    found = found[sides > 2 * _HALO * edge * plane.factor_to(slide.frame)]
-    new = [
-        not (iou_pairs(np.broadcast_to(box, known.xyxy.shape), known.xyxy)[known.label == label] > _SAME_IOU).any()
-        for box, label in zip(found.xyxy, found.label, strict=True)
-    ]
-    return found[np.array(new, bool)]
+    least = 2 * (_HALO - _SLACK) * edge * plane.factor_to(slide.frame)
+    large = found[_side(found) > least]
+    part, added = np.zeros(len(tiled), bool), []
+    for box, label in zip(large.xyxy, large.label, strict=True):
+        same = (tiled.label == label) & ~part
+        overlaps = iou_pairs(np.broadcast_to(box, tiled.xyxy.shape), tiled.xyxy) > _SAME_IOU
+        is_whole = _area(tiled.xyxy) > _SAME_AREA * _area(box[None])
+        added.append(not (same & overlaps & is_whole).any())
+        if added[-1]:
+            inside = tiled.xyxy.clip((*box[:2], *box[:2]), (*box[2:], *box[2:]))
+            part |= same & (_side(tiled) > least) & (_area(inside) > _INSIDE * _area(tiled.xyxy))
+    return Detections.concat([tiled[~part], large[np.array(added, bool)]])
+
+
+def _side(found: Detections) -> NDArray[np.float64]:
+    return np.asarray(np.ptp(found.xyxy.reshape(-1, 2, 2), axis=1).max(1))
+
+
+def _area(xyxy: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.asarray((xyxy[:, 2:] - xyxy[:, :2]).prod(1))
 
 
 def _opened(image: str | Path | NDArray[np.uint8], mpp: float | None) -> Slide:

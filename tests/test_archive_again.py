@@ -286,3 +286,32 @@ def test_a_list_made_by_hand_is_looked_at_too(tmp_path: Path, entries: list[Entr
         ss.scan_archive(entries, ORACLE, out=tmp_path / "runs", config=config())
     with pytest.raises(ConfigError, match=told):
         estimate_archive(entries, ORACLE, config=config())
+
+
+def test_two_lists_that_number_their_slides(two: Path, tmp_path: Path, client: Client) -> None:
+    """No list takes the results of another; ids that are exchanged within one are meant, and both done again."""
+    out = tmp_path / "runs"
+
+    def run(rows: str, *, dry: bool = False) -> list[Record]:
+        two.write_text(f"slide_path,slide_id\n{rows}\n")
+        if dry:
+            assert not list(estimate_archive(two, ORACLE, out=out, config=config(), client=client))
+        return ss.scan_archive(two, ORACLE, out=out, config=config(), client=client)
+
+    run("a.tiff,1")
+    before = (out / "slides/1/detections.parquet").read_bytes()
+    for dry in (True, False):
+        with pytest.raises(ConfigError, match="slide_id '1': expected one that no other slide is done under"):
+            run("b.tiff,1", dry=dry)
+    assert (out / "slides/1/detections.parquet").read_bytes() == before
+    run("a.tiff,1\nb.tiff,2")
+    assert [record.state for record in run("a.tiff,2\nb.tiff,1")] == ["done", "done"]
+    assert (out / "slides/2/detections.parquet").read_bytes() == before
+    # An id that is given is kept, though it is the name of a file of another list.
+    run("b.tiff,")
+    two.parent.joinpath("c").mkdir()
+    write_slide(two.parent / "c/b.tiff", 7)
+    run("c/b.tiff,")
+    write_slide(two.parent / "b.svs", 8)
+    with pytest.raises(ConfigError, match="slide_id 'b': expected one"):
+        run("c/b.tiff,1\nb.svs,b")

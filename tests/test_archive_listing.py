@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slidescan.archive import Entry, read_listing
+from slidescan.archive.listing import named
 from slidescan.errors import ConfigError
 from tests.archives import write_cohort
 
@@ -50,8 +51,6 @@ class TestListing:
 
     @given(st.permutations(range(6)))
     def test_ids_do_not_depend_on_the_order(self, order: list[int]) -> None:
-        from slidescan.archive.listing import named
-
         paths = ["/a/x.svs", "/b/x.svs", "/b/X.svs", "/c/y.ome.tiff", "/c/z.svs", "https://h/p/x.svs?t=1"]
         ids = {entry.path: entry.slide_id for entry in named([Entry("", paths[i]) for i in order])}
         assert ids == {entry.path: entry.slide_id for entry in named([Entry("", path) for path in paths])}
@@ -107,6 +106,7 @@ class TestListing:
         ids = [entry.slide_id for entry in read_listing(tmp_path)]
         assert len(set(ids)) == 2
         assert all(len(name.encode()) < 220 for name in ids)
+        assert [entry.slide_id for entry in named(read_listing(tmp_path))] == ids  # as a list that is read is run
         (tmp_path / "slides.csv").write_text("slide_path\n..svs\n")
         assert read_listing(tmp_path / "slides.csv")[0].slide_id.strip(".")
         (tmp_path / "slides.csv").write_text(f"slide_path,slide_id\na.svs,{'x' * 201}\n")

@@ -86,12 +86,17 @@ def test_what_is_left_of_several_lists(tmp_path: Path) -> None:
     now = standing(records, tmp_path)
     assert (now.slides, now.left, now.running) == (5, 3, False)
     assert now.lines()[-1].startswith("run         none is on")
-    mended = began(tmp_path, 2_000, ["b", "a"], to_do=["b"])  # c was a mistake in the list
+    shorter = began(tmp_path, 2_000, ["b", "a"], to_do=["b"])
+    assert standing(records, tmp_path).left == 3
+    records.append(Record("b", "", "k", "done", finished_s=2_010))
+    end(shorter, finished=True)
+    now = standing(records, tmp_path)
+    assert (now.slides, now.left, now.running) == (5, 2, False)  # c of the first list, y of the second
+    last = began(tmp_path, 3_000, ["c"])
     end(first, finished=False)  # it is not brought back by a run that ends late
-    assert standing(records, tmp_path).left == 2
-    end(mended, finished=True)
+    end(last, finished=True)
     end(second, finished=True)
-    assert standing(records, tmp_path).left == 0
+    assert not list((tmp_path / UNFINISHED).iterdir())
 
 
 def test_the_readme_has_every_reason() -> None:

@@ -248,6 +248,30 @@ def test_whose_pictures_are(tmp_path: Path) -> None:
     assert found[0].scanner == "XR"
 
 
+@pytest.mark.parametrize(
+    ("said", "table", "whose"),
+    [
+        ({"slide": "s1"}, "s1,P,XR", ("P", "XR")),  # a slide is no patient where a table tells more
+        ({"slide": "s1"}, "a,P,XR", ("P", "XR")),
+        ({"slide": "TCGA-AA-0001-01Z-00-DX1"}, None, ("TCGA-AA-0001", "")),
+        ({"patient": "Q", "slide": "s1"}, "s1,P,XR", ("Q", "XR")),
+        ({"patient": "Q"}, "other,P,XR", ("Q", "")),
+        ({"patient": 7.0}, None, ("7", "")),
+        ({"patient": " p1 "}, None, ("p1", "")),
+        ({"patient": float("nan"), "slide": "s"}, None, ("s", "")),
+    ],
+)
+def test_what_json_and_table_say_together(
+    tmp_path: Path, said: dict[str, Any], table: str | None, whose: tuple[str, str]
+) -> None:
+    """No patient is two because of how a table was saved, and what either says is known."""
+    coco(tmp_path, lambda all_of_it: all_of_it["images"][0].update(said))
+    if table:
+        (tmp_path / "patients.csv").write_text(f"slide,patient,scanner\n{table}\n")
+    (found,) = load(tmp_path)
+    assert (found.patient, found.scanner) == whose
+
+
 def test_a_picture_is_the_slide_that_it_is_elsewhere(tmp_path: Path) -> None:
     """Else one that is measured on could be mined, or was decided on."""
     (found,) = load(coco(tmp_path))

@@ -110,6 +110,14 @@ class OfPhotos(OracleDetector):
         return True
 
 
+class _Unsure(OfPhotos):
+    """Its edges are off by 3 px: what a window cuts does not reach to its edge."""
+
+    def detect(self, tiles: NDArray[np.uint8], min_score: float) -> list[Detections]:
+        found = super().detect(tiles, min_score)
+        return [replace(each, xyxy=each.xyxy + np.array([3, 3, -3, -3])) for each in found]
+
+
 @pytest.mark.parametrize("tile_px", [128, 256, 416])
 def test_objects_larger_than_a_tile_are_found_too(tile_px: int) -> None:
     """Once each, the largest also on a picture of several of its sizes; what a tile sees is not seen twice."""
@@ -120,6 +128,10 @@ def test_objects_larger_than_a_tile_are_found_too(tile_px: int) -> None:
     image = np.minimum(np.minimum(image, large), middle)
     found = ss.detect_image(image, OfPhotos(mpp=1.0, input_px=256, object_um=13.0), tile_px=tile_px)
     assert_each_once(found, np.array([*centers, (450, 400), (880, 350)]), within_px=8)
+    unsure = OfPhotos(mpp=1.0, input_px=256, object_um=13.0, jitter_px=6)
+    cut = _Unsure(mpp=1.0, input_px=256, object_um=13.0)
+    assert_each_once(ss.detect_image(image, unsure, tile_px=256), np.array([*centers, (450, 400), (880, 350)]), 28)
+    assert_each_once(ss.detect_image(image, cut, tile_px=256), np.array([*centers, (450, 400), (880, 350)]), 28)
     assert len(ss.detect_image(large, ORACLE, tile_px=tile_px)) == 0  # of a detector of cells it is none
 
 

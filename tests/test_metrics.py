@@ -269,3 +269,14 @@ def test_a_summary_is_json_and_says_what_the_metrics_say(images: list[Image]) ->
         assert part["figures"] == of_it.found + of_it.missed
         assert part["recall"] == pytest.approx(of_it.recall, abs=1e-4)
     assert set(report["intervals_95"]) == {"f1", "precision", "recall", "ap", "recall_at_1_per_mm2"}
+
+
+def test_a_class_that_is_never_found_is_told() -> None:
+    """Of two classes one is found wholly, the other never: pooled numbers alone would hide it."""
+    found = Detections.build([[0, 0, 4, 4], [20, 20, 24, 24], [50, 50, 54, 54]], [0.9, 0.8, 0.7], [0, 0, 0])
+    there = np.array([[2.0, 2], [22, 22], [80, 80]])
+    image = Image(found, there, 3.0, 100, label=np.array([0, 0, 1]), excused=np.array([False, False, True]))
+    row = summary([image], 0.5, rounds=10, classes=["cell", "mitosis"])
+    assert row["classes"]["cell"] == {"f1": 1.0, "precision": 1.0, "recall": 1.0, "ap": 1.0, "figures": 2}
+    assert row["classes"]["mitosis"] == {"f1": 0.0, "precision": 1.0, "recall": 0.0, "ap": 0.0, "figures": 1}
+    assert "classes" not in summary([image], 0.5, rounds=10, classes=["cell"])

@@ -28,6 +28,15 @@ def test_what_a_stopped_run_left_is_not_of_this_one(tmp_path: Path) -> None:
     assert len(mine(ORACLE, [], tmp_path, said.append)) == 9
 
 
+def test_the_order_of_slides_does_not_matter(tmp_path: Path) -> None:
+    """A shell lists them as it likes; others are refused."""
+    slides = [discs(n=2, size_wh=(900, 700), seed=seed)[0] for seed in range(3)]
+    assert len(mine(ORACLE, slides[:2], tmp_path, print)) == 4
+    assert len(mine(ORACLE, slides[1::-1], tmp_path, print)) == 4
+    with pytest.raises(ConfigError, match="holds what was mined on other slides"):
+        mine(ORACLE, slides, tmp_path, print)
+
+
 def test_what_was_mined_before_may_be_damaged(tmp_path: Path) -> None:
     """Of a disk that was full, say: the next run says what to do."""
     (tmp_path / "mined.json").write_text("")

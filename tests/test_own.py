@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -117,9 +118,10 @@ def test_each_split_is_measured_as_what_it_is(tmp_path: Path, pictures_first: bo
     """Whole slides as a scan would, with their tissue; pictures as tissue all over: whatever was trained on."""
     (tmp_path / "slides").mkdir()
     (tmp_path / "pictures").mkdir()
-    Picture.new("RGB", (100, 80), (200, 200, 200)).save(tmp_path / "pictures/b.png")
+    Picture.new("RGB", (100, 80), (200, 200, 201)).save(tmp_path / "pictures/b.png")
     places = [coco(tmp_path / "pictures", patients), slides(tmp_path / "slides", POINT)]
-    (tmp_path / "slides/b.png").write_bytes((tmp_path / "slides/a.png").read_bytes())
+    with Picture.open(tmp_path / "slides/a.png") as same:
+        Picture.new("RGB", same.size, (202, 202, 202)).save(tmp_path / "slides/b.png")
     (tmp_path / "slides/b.geojson").write_bytes((tmp_path / "slides/a.geojson").read_bytes())
     data, test = places if pictures_first else places[::-1]
     settings = TrainSettings(data=data, test=test, classes=["cell", "mitosis"], slide_mpp=MPP, validation_share=0.5)
@@ -129,3 +131,40 @@ def test_each_split_is_measured_as_what_it_is(tmp_path: Path, pictures_first: bo
     areas = [one.find(ORACLE).mm2 for one in source.shown("test")]
     grey_is_tissue = [0.0 if test.name == "slides" else pytest.approx(100 * 80 * (MPP * 1e-3) ** 2)]
     assert areas == grey_is_tissue * 2
+
+
+def annotated_picture(folder: Path, *, seed: int = 0, edge_px: int = 8) -> Path:
+    """Write a picture of noise with two objects, of two patients' slides."""
+    rng = np.random.default_rng(seed)
+    images, annotations = [], []
+    folder.mkdir()
+    for i in range(2):
+        Picture.fromarray(rng.integers(0, 255, (80, 100, 3), np.uint8)).save(folder / f"{folder.name}{i}.png")
+        images.append({"id": i, "file_name": f"{folder.name}{i}.png", "patient": f"{folder.name}{i}"})
+        annotations.append({"image_id": i, "category_id": 1, "bbox": [10, 10, edge_px, edge_px]})
+    table = {"images": images, "categories": [{"id": 1, "name": "cell"}], "annotations": annotations}
+    (folder / "annotations.json").write_text(json.dumps(table))
+    return folder
+
+
+def test_one_picture_under_two_names_is_no_test(tmp_path: Path) -> None:
+    data, test = annotated_picture(tmp_path / "a"), annotated_picture(tmp_path / "b")
+    variant = VariantSettings(mpp=0.25, steps=1)
+    settings = TrainSettings(data=data, test=test, classes=["cell"], variants=[variant])
+    with pytest.raises(ConfigError, match=r"expected no slide in both, found a\d\.png and b\d\.png, which are one"):
+        OwnSource.open(settings, variant)
+    other = annotated_picture(tmp_path / "c", seed=1)
+    assert OwnSource.open(settings.model_copy(update={"test": other}), variant)
+
+
+def test_tiles_that_objects_do_not_fit_into_are_refused(tmp_path: Path) -> None:
+    """In them hardly any object is seen whole, and nothing would be taught."""
+    data = annotated_picture(tmp_path / "a", edge_px=40)
+    for tile_px, fits in ((32, False), (64, True)):
+        variant = VariantSettings(mpp=0.25, steps=1, tile_px=[tile_px])
+        settings = TrainSettings(data=data, classes=["cell"], variants=[variant])
+        if fits:
+            assert OwnSource.open(settings, variant)
+        else:
+            with pytest.raises(ConfigError, match=r"tile_px: .* got 32 px, where half of the objects have 40 px"):
+                OwnSource.open(settings, variant)

@@ -68,6 +68,10 @@ def test_the_shipped_settings_are_valid() -> None:
         ("variants: [{mpp: 40, steps: 1}]", r"variants\.0\.mpp"),
         ("variants: [{tile_px: [100]}]", "tile_px"),
         ("variants: [{mpp: 0.25}]", "steps or minutes"),
+        ("variants: [{steps: 1}, {steps: 2}]", "variants of different mpp"),
+        ("variants: [{steps: 1, input_px: 64}]", "input_px"),
+        ("variants: [{steps: 1, tile_px: []}]", "tile_px"),
+        ("seed: -1", "seed"),
         ("a: [", "YAML"),
     ],
 )
@@ -138,6 +142,42 @@ def test_a_run_that_ended_is_not_done_again(fake_data: Path, trained: Path) -> N
     assert all(np.array_equal(before[key], after[key]) for key in before)
 
 
+@pytest.mark.parametrize("at", ["_settle", "finish", "publish"])
+def test_a_finished_model_outlasts_a_run_that_ends(
+    fake_data: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    """Run again and stopped anywhere, it is what it was, and not one that is uncalibrated or half taught."""
+    shutil.copytree(trained, tmp_path / "run")
+    before = {file.name: file.read_bytes() for file in (tmp_path / "run" / "0.25").iterdir()}
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training._Run, at, stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(fake_data, tmp_path / "run")
+    assert {file.name: file.read_bytes() for file in (tmp_path / "run" / "0.25").iterdir()} == before
+
+
+def test_the_crops_have_settings_of_their_own(fake_data: Path, tmp_path: Path) -> None:
+    """What would be left out of account, or wrong without a word, is refused; no attribute is one of the choices."""
+    for changes, told in (
+        ({"attributes": ["large"]}, r"attributes: expected none or \[atypical\]"),
+        ({"test": tmp_path}, "test: expected none with midog21"),
+        ({"validation": tmp_path}, "validation: expected none with midog21"),
+        ({"variants": [VariantSettings(mpp=0.3, steps=1)]}, r"mpp: expected a multiple of 0\.25 µm/px .* got 0\.3"),
+    ):
+        with pytest.raises(ConfigError, match=told):
+            run(fake_data, tmp_path / "refused", **changes)
+    settings = load_settings(ROOT / "configs" / "train_mitosis.yaml").smoke()
+    alone = settings.variants[0].model_copy(update={"finish_steps": None})
+    run(fake_data, tmp_path / "run", attributes=[], variants=[alone])
+    assert load_detector(tmp_path / "run" / "0.25").attributes == ()
+    shorter = [alone.model_copy(update={"steps": 2})]
+    with pytest.raises(ConfigError, match=r"steps: expected 4 or more, as trained, got 2"):
+        run(fake_data, tmp_path / "run", attributes=[], variants=shorter)
+
+
 @pytest.mark.parametrize("at", [3, 15], ids=["learning", "finishing"])
 def test_a_killed_run_goes_on_to_the_same_weights(
     fake_data: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
@@ -157,7 +197,8 @@ def test_a_killed_run_goes_on_to_the_same_weights(
     monkeypatch.setattr(loop, "_average", stop)
     with pytest.raises(KeyboardInterrupt):
         run(fake_data, tmp_path)
-    assert (tmp_path / "0.5").exists() == (at > 8)  # of two times four steps
+    assert (tmp_path / "drafts" / "0.5").exists() == (at > 8)  # of two times four steps
+    assert not (tmp_path / "0.5").exists()
     monkeypatch.undo()
     run(fake_data, tmp_path)
     for variant in ("0.25", "0.5"):
@@ -330,7 +371,8 @@ def test_start_weights_must_exist(fake_data: Path, tmp_path: Path) -> None:
 def test_a_start_lies_where_the_settings_do(tmp_path: Path) -> None:
     """Unless there is none of its name: then it is a bundled one."""
     (tmp_path / "mine").mkdir()
-    (tmp_path / "my.yaml").write_text("variants: [{steps: 1, start: mine}, {steps: 1, start: mitosis}, {steps: 1}]")
+    variants = "{steps: 1, start: mine}, {mpp: 0.5, steps: 1, start: mitosis}, {mpp: 1, steps: 1}"
+    (tmp_path / "my.yaml").write_text(f"variants: [{variants}]")
     starts = [variant.start for variant in load_settings(tmp_path / "my.yaml").variants]
     assert starts == [str(tmp_path / "mine"), "mitosis", None]
 

@@ -13,7 +13,7 @@ import glob
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,8 @@ class Entry:
         Patient, site, cohort: as the list says.
     sha256 : str, optional
         Digest the whole file must have.
+    derived : bool
+        Whether the id was made of the file's name, for the list gave none.
     """
 
     slide_id: str
@@ -60,6 +62,7 @@ class Entry:
     mpp: float | None = None
     group: str = ""
     sha256: str | None = None
+    derived: bool = False
 
 
 def read_listing(source: str | Path) -> list[Entry]:
@@ -179,37 +182,49 @@ def named(entries: list[Entry]) -> list[Entry]:
         told = entry.slide_id
         if told in (".", "..") or any(char in told for char in "/\\") or not told.isprintable():
             raise ConfigError(f"slide {number}: slide_id must be a plain name, got {told!r}")
-    names = [entry.slide_id or stem_of(entry.path) for entry in entries]
+    given = [bool(entry.slide_id) and not entry.derived for entry in entries]
+    names = [each.slide_id if is_given else stem_of(each.path) for each, is_given in zip(entries, given, strict=True)]
     times = Counter(name.casefold() for name in names)  # some file systems know one case
     named = []
-    for entry, name in zip(entries, names, strict=True):
+    for entry, name, is_given in zip(entries, names, given, strict=True):
         n, fits = times[name.casefold()], len(name.encode()) <= _LONGEST_BYTES
-        if entry.slide_id and n > 1:
+        if is_given and n > 1:
             raise ConfigError(f"slide_id {name!r} is given to {n} slides; each needs one of its own")
-        if entry.slide_id and not fits:
+        if is_given and not fits:
             raise ConfigError(f"slide_id must have {_LONGEST_BYTES} bytes at most, got {len(name.encode())}: {name!r}")
         if n > 1 or not fits or not name.strip("."):
             short = name.encode()[:_LONGEST_BYTES].decode(errors="ignore").rstrip(".")
             name = f"{short}-{tag_of(entry.path)}"
-        named.append(replace(entry, slide_id=name))
+        named.append(replace(entry, slide_id=name, derived=not is_given))
     return named
 
 
-def as_recorded(entries: Iterable[Entry], records: Mapping[str, Record]) -> list[Entry]:
+def as_recorded(entries: Sequence[Entry], records: Mapping[str, Record]) -> list[Entry]:
     """Give a slide the id under which it is on record, where another of its name was listed since, or is no longer.
 
     One that has the name of another that is done, in another list, gets a tag: neither takes the other's place.
+
+    Raises
+    ------
+    ConfigError
+        If the list gives a slide the id of another one that is done, which it does not name.
     """
+    tags = {tag_of(entry.path) for entry in entries}
     kept = []
     for entry in entries:
         stem, tag = stem_of(entry.path), tag_of(entry.path)
-        tagged = f"{stem}-{tag}"
-        own = [name for name in (stem, tagged) if name in records and records[name].place == tag]
-        if entry.slide_id in (stem, tagged):
-            if own:
-                entry = replace(entry, slide_id=own[0])
-            elif entry.slide_id in records and _is_another(entry, records[entry.slide_id]):
-                entry = replace(entry, slide_id=tagged)
+        record = records.get(entry.slide_id)
+        is_taken = record is not None and record.place not in tags and _is_another(entry, record)
+        if not entry.derived:
+            if is_taken:
+                raise ConfigError(
+                    f"slide_id {entry.slide_id!r}: expected one that no other slide is done under, in that output "
+                    "directory it is that of another; give another slide_id or another output directory"
+                )
+        elif own := [name for name in (stem, f"{stem}-{tag}") if name in records and records[name].place == tag]:
+            entry = replace(entry, slide_id=own[0])
+        elif is_taken:
+            entry = replace(entry, slide_id=f"{stem}-{tag}")
         kept.append(entry)
     return kept
 

@@ -5,6 +5,7 @@ Hides the kinds of slides there are, what belongs to another slide, and which DI
 
 from __future__ import annotations
 
+import fnmatch
 import glob
 import os
 import re
@@ -42,31 +43,13 @@ def slides_below(folder: Path) -> list[Path]:
     ConfigError
         If a folder cannot be read, or there is no slide.
     """
-    files: list[Path] = []
-    others: Counter[str] = Counter()
-    for file in _files(folder):
-        kind = file.suffix.lower()
-        if kind in _SUFFIXES:
-            files.append(file)
-        else:
-            others[kind or "without suffix"] += 1
-    slides, n_other = one_a_series(files)
-    if n_other:
-        others[".dcm that are no slides"] = n_other
-    most = sorted(others.items(), key=lambda item: (-item[1], item[0]))[:_MOST_KINDS]
-    told = ", ".join(f"{n:,} {kind}" for kind, n in most)
-    told += ", …" if len(others) > _MOST_KINDS else ""
-    if not slides:
-        there = f", but {told}" if others else ""
-        raise ConfigError(f"{folder}: expected slides ({', '.join(sorted(_SUFFIXES))}), found none{there}")
-    if others:
-        n = f"{len(slides):,} slide{'s' * (len(slides) > 1)}"
-        warnings.warn(f"{folder}: {n}; left out files of other kinds: {told}", SlideWarning, stacklevel=3)
-    return slides
+    return _slides(str(folder), _files(folder))
 
 
 def slides_like(pattern: str) -> list[Path]:
     """Return the slides that fit a pattern, sorted; ``**`` stands for the same folders as `slides_below` searches.
+
+    A pattern that ends in ``*`` takes slides alone, and warns of the rest as `slides_below` does.
 
     Raises
     ------
@@ -76,6 +59,8 @@ def slides_like(pattern: str) -> list[Path]:
     once: dict[str, Path] = {}
     for file in sorted(_fitting(os.path.abspath(pattern))):  # noqa: PTH100  # keeps a link a link
         once.setdefault(os.path.join(os.path.realpath(file.parent), file.name), file)  # noqa: PTH118
+    if Path(pattern).name in ("*", "**"):
+        return _slides(pattern, once.values())
     slides, _ = one_a_series(once.values())
     if not slides:
         raise ConfigError(f"{pattern}: no slide fits this pattern; quote it so that the shell leaves it, and check it")
@@ -104,6 +89,31 @@ def one_a_series(files: Iterable[Path]) -> tuple[list[Path], int]:
     return sorted([*slides, *(file for _, file in series.values())]), n_other
 
 
+def _slides(where: str, candidates: Iterable[Path]) -> list[Path]:
+    """Return the slides among files; warn of the others."""
+    files: list[Path] = []
+    others: Counter[str] = Counter()
+    for file in candidates:
+        kind = file.suffix.lower()
+        if kind in _SUFFIXES:
+            files.append(file)
+        else:
+            others[kind or "without suffix"] += 1
+    slides, n_other = one_a_series(files)
+    if n_other:
+        others[".dcm that are no slides"] = n_other
+    most = sorted(others.items(), key=lambda item: (-item[1], item[0]))[:_MOST_KINDS]
+    told = ", ".join(f"{n:,} {kind}" for kind, n in most)
+    told += ", …" if len(others) > _MOST_KINDS else ""
+    if not slides:
+        there = f", but {told}" if others else ""
+        raise ConfigError(f"{where}: expected slides ({', '.join(sorted(_SUFFIXES))}), found none{there}")
+    if others:
+        n = f"{len(slides):,} slide{'s' * (len(slides) > 1)}"
+        warnings.warn(f"{where}: {n}; left out files of other kinds: {told}", SlideWarning, stacklevel=4)
+    return slides
+
+
 def _instance(file: Path) -> tuple[str, str, bool] | None:
     """Return kind and series of a DICOM file, and whether it is a label or an overview; None where it is none."""
     from pydicom.filereader import read_partial
@@ -119,14 +129,21 @@ def _instance(file: Path) -> tuple[str, str, bool] | None:
 
 
 def _fitting(pattern: str) -> Iterator[Path]:
-    """Yield what fits; glob's own ``**`` takes for ever where links lead back."""
+    """Yield what fits and may be a slide; glob's own ``**`` takes for ever where links lead back."""
     above, *below = _DEEP.split(pattern, 1)
     if not below:
-        yield from map(Path, glob.iglob(pattern))  # noqa: PTH207  # it is absolute
+        for file in map(Path, glob.iglob(pattern)):  # noqa: PTH207  # it is absolute
+            if file.name != _MAP and (file.suffix.lower() == ".zarr" or not file.is_dir()):
+                yield file
         return
+    rest = below[0].lstrip(os.sep) or "*"
     for folder in filter(Path.is_dir, map(Path, glob.iglob(above or os.sep))):  # noqa: PTH207
-        for directory, *_ in _folders(folder):
-            yield from _fitting(glob.escape(directory) + (below[0] or f"{os.sep}*"))
+        for directory, zarrs, files in _folders(folder):
+            if os.sep in rest:
+                yield from _fitting(os.path.join(glob.escape(directory), rest))  # noqa: PTH118
+            else:
+                names = (name for name in (*zarrs, *files) if not name.startswith("."))
+                yield from (Path(directory, name) for name in names if fnmatch.fnmatchcase(name, rest))
 
 
 def _files(folder: Path) -> Iterator[Path]:

@@ -1,7 +1,7 @@
 """What runs over an archive have still to do: a file a run, which goes when all of it is done.
 
-So it is known from any machine, and whatever ended a run, what nobody has looked at yet. Invariant: a run that lists
-slides of an earlier one takes that one's place, which is on no more or does the same.
+So it is known from any machine, and whatever ended a run, what nobody has looked at yet. Invariant: a slide is to do in
+one run, the last that was given it.
 """
 
 from __future__ import annotations
@@ -50,7 +50,12 @@ def begin(out: Path, share: Collection[str], to_do: Collection[str], scoring: in
     file = folder / f"{uuid.uuid4().hex}.json"
     _write(file, Unfinished(round(time.time(), 3), scoring, list(share), list(to_do)))
     for earlier, told in _read(folder):
-        if earlier != file and not ours.isdisjoint(told.share):
+        if earlier == file or ours.isdisjoint(told.share):
+            continue
+        left = [slide_id for slide_id in told.to_do if slide_id not in ours]
+        if left:
+            _write(earlier, replace(told, share=left, to_do=left))
+        else:
             earlier.unlink(missing_ok=True)
     return file
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -100,7 +100,7 @@ def refuse_leaks(**splits: Sequence[Annotated]) -> None:
     Raises
     ------
     ConfigError
-        If there is such a patient.
+        If there is such a patient, or one slide under two names.
 
     Examples
     --------
@@ -113,6 +113,28 @@ def refuse_leaks(**splits: Sequence[Annotated]) -> None:
                 f"{one} and {other}: expected no patient in both, found {len(shared)}, the first {shared[0]!r}; "
                 f"move all slides of a patient into one of them"
             )
+        for same in _one_file(splits[one], splits[other]):
+            raise ConfigError(
+                f"{one} and {other}: expected no slide in both, found {same[0].slide.path.name} and "
+                f"{same[1].slide.path.name}, which are one; leave out either"
+            )
+
+
+def _one_file(some: Sequence[Annotated], others: Sequence[Annotated]) -> Iterator[tuple[Annotated, Annotated]]:
+    """Yield slides that have the same bytes under two names; only those of one size are looked into."""
+
+    def size(one: Annotated) -> tuple[object, ...] | None:
+        path = one.slide.path
+        return (*one.slide.size_wh, path.stat().st_size) if isinstance(path, Path) and path.is_file() else None
+
+    known: dict[tuple[object, ...], list[Annotated]] = {}
+    for one in some:
+        if key := size(one):
+            known.setdefault(key, []).append(one)
+    for other in others:
+        for one in known.get(size(other) or (), ()):
+            if one.slide.fingerprint == other.slide.fingerprint:
+                yield one, other
 
 
 @dataclass(frozen=True, slots=True)

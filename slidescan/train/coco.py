@@ -6,6 +6,7 @@ ones are held in a process.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -145,15 +146,30 @@ def _box(where: str, item: Mapping[str, Any]) -> NDArray[np.float64]:
 
 def _whose(row: Mapping[str, Any], known: Mapping[str, Whose] | None, *, by_folder: bool) -> Whose:
     """Return patient and scanner of an image."""
-    scanner, stem = str(row.get("scanner") or ""), Path(row["file_name"]).stem
-    for key in ("patient", "case", "slide"):
-        if row.get(key) not in (None, ""):
-            return str(row[key]), scanner
-    if known is not None:
-        patient, of_table = whose(known, row["file_name"])
-        return patient, scanner or of_table
+    told = {key: _text(row.get(key)) for key in ("patient", "case", "slide", "scanner")}
+    patient, scanner = told["patient"] or told["case"], told["scanner"]
+    if known is not None and not (patient and scanner):
+        try:
+            of_table = whose(known, told["slide"] if told["slide"] in known else row["file_name"])
+        except ConfigError:  # says whose it is, and not where it was scanned
+            if not patient:
+                raise
+            of_table = patient, ""
+        patient, scanner = patient or of_table[0], scanner or of_table[1]
+    if patient:
+        return patient, scanner
+    if told["slide"]:
+        return patient_in(told["slide"]), scanner
+    stem = Path(row["file_name"]).stem
     named = patient_in(stem)
     return (_folder(row) or stem if by_folder and named == stem else named), scanner
+
+
+def _text(said: Any) -> str:
+    """Return what is said as text; of a table with gaps 7.0 is 7, and NaN is nothing."""
+    if said is None or (isinstance(said, float) and math.isnan(said)):
+        return ""
+    return str(int(said) if isinstance(said, float) and said.is_integer() else said).strip()
 
 
 def _folder(row: Mapping[str, Any]) -> str:

@@ -70,7 +70,7 @@ def evaluate(
     report: dict[str, Any] = {"model": detector.name, "mpp": detector.mpp, "threshold": detector.threshold}
     report["found_within_um"] = round(one.radius * one.mpp, 3)
     for kind, found in images.items():
-        row = summary(found, detector.threshold, rounds=rounds)
+        row = summary(found, detector.threshold, rounds=rounds, classes=detector.classes)
         if kind.startswith("covered"):  # what is found there is no figure, and so neither typical nor not
             report[kind] = {"covers": row["figures"], "found": row["recall"]}
             continue
@@ -84,13 +84,16 @@ def evaluate(
     agreements = [_agreement(image, detector, shifts) for image in assembled] if shifts else []
     if agreements:
         compared, same = (sum(getattr(one, key) for one in agreements) for key in ("compared", "same"))
-        report["grid_shift"] = {"compared": compared, "same": same, "share": round(same / max(1, compared), 4)}
+        report["grid_shift"] = {"compared": compared, "same": same, "share": None}
+        if compared:
+            report["grid_shift"]["share"] = round(same / compared, 4)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         (out / "metrics.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         with_figures = {kind: found for kind, found in images.items() if "f1" in report[kind]}
         draw_curves(with_figures, detector.threshold, out)
         worst = next(iter(with_figures), None)
+        (out / "worst.png").unlink(missing_ok=True)  # of a measurement before
         if worst is not None:
             draw_worst([one.patch for one in kinds[worst]], images[worst], detector.threshold, out / "worst.png")
     return report
@@ -113,10 +116,16 @@ def describe(report: dict[str, Any]) -> list[str]:
                 f"{row['figures']} objects"
                 + (f" of {row['patients']} patient{'s' * (row['patients'] > 1)}" if row["patients"] else "")
             )
+            lines += [
+                f"  {name:<18}F1 {each['f1']:.3f}   precision {each['precision']:.3f}   recall {each['recall']:.3f}   "
+                f"AP {each['ap']:.3f}   {each['figures']} objects"
+                for name, each in row.get("classes", {}).items()
+            ]
         elif "found" in row:
             lines.append(f"{kind}: {row['found']:.1%} of {row['covers']} covers taken for an object")
         elif "share" in row:
-            lines.append(f"grid shift  {row['share']:.1%} of {row['compared']} detections repeated")
+            of = "" if row["share"] is None else f"{row['share']:.1%} of {row['compared']} detections repeated"
+            lines.append(f"grid shift  {of or 'nothing was found to compare'}")
         else:
             lines.append(f"{kind:<12}{row['false_per_mm2'] or 0:.1f} false per mm² on {row['mm2']:.1f} mm²")
         lines += [

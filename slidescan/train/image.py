@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,6 +62,19 @@ class Image:
         if self.area_mm2 is not None:
             return self.area_mm2
         return (max(0.0, self.size - 2 * self.margin) * self.mpp * 1e-3) ** 2
+
+    def of_class(self, label: int) -> Image:
+        """Return what was found and what is there of one class."""
+        found, there = self.found.label == label, np.zeros(len(self.truth), int) if self.label is None else self.label
+        known = there == label
+        return replace(
+            self,
+            found=self.found[found],
+            truth=self.truth[known],
+            label=None if self.label is None else self.label[known],
+            attributes=None if self.attributes is None else self.attributes[known],
+            excused=None if self.excused is None else self.excused[found],
+        )
 
     def counted(self, xy: NDArray[np.float64]) -> NDArray[np.bool_]:
         """Return which points lie inside the margin."""

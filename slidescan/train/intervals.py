@@ -93,6 +93,7 @@ def summary(
     rounds: int = 1000,
     seed: int = 0,
     levels: Sequence[float] = (1.0,),
+    classes: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Return the metrics at a threshold as plain values for JSON.
 
@@ -100,6 +101,8 @@ def summary(
     ----------
     images, threshold, rounds, seed, levels
         As for `intervals`.
+    classes : sequence of str
+        Indexed by label.
 
     Returns
     -------
@@ -107,7 +110,7 @@ def summary(
         ``f1``, ``precision``, ``recall``, ``ap``, ``recall_at_<level>_per_mm2``; ``figures`` (truths), ``patients``
         (those named), ``mm2``, ``false_per_mm2`` (at the threshold; None without an area), ``ece``; ``intervals_95``:
         [low, high] or None by name; ``scanners``, where more than one is named: F1, precision, recall, AP and figures
-        of each that has any.
+        of each that has any; ``classes``, where there are several, the same of each.
     """
     sure = intervals(images, threshold, rounds=rounds, seed=seed, levels=levels)
     at, mm2 = score(images, threshold), sum(image.mm2 for image in images)
@@ -125,6 +128,10 @@ def summary(
     if len(scanners) > 1:
         of_each = {name: _brief([i for i in images if i.scanner == name], threshold) for name in scanners}
         row["scanners"] = {name: brief for name, brief in of_each.items() if brief["figures"]}
+    if len(classes) > 1:
+        row["classes"] = {
+            name: _brief([image.of_class(label) for image in images], threshold) for label, name in enumerate(classes)
+        }
     return row
 
 

@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from slidescan.commit import commit
-from slidescan.errors import ModelError
+from slidescan.errors import ConfigError, ModelError
 from slidescan.heap import keep_freed
 from slidescan.train.loss import Target, detection_loss
 from slidescan.train.optimiser import Optimiser
@@ -80,6 +80,8 @@ def train(
     average = copy.deepcopy(network).eval()
     optimiser = Optimiser(network, settings.weight_decay)
     step, spent = _resume(checkpoint, network, average, optimiser)
+    if variant.steps is not None and step > variant.steps:
+        raise ConfigError(f"steps: expected {step} or more, as trained, got {variant.steps}; give another directory")
     table = _Log(checkpoint.with_suffix(".csv"), step)
     begun = time.monotonic() - spent
     network.train()

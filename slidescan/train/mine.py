@@ -23,7 +23,7 @@ from slidescan.slides import Slide
 from slidescan.train.augment import Rgb
 from slidescan.train.source import Source, Split
 
-__all__ = ["mine", "refuse_annotated"]
+__all__ = ["mine", "refuse_annotated", "refuse_others"]
 
 _WINDOW_PX = 128  # at the detector's µm/px: what decides, with its surroundings
 _MOST = 2000  # windows a slide: 100 MB of pixels
@@ -51,6 +51,27 @@ def refuse_annotated(slides: Sequence[Slide], source: Source) -> None:
                 )
 
 
+def refuse_others(slides: Sequence[Slide], folder: Path) -> None:
+    """Refuse slides to mine where others were mined into `folder` before, in whatever order.
+
+    Raises
+    ------
+    ConfigError
+        If others were, or what was mined is damaged.
+    """
+    done = folder / _DONE
+    if not done.is_file():
+        return
+    try:
+        before = sorted(json.loads(done.read_text(encoding="utf-8"))["slides"])
+    except (ValueError, KeyError, TypeError) as exc:
+        raise ConfigError(f"{done}: expected what was mined before, found it damaged; delete {folder}") from exc
+    if slides and before != sorted(slide.fingerprint for slide in slides):
+        raise ConfigError(
+            f"{folder}: holds what was mined on other slides; give the same slides, or another output directory"
+        )
+
+
 def mine(detector: Detector, slides: Sequence[Slide], folder: Path, log: Callable[[str], None]) -> list[Rgb]:
     """Scan slides and return a window around each false alarm; scan none again that was mined into `folder` before.
 
@@ -74,22 +95,13 @@ def mine(detector: Detector, slides: Sequence[Slide], folder: Path, log: Callabl
         If other slides were mined into `folder`.
     """
     done = folder / _DONE
-    fingerprints = [slide.fingerprint for slide in slides]
-    if done.is_file():
-        try:
-            before = json.loads(done.read_text(encoding="utf-8"))["slides"]
-        except (ValueError, KeyError, TypeError) as exc:
-            raise ConfigError(f"{done}: expected what was mined before, found it damaged; delete {folder}") from exc
-        if slides and before != fingerprints:
-            raise ConfigError(
-                f"{folder}: holds what was mined on other slides; give the same slides, or another output directory"
-            )
-    elif slides:
+    refuse_others(slides, folder)
+    if slides and not done.is_file():
         folder.mkdir(parents=True, exist_ok=True)
         for left in folder.glob("*.png"):  # of a run that was stopped, maybe on other slides
             left.unlink()
         count = sum(_write(detector, slide, folder, k) for k, slide in enumerate(slides))
-        text = json.dumps({"slides": fingerprints, "windows": count}) + "\n"
+        text = json.dumps({"slides": [slide.fingerprint for slide in slides], "windows": count}) + "\n"
         commit(done, lambda partial: partial.write_text(text, encoding="utf-8"))
         log(f"mined {count} false alarms on {len(slides)} slides")
     windows = []

@@ -14,6 +14,7 @@ What is measured on, of patients that nothing was trained on then:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -25,6 +26,7 @@ from numpy.typing import NDArray
 from PIL import Image as Picture
 
 from slidescan.detections import Detector
+from slidescan.errors import ConfigError
 from slidescan.phantom import Phantom
 from slidescan.train.annotated import Annotated
 from slidescan.train.augment import Rgb
@@ -133,6 +135,8 @@ class CropSource:
         trained: Sequence[str] = ("train",),
         half: int | None = None,
     ) -> None:
+        if not math.isclose(variant.mpp / CROP_MPP, max(1, round(variant.mpp / CROP_MPP))):
+            raise ConfigError(f"mpp: expected a multiple of {CROP_MPP} µm/px for midog21, got {variant.mpp:g}")
         self._data, self._settings, self._variant, self._trained = data, settings, variant, trained
         self._half = half
         self._training: _Mix | None = None
@@ -159,7 +163,8 @@ class CropSource:
         xyxy = np.concatenate((figures[:, :2] - half, figures[:, :2] + half), 1).clip(0, size)
         whole, shown = (((figures >= inset) & (figures < size - inset))[:, :2].all(1) for inset in (seen, -reach))
         image = np.asarray(Picture.fromarray(scene).resize((size, size), Picture.Resampling.BILINEAR))
-        return Example(image, xyxy[whole], np.zeros(whole.sum(), np.int64), figures[whole, 2:], xyxy[shown & ~whole])
+        answers = figures[whole, 2 : 2 + len(self._settings.attributes)]
+        return Example(image, xyxy[whole], np.zeros(whole.sum(), np.int64), answers, xyxy[shown & ~whole])
 
     def whole(self) -> CropSource:
         """Return the source whose training images show the validation patients as well."""

@@ -149,6 +149,7 @@ class OwnSource:
         splits = {"train": train, "validation": validation, "test": test}
         places = {"validation": settings.validation or settings.data, "test": settings.test or settings.data}
         kinds = {name: kind_of(path) for name, path in places.items()}
+        _refuse_too_large(train, variant)
         return cls(splits, variant, kinds=kinds, object_um=settings.object_um, seed=settings.seed)
 
     @property
@@ -253,3 +254,14 @@ def _within(points: NDArray[np.float64], boxes: NDArray[np.float64]) -> NDArray[
     if len(boxes):
         inside[shapely.STRtree(shapely.box(*boxes.T)).query(shapely.points(points), "intersects")[0]] = True
     return inside
+
+
+def _refuse_too_large(train: Sequence[Annotated], variant: VariantSettings) -> None:
+    """Refuse objects of which most are seen whole in no tile: nothing would be taught."""
+    edges_um = [np.ptp(one.xyxy_l0.reshape(-1, 2, 2), axis=1).max(1) * one.slide.frame.mpp for one in train]
+    edges_px = np.concatenate([np.empty(0), *edges_um]) / variant.mpp
+    if len(edges_px) and np.median(edges_px) > max(variant.tile_px):
+        raise ConfigError(
+            f"tile_px: expected tiles that objects fit into, got {max(variant.tile_px)} px, where half of the objects "
+            f"have {np.median(edges_px):.0f} px or more at {variant.mpp:g} µm/px; give larger tile_px, or a coarser mpp"
+        )

@@ -102,6 +102,8 @@ def load_slides(
                 refused[stem] = exc
             continue
         slide.close()
+        if slide.mpp is None:
+            raise ConfigError(f"{file.name}: µm/px: {slide.mpp_problem}; give it as slide_mpp (evaluate: --mpp)")
         if stem is None:
             raise ConfigError(
                 f"{file.name}: expected {file.stem}.geojson beside the slide or in annotations/, found none; "

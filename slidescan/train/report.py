@@ -6,6 +6,7 @@ Draws only; `metrics` judges. Pictures hold neither file nor patient names: they
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -157,6 +158,7 @@ def draw_losses(csv_path: Path, png_path: Path) -> None:
 def _draw_recall(kinds: Mapping[str, Sequence[Image]], threshold: float, path: Path, *, froc: bool) -> None:
     figure = _figure(_WIDTH_PX, _HEIGHT_PX)
     axes = figure.add_subplot()
+    low, high = _FROC_PER_MM2
     if not froc:
         _iso_f1(axes)
     for k, (name, images) in enumerate(kinds.items()):
@@ -165,11 +167,11 @@ def _draw_recall(kinds: Mapping[str, Sequence[Image]], threshold: float, path: P
             continue
         colour, dash = _COLOURS[k % len(_COLOURS)], _DASHES[k % len(_DASHES)]
         if froc:
-            low, high = _FROC_PER_MM2
             # What comes at fewer false detections than the axis shows enters from its left end.
             x = np.append(low, np.maximum(line.false_per_mm2, low))
             y = np.append(line.recall_at(low), np.maximum(line.recall, line.recall_at(low)))
-            point = (float(np.clip(at.false / line.mm2 if line.mm2 else 0.0, low, high)), at.recall)
+            point = (max(low, at.false / line.mm2 if line.mm2 else 0.0), at.recall)
+            high = max(high, 10 ** math.ceil(math.log10(point[0])))  # of nuclei there are thousands
             label = f"{name}: {line.recall_at(1.0):.2f} at 1 per mm²"
             axes.plot(x, y, dash, color=colour, linewidth=2, label=label, drawstyle="steps-post")
         else:
@@ -182,10 +184,9 @@ def _draw_recall(kinds: Mapping[str, Sequence[Image]], threshold: float, path: P
     else:
         axes.text(0.5, 0.5, "no figures", transform=axes.transAxes, ha="center", size=13)
     if froc:
-        axes.set(
-            xscale="log", xlim=_FROC_PER_MM2, xlabel="false detections per mm²", ylabel="recall (share of figures)"
-        )
-        axes.set_xticks([0.1, 1, 10, 100], ["0.1", "1", "10", "100"])
+        axes.set(xscale="log", xlim=(low, high), xlabel="false detections per mm²", ylabel="recall (share of figures)")
+        ticks = [10.0**power for power in range(-1, round(math.log10(high)) + 1)]
+        axes.set_xticks(ticks, [f"{tick:,g}" for tick in ticks])
     else:
         axes.set(xlim=(0, 1), xlabel="recall (share of figures)", ylabel="precision (share of detections)")
     axes.set_ylim(0, 1)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,7 +18,7 @@ from typing import Any
 
 import torch
 
-from slidescan.commit import made, sweep
+from slidescan.commit import commit, made, sweep
 from slidescan.detect.card import Card, write_model
 from slidescan.detect.load import load_detector
 from slidescan.detect.model import Model
@@ -32,7 +33,7 @@ from slidescan.train.decided import keep_decided, load_decided
 from slidescan.train.evaluate import describe, evaluate, find_all
 from slidescan.train.loop import train
 from slidescan.train.metrics import Image
-from slidescan.train.mine import mine, refuse_annotated
+from slidescan.train.mine import mine, refuse_annotated, refuse_others
 from slidescan.train.mitosis import CropSource
 from slidescan.train.network import build_network, pin, relabel
 from slidescan.train.operating_point import choose_operating_point
@@ -47,6 +48,7 @@ __all__ = ["open_source", "open_test", "train_detector"]
 # Of the variant's rate: enough to unlearn what was mined and too little to forget the rest; and to learn from the
 # validation patients, while the calibration, which is theirs, is kept.
 _MINE_LR, _FINISH_LR = 0.1, 0.2
+_DRAFTS, _MINED = "drafts", "mined-"  # in a run's directory: variants that are not finished, and windows of one
 # What the seed begins with: steps are added to it.
 _STAGES = {"mined": 1 << 20, "finish": 2 << 20, "half-1": 3 << 20, "half-2": 4 << 20}
 # Two boxes of 12.5 µm overlap so when their centres are 4 µm apart: nearer than two figures are, and farther than what
@@ -88,7 +90,9 @@ class _Run:
         """Train a variant, settle it, and have it unlearn what it finds where nothing is."""
         settings, out, name = self.settings, self.out, f"{variant.mpp:g}"
         self.log(f"{name} µm/px")
-        start = None if variant.start_mpp is None else out / f"{variant.start_mpp:g}"
+        start = None if variant.start_mpp is None else self.draft(variant.start_mpp)
+        if start is not None and not start.is_dir():  # of a run before this one
+            start = out / start.name
         if variant.start is not None:
             start = load_detector(variant.start).at(variant.mpp, allow_coarse=True).path
         checkpoint = out / f"losses-{name}.safetensors"
@@ -97,7 +101,8 @@ class _Run:
         average = train(network, batches, settings, variant, checkpoint=checkpoint, log=self.log)
         draw_losses(checkpoint.with_suffix(".csv"), checkpoint.with_suffix(".png"))
         card = self._settle(average, _card(settings, variant, **taught), source)
-        windows = mine(Model(out / name, device=settings.device), mine_slides, out / f"mined-{name}", self.log)
+        detector = Model(self.draft(variant.mpp), device=settings.device)
+        windows = mine(detector, mine_slides, out / f"{_MINED}{name}", self.log)
         if windows:  # of this run, or of one before: what was unlearned stays so
             batches = Batches(source, settings, variant, windows, around)
             more = variant.model_copy(update={"steps": variant.mine_steps, "lr": variant.lr * _MINE_LR})
@@ -126,11 +131,24 @@ class _Run:
         more = more.model_copy(update={"steps": steps})
         average = self._go_on(more, learned.batches.of(learned.source.whole()), learned.average, "finish")
         training = {**learned.card.training, "finish_steps": steps}
-        write_model(average, dataclasses.replace(card, training=training), self.out / name)
+        write_model(average, dataclasses.replace(card, training=training), self.draft(variant.mpp))
+
+    def draft(self, mpp: float) -> Path:
+        """Return where a variant is until it is finished: what is already there is not touched before."""
+        return self.out / _DRAFTS / f"{mpp:g}"
+
+    def publish(self, variant: VariantSettings) -> Path:
+        """Put a finished variant where it is looked for; return where."""
+        draft = self.draft(variant.mpp)
+        directory = made(self.out / draft.name)
+        sweep(directory)
+        for file in sorted(draft.iterdir()):
+            commit(directory / file.name, lambda partial, file=file: shutil.copyfile(file, partial))  # type: ignore[misc]
+        return directory
 
     def _settle(self, average: torch.nn.Module, card: Card, source: Source) -> Card:
         """Write the model with calibration and threshold, both from the validation patients, and return its card."""
-        directory = self.out / f"{card.mpp:g}"
+        directory = self.draft(card.mpp)
         card = choose_operating_point(card, self._look(average, card, directory, source), self.log)
         write_model(average, card, directory)
         return card
@@ -146,7 +164,8 @@ class _Run:
     ) -> torch.nn.Module:
         """Train on from averaged weights, with random numbers of its own; anew where these are not those of before."""
         name = f"{variant.mpp:g}"
-        network = _network(self.settings, variant, self.out / name)  # not a copy, which has the precision of another
+        # Not a copy, which has the precision of another.
+        network = _network(self.settings, variant, self.draft(variant.mpp))
         network.load_state_dict(average.state_dict())
         settings = self.settings.model_copy(update={"seed": self.settings.seed + _STAGES[stage]})
         variant = variant.model_copy(update={"minutes": None, "cycles": 1})
@@ -200,6 +219,7 @@ def train_detector(
     for variant in settings.variants:
         source, around = open_source(settings, variant), None
         refuse_annotated(mine_slides, source)
+        refuse_others(mine_slides, out / f"{_MINED}{variant.mpp:g}")
         keep_begun(settings, variant, source.identity, out)
         if decided is not None:
             decided.refuse_leaks(validation=source.annotated("validation"), test=source.annotated("test"))
@@ -211,14 +231,15 @@ def train_detector(
         name = f"{variant.mpp:g}"
         if variant.finish_steps:
             run.finish(variant, one)
+        directory = run.publish(variant)
         if settings.test is not None or isinstance(one.source, CropSource):
             log(f"test: looking at all of it with {name} µm/px")
             test, assembled = one.source.shown("test"), one.source.assembled("test")
-            report[name] = evaluate(
-                Model(out / name, device=settings.device), test, out / name, assembled=assembled, shifts=settings.shifts
-            )
+            detector = Model(directory, device=settings.device)
+            report[name] = evaluate(detector, test, directory, assembled=assembled, shifts=settings.shifts)
             for line in describe(report[name]):
                 log(line)
+    shutil.rmtree(out / _DRAFTS)
     return report
 
 
@@ -227,6 +248,13 @@ def open_source(settings: TrainSettings, variant: VariantSettings) -> Source:
     if (settings.data / "midog21").is_dir():
         if settings.classes != ["mitotic figure"]:
             raise ConfigError(f"classes: expected [mitotic figure] for the crops of midog21, got {settings.classes}")
+        if settings.attributes not in ([], ["atypical"]):
+            raise ConfigError(f"attributes: expected none or [atypical] for midog21, got {settings.attributes}")
+        for key in ("validation", "test", "slide_mpp"):
+            if getattr(settings, key) is not None:
+                raise ConfigError(
+                    f"{key}: expected none with midog21, which has splits and µm/px of its own; remove it"
+                )
         return CropSource(settings.data, settings, variant)
     return OwnSource.open(settings, variant)
 
@@ -247,6 +275,10 @@ def open_test(data: Path, model: Model, images: int, mpp: float | None = None, a
         slide_mpp=mpp,
     )
     if (data / "midog21").is_dir():
+        if settings.classes != ["mitotic figure"]:
+            raise ConfigError(
+                f"{model.name}: expected a detector of mitotic figures for midog21, got {settings.classes}"
+            )
         return CropSource(data, settings, variant)
     test = load_annotated(data, settings, model.training.get("slide_mpp", assumed))
     kinds = {"test": kind_of(data)}

@@ -24,8 +24,8 @@ class VariantSettings(_Strict):
     """One resolution of the detector, on which tiles and how long to train it."""
 
     mpp: Annotated[float, Field(ge=MIN_MPP, le=MAX_MPP)] = 0.25
-    input_px: Annotated[int, Field(gt=0, multiple_of=32)] = 640
-    tile_px: list[Annotated[int, Field(gt=0, multiple_of=32)]] = [256, 384, 512, 640]
+    input_px: Annotated[int, Field(ge=128, multiple_of=32)] = 640  # less is nothing beside its halo
+    tile_px: Annotated[list[Annotated[int, Field(gt=0, multiple_of=32)]], Field(min_length=1)] = [256, 384, 512, 640]
     steps: Annotated[int, Field(gt=0)] | None = None
     minutes: Annotated[float, Field(gt=0)] | None = None
     lr: Annotated[float, Field(gt=0)] = 1e-3
@@ -61,7 +61,7 @@ class TrainSettings(_Strict):
     classes: Annotated[list[str], Field(min_length=1)] = ["mitotic figure"]
     attributes: list[str] = []
     object_um: Annotated[float, Field(gt=0)] = 12.5  # edge of the box around an annotated point; of anchors, too
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0)] = 0
     device: str | None = None  # None takes a GPU if there is one
     threads: Annotated[int, Field(gt=0)] | None = None  # None: as many as torch takes, OMP_NUM_THREADS if that is set
     precision: Annotated[str, Field(pattern="^(fp32|bf16)$")] = "fp32"
@@ -90,6 +90,9 @@ class TrainSettings(_Strict):
     def _check(self) -> TrainSettings:
         if any(variant.steps is None and variant.minutes is None for variant in self.variants):
             raise ValueError("expected steps or minutes for each of the variants, or nothing would be trained")
+        names = [f"{variant.mpp:g}" for variant in self.variants]
+        if len(set(names)) < len(names):
+            raise ValueError(f"expected variants of different mpp, each has a directory of its own, got {names}")
         return self
 
     def smoke(self) -> TrainSettings:
