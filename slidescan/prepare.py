@@ -10,7 +10,7 @@ import numpy as np
 
 from slidescan.config import ScanConfig
 from slidescan.detections import Detector
-from slidescan.errors import ConfigError
+from slidescan.errors import ConfigError, SlideUnsupportedError
 from slidescan.geometry import Frame
 from slidescan.plan import Plan, plan
 from slidescan.region import scored_at_once
@@ -43,12 +43,19 @@ def prepare(slide: Slide, detector: Detector, config: ScanConfig, *, allow_coars
     ------
     ResolutionError
         If the slide's µm/px is unknown, implausible, or too coarse for the detector.
+    SlideUnsupportedError
+        If it shines on a dark ground, and tissue is looked for.
     """
     started = time.perf_counter()
     variant = detector.at(slide.frame.mpp, allow_coarse=allow_coarse)
     plane = slide.plane(variant.mpp)
     thumbnail, thumbnail_frame = slide.thumbnail(config.tissue.thumbnail_px)
     tissue = tissue_mask(thumbnail.rgb, mpp=thumbnail_frame.mpp) if config.tissue.enabled else None
+    if tissue is not None and tissue.is_fluorescent:
+        raise SlideUnsupportedError(
+            f"{slide.path.name}: expected a slide in transmitted light, this one shines on a dark ground "
+            "(fluorescence?); export its brightfield image, or scan all of it with --set tissue.enabled=false"
+        )
     if tissue is not None and thumbnail.holes:
         # What the thumbnail could not read is white there, but nobody knows that it is glass.
         for hole in thumbnail.holes:

@@ -11,10 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from slidescan.errors import ConfigError
+from slidescan.config import ScanConfig
+from slidescan.errors import ConfigError, SlideUnsupportedError
 from slidescan.phantom import Phantom
+from slidescan.prepare import prepare
+from slidescan.slides import open_slide
 from slidescan.slides.tissue import tissue_mask
 from slidescan.testing import TISSUE_GROUND
+from tests.discs import ORACLE
 
 MPP = 8.0  # µm/px of the synthetic thumbnails
 GREEN_PEN, BLUE_PEN, RED_PEN, BLACK_PEN = (70, 167, 151), (25, 55, 145), (205, 60, 85), (24, 20, 14)
@@ -153,6 +157,12 @@ def test_what_cannot_be_told_is_kept() -> None:
     dark = np.zeros((300, 300, 3), np.uint8)
     dark[100:200, 100:200, 2] = 180
     found = tissue_mask(dark, mpp=MPP)
+    assert found.is_fluorescent
+    dark[100:200, 100:200] = 90  # one channel, shown in grey
+    assert tissue_mask(dark, mpp=MPP).is_fluorescent
+    dark[100:200, 100:200] = (225, 160, 200)  # tissue on black padding
+    dark[120:140, 120:140] = (80, 40, 110)
+    assert not tissue_mask(dark, mpp=MPP).is_fluorescent
     assert found.method == "not-blank"
     assert found.mask[100:200, 100:200].all()
     assert found.fraction < 0.3
@@ -252,10 +262,21 @@ def test_real_slides(shared: Path) -> None:
         pixels = np.array(image)
         found = tissue_mask(pixels, mpp=mpp)
         assert found.method == method, name
+        assert found.is_fluorescent == ("DAPI" in name)
         assert low <= found.fraction <= high, name
         if method == "tissue":
             spread = pixels.max(2).astype(int) - pixels.min(2)
             assert found.mask[spread > 40].mean() > 0.995, name
+
+
+@pytest.mark.data
+def test_fluorescence_is_not_scanned_for_figures(shared: Path) -> None:
+    """It would count as a slide on which nothing was found."""
+    slide = open_slide(shared / "slides/test3-DAPI-2-387.ndpi")
+    with pytest.raises(SlideUnsupportedError, match="shines on a dark ground"):
+        prepare(slide, ORACLE, ScanConfig())
+    whole = ScanConfig.load({}, {"tissue.enabled": False})
+    assert prepare(slide, ORACLE, whole).plan.n_tiles > 10
 
 
 @pytest.mark.data

@@ -155,7 +155,10 @@ def _entry(table: Path, number: int, row: Mapping[str, Any]) -> Entry:
             override(mpp)
     except ValueError as exc:  # a ConfigError is one
         raise ConfigError(f"{where}: mpp must be µm/px such as 0.25, or empty, got {told['mpp']!r}") from exc
-    at = locate(told["slide_path"]) if "://" in told["slide_path"] else _beside(table, told["slide_path"])
+    try:
+        at = locate(told["slide_path"]) if "://" in told["slide_path"] else _beside(table, told["slide_path"])
+    except ConfigError as exc:
+        raise ConfigError(f"{where}: slide_path: {exc}") from exc
     path = at.url if isinstance(at, Remote) else os.path.abspath(at)  # noqa: PTH100
     return Entry(told["slide_id"], path, mpp, told["group"], told["sha256"].lower() or None)
 

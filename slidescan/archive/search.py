@@ -16,6 +16,7 @@ from pathlib import Path
 
 from slidescan.errors import ConfigError, SlideWarning
 from slidescan.manifest import MANIFEST
+from slidescan.slides.dicom import read_instance
 
 __all__ = ["one_a_series", "slides_below", "slides_like"]
 
@@ -28,8 +29,6 @@ _ARCHIVE = {"slides", "records"}  # its folders, beside its log
 _LOG = "log.jsonl"
 _DEEP = re.compile(r"[/\\]\*\*(?=[/\\]|$)")
 _MOST_KINDS = 6  # that are named where files are left out
-_WSI = "1.2.840.10008.5.1.4.1.1.77.1.6"  # VL Whole Slide Microscopy Image Storage, DICOM PS3.6 table A-1
-_SERIES_TAG = 0x0020000E  # SeriesInstanceUID; tags come in rising order, and those of a million tiles after it
 
 
 def slides_below(folder: Path) -> list[Path]:
@@ -77,15 +76,14 @@ def one_a_series(files: Iterable[Path]) -> tuple[list[Path], int]:
     series: dict[tuple[Path, str], tuple[bool, Path]] = {}
     n_other = 0
     for file in files:
-        told = _instance(file) if file.suffix.lower() == ".dcm" else None
+        told = read_instance(file) if file.suffix.lower() == ".dcm" else None
         if told is None:
             slides.append(file)
-        elif told[0] != _WSI:
+        elif not told.is_slide:
             n_other += 1
         else:
-            _, uid, is_beside = told
-            best = min(series.get((file.parent, uid), (True, file)), (is_beside, file))
-            series[file.parent, uid] = best
+            key, this = (file.parent, told.series), (not told.has_pixels, file)
+            series[key] = min(series.get(key, this), this)
     return sorted([*slides, *(file for _, file in series.values())]), n_other
 
 
@@ -112,20 +110,6 @@ def _slides(where: str, candidates: Iterable[Path]) -> list[Path]:
         n = f"{len(slides):,} slide{'s' * (len(slides) > 1)}"
         warnings.warn(f"{where}: {n}; left out files of other kinds: {told}", SlideWarning, stacklevel=4)
     return slides
-
-
-def _instance(file: Path) -> tuple[str, str, bool] | None:
-    """Return kind and series of a DICOM file, and whether it is a label or an overview; None where it is none."""
-    from pydicom.filereader import read_partial
-
-    try:
-        with warnings.catch_warnings(), file.open("rb") as opened:
-            warnings.simplefilter("ignore")
-            head = read_partial(opened, stop_when=lambda tag, vr, length: tag > _SERIES_TAG)
-            kind, uid = str(head.SOPClassUID), str(head.SeriesInstanceUID)
-            return kind, uid, "VOLUME" not in head.get("ImageType", ())
-    except Exception:  # noqa: BLE001  # a damaged file may raise anything there
-        return None
 
 
 def _fitting(pattern: str) -> Iterator[Path]:

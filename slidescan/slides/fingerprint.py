@@ -14,6 +14,7 @@ from itertools import islice
 from pathlib import Path
 
 from slidescan.errors import SlideReadError
+from slidescan.slides.dicom import series_beside
 from slidescan.slides.ifd import File, open_file
 from slidescan.slides.remote import RemoteFile, Where
 
@@ -46,9 +47,11 @@ def fingerprint(path: Where, size_wh: tuple[int, int], pieces: Iterable[bytes] |
                 digest.update(hashlib.sha256(piece).digest())
         elif isinstance(path, Path) and path.is_dir():
             _directory(digest, path)
+        elif isinstance(path, Path) and path.suffix.lower() == ".dcm" and (levels := series_beside(path)):
+            _levels(digest, levels)
         else:
             _file(digest, open_file(path))
-            beside = _beside(path) if isinstance(path, Path) else []
+            beside = _beside(path) if isinstance(path, Path) and path.suffix.lower() != ".dcm" else []
             if isinstance(path, Path) and beside:  # MIRAX names the directory after the slide, which is no content
                 _files(digest, path.with_suffix("") if path.suffix.lower() == ".mrxs" else path.parent, beside)
     except SlideReadError:
@@ -61,7 +64,8 @@ def fingerprint(path: Where, size_wh: tuple[int, int], pieces: Iterable[bytes] |
 def stamp(path: Where) -> tuple[int, ...]:
     """Return size and time of change of a slide, of all its files; nothing where there is none, or behind a URL.
 
-    Of a directory with a file a chunk, only the directories near its top are asked; of DICOM only the named file.
+    Of a directory with a file a chunk, only the directories near its top are asked. Of DICOM all files in the folder
+    are, some of which may be of other slides: their heads would have to be read.
     """
     if not isinstance(path, Path):
         return ()
@@ -78,9 +82,12 @@ def stamp(path: Where) -> tuple[int, ...]:
 def _beside(path: Path) -> list[Path]:
     """Return the files that hold the pixels of a slide whose named file does not, sorted.
 
-    MIRAX keeps them in a directory of its own, Hamamatsu's VMS and VMU in files that they name.
+    MIRAX keeps them in a directory of its own, Hamamatsu's VMS and VMU in files that they name, DICOM in files beside.
     """
     suffix = path.suffix.lower()
+    if suffix == ".dcm":
+        with os.scandir(path.parent) as entries:
+            return [Path(each.path) for each in islice(entries, _MOST_ENTRIES) if each.name.lower().endswith(".dcm")]
     if suffix == ".mrxs":
         return sorted(item for item in path.with_suffix("").rglob("*") if item.is_file())
     if suffix not in (".vms", ".vmu"):
@@ -113,6 +120,16 @@ def _file(digest: hashlib._Hash, file: File | RemoteFile) -> None:
     file.want(spans)
     for offset, count in spans:
         digest.update(file.read(offset, count))
+
+
+def _levels(digest: hashlib._Hash, files: Sequence[Path]) -> None:
+    """Digest files of one slide, whatever they are called and whichever of them is named."""
+    each = []
+    for file in files:
+        own = hashlib.sha256()
+        _file(own, open_file(file))
+        each.append(own.digest())
+    digest.update(b"".join(sorted(each)))
 
 
 def _directory(digest: hashlib._Hash, path: Path) -> None:

@@ -19,7 +19,7 @@ import numpy as np
 from slidescan.errors import SlideFormatError, SlideReadError
 from slidescan.slides.remote import Remote, Where, read_small
 from slidescan.slides.resolution import NOTHING, Resolution, judge, unknown_unit
-from slidescan.slides.source import MAX_BLOB_BYTES, MAX_SIDE_PX, MAX_TILE_PX
+from slidescan.slides.source import ASIDE, MAX_BLOB_BYTES, MAX_SIDE_PX, MAX_TILE_PX
 
 __all__ = ["META", "Dataset", "ZarrImage", "is_zarr", "read_zarr_image"]
 
@@ -98,15 +98,13 @@ class _Reader:
             hidden = " (or its server refuses)" if isinstance(self._root, Remote) else ""
             self._fail(f"a directory without Zarr metadata{hidden}; give a slide file or an .ome.zarr")
         told, others = self._multiscale(self._root), 0
-        if told is None and (nested := self._multiscale(self._root / "0")) is not None:
-            # bioformats2raw puts each image into a numbered group; the first is the slide.
+        if told is None and (images := self._images()):
+            named = [image for image in images if not ASIDE.search(str(image[1].get("name", "")))] or images[:1]
+            chosen = max(named, key=self._area) if len(named) > 1 else named[0]
             # Those of its scale may be slides, too; label and macro image have another, or none.
-            for n in range(1, _MOST_IMAGES):
-                other = self._multiscale(self._root / str(n))
-                if other is None:
-                    break
-                others += _steps(other) is not None and _steps(other) == _steps(nested)
-            self._root, told = self._root / "0", nested
+            steps = _steps(chosen[1])
+            others = sum(steps is not None and _steps(image[1]) == steps for image in named if image is not chosen)
+            self._root, told = chosen
         paths, axes = self._plain() if told is None else self._ngff(told)
         datasets = [self._dataset(p, axes) for p in paths]
         largest_first = sorted(range(len(datasets)), key=lambda k: -datasets[k].shape[axes.index("x")])
@@ -122,6 +120,26 @@ class _Reader:
                     "the slide is damaged, or its arrays must be opened one by one"
                 )
         return image
+
+    def _images(self) -> list[tuple[Where, dict[str, Any]]]:
+        """Return the numbered groups into which bioformats2raw puts the images of a file."""
+        found = []
+        for n in range(_MOST_IMAGES):
+            group = self._root / str(n)
+            if (told := self._multiscale(group)) is None:
+                break
+            found.append((group, told))
+        return found
+
+    def _area(self, image: tuple[Where, dict[str, Any]]) -> int:
+        """Return the px of an image's first level; of one that cannot be read, 0."""
+        group, told = image
+        try:
+            paths, axes = self._ngff(told)
+            shape = _Reader(group)._dataset(paths[0], axes).shape
+        except SlideFormatError:
+            return 0
+        return shape[axes.index("x")] * shape[axes.index("y")]
 
     def _multiscale(self, group: Where) -> dict[str, Any] | None:
         told = self._json(group / ".zattrs") or _mapping(self._json(group / "zarr.json").get("attributes"))

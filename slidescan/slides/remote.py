@@ -8,6 +8,7 @@ a URL, which can hold a password, only the file's name is ever told.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import time
@@ -31,6 +32,7 @@ _AHEAD_BYTES = 1 << 24
 _POOL_BYTES = 1 << 26  # of one process
 _AT_ONCE = 16  # requests of one read; servers begin to turn clients away at some hundreds
 _CONNECT_S, _ANSWER_S = 10, 30  # without a byte for so long, a server does not answer
+_WHOLE_S = 300  # of one request: 2 MB at 7 kB/s; one that only drips would take hours
 _PAUSES_S = (0.5, 2.0, 8.0)  # before a request is repeated: a server that is restarted is back within ten seconds
 _FINAL = frozenset(range(400, 500)) - {408, 429}  # HTTP: asking again will not help
 
@@ -55,9 +57,15 @@ class Remote:
     url: str
 
     @property
+    def _inner(self) -> str:
+        """Of fsspec's chained URLs the first that names a file: a cache in front names none."""
+        return next((part for part in self.url.split("::") if "://" in part), self.url)
+
+    @property
     def name(self) -> str:
         """The last part of the URL's path."""
-        return unquote(PurePosixPath(urlsplit(self.url.split("::")[0]).path).name)
+        parts = urlsplit(self._inner)
+        return unquote(PurePosixPath(parts.path or parts.netloc).name)
 
     @property
     def stem(self) -> str:
@@ -72,7 +80,7 @@ class Remote:
     @property
     def in_zarr(self) -> bool:
         """Whether it is a Zarr directory by its name, or lies in one."""
-        path = PurePosixPath(unquote(urlsplit(self.url.split("::")[0]).path))
+        path = PurePosixPath(unquote(urlsplit(self._inner).path))
         return any(part.lower().endswith(".zarr") for part in path.parts)
 
     def __truediv__(self, below: str) -> Remote:
@@ -86,16 +94,18 @@ class Remote:
         """Return fsspec's file system, one a process, and what it calls this file."""
         import fsspec
 
-        scheme = urlsplit(self.url).scheme
+        scheme = urlsplit(self._inner).scheme
         options: dict[str, Any] = {}
         try:
             if scheme in ("http", "https"):
                 import aiohttp
 
-                limits = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S, sock_read=_ANSWER_S)
+                limits = aiohttp.ClientTimeout(total=_WHOLE_S, sock_connect=_CONNECT_S, sock_read=_ANSWER_S)
                 options = {"client_kwargs": {"timeout": limits}}
             if scheme == "s3":
                 options = {"config_kwargs": {"connect_timeout": _CONNECT_S, "read_timeout": _ANSWER_S}}
+            if "::" in self.url:
+                options = {scheme: options}
             found: tuple[Any, str] = fsspec.core.url_to_fs(self.url, **options)
         except ImportError as exc:
             raise MissingExtraError(
@@ -159,9 +169,20 @@ def locate(path: Any) -> Where:
     if isinstance(path, Remote):
         return path
     if isinstance(path, str) and "://" in path and not path.startswith("file://"):
-        return Remote(path)
+        scheme, _, rest = path.partition("://")
+        try:
+            urlsplit(path)
+        except ValueError as exc:
+            said = f"{scheme.lower()}://…: expected a URL such as https://host/slide.svs, got a malformed one ({exc})"
+            raise ConfigError(said) from exc
+        return Remote(f"{scheme.lower()}://{rest}")
     local = unquote(urlsplit(path).path) if isinstance(path, str) and path.startswith("file://") else path
-    return Path(local).expanduser().absolute()  # workers are started elsewhere
+    if "\0" in os.fspath(local):
+        raise ConfigError("path: expected one that a file can have, got one with a NUL character")
+    place = Path(local)
+    with contextlib.suppress(RuntimeError):  # ~ and no user of that name: a file may be called so
+        place = place.expanduser()
+    return place.absolute()  # workers are started elsewhere
 
 
 def read_small(where: Where, most_bytes: int, *, absent_if_refused: bool = False) -> bytes | None:

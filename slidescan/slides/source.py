@@ -8,6 +8,7 @@ that `check_levels` (or its TIFF twin in `ifd`) has not bounded, because a 1 MB 
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -27,6 +28,8 @@ MAX_LEVELS = 64  # halving 2³¹ px gives 31 levels
 MAX_UNTILED_PX = 256_000_000  # px; images stored without tiles are decoded in big pieces, so they must be small
 MAX_BLOB_BYTES = 1 << 24  # bytes; 16 MB bounds an ICC profile and a metadata text (largest seen: 4 MB of OME-XML)
 
+# By its name an image beside the slide, of the whole glass and of what is written on it.
+ASIDE = re.compile(r"\b(label|macro|thumbnail|overview)\b", re.IGNORECASE)
 WHITE = 255  # grey level of glass: what lies outside the slide or cannot be read
 
 

@@ -29,7 +29,7 @@ from slidescan.slides.ifd import Directory, open_file, read_directories
 from slidescan.slides.pool import owners, pool, spans
 from slidescan.slides.remote import Where
 from slidescan.slides.resolution import NOTHING, Resolution, judge, unknown_unit
-from slidescan.slides.source import MAX_UNTILED_PX, WHITE, Declined, Facts, check_levels, pyramid
+from slidescan.slides.source import ASIDE, MAX_UNTILED_PX, WHITE, Declined, Facts, check_levels, pyramid
 from slidescan.stages import spent, stage
 
 __all__ = ["TiffSource"]
@@ -37,7 +37,7 @@ __all__ = ["TiffSource"]
 _ROUNDING_PX = 1.5  # a level's side may differ by this from the exact ratio: floor, ceil and round are all in use
 _PROBES = 4  # tiles decoded at opening, to decline a codec variant before a scan relies on it
 # Names of images beside the slide: Bio-Formats' for SVS, SCN and NDPI. Who they show is on them.
-_ASIDE = re.compile(r"\b(label|macro|thumbnail|overview)\b", re.IGNORECASE)
+_OME_ROOT = re.compile(rb"<(\w+:)?OME[\s>]")
 # OME PhysicalSize units in µm (OME-XML 2016-06); the default is µm.
 _UM = {"m": 1e6, "cm": 1e4, "mm": 1e3, "µm": 1.0, "um": 1.0, "nm": 1e-3, "in": 25400.0}
 _UM |= {"\u03bcm": 1.0, "\u00c5": 1e-4, "\u212b": 1e-4}  # a Greek letter for the micro sign; ångström, twice
@@ -74,7 +74,7 @@ class TiffSource:
         if aperio:
             first, below, vendor = directories[0], [d for d in directories[1:] if d.is_tiled], "aperio"
             resolution = _aperio_resolution(text)
-        elif b"<OME" in text[:4096]:
+        elif _OME_ROOT.search(text[:4096]):
             first, resolution, others = _ome(directories, text)
             below, vendor = first.subs, "ome"
         else:
@@ -235,7 +235,7 @@ def _ome(directories: list[Directory], text: bytes) -> tuple[Directory, Resoluti
     except ET.ParseError as exc:
         raise SlideFormatError(f"{name}: its OME-XML cannot be parsed; the file is damaged") from exc
     images = [image for image in root.iterfind("{*}Image") if image.find("{*}Pixels") is not None]
-    named = [image for image in images if not _ASIDE.search(image.get("Name", ""))] or images[:1]
+    named = [image for image in images if not ASIDE.search(image.get("Name", ""))] or images[:1]
     each = [pixels for image in named if (pixels := image.find("{*}Pixels")) is not None]
     pixels = max(each, key=_area, default=None)
     if pixels is None:

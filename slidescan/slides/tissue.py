@@ -32,6 +32,7 @@ _WORK_PX = 2048  # longest side worked on: bounds time and memory for any thumbn
 _STRIP_PX = 256  # rows worked on at a time where a step needs many bytes a px
 _FILL = 253.5  # grey above which a px is the scanner's own filling, not glass
 _BLACK = 14.0  # grey below which (all channels) a px is padding or nothing
+_LIT, _LIT_LOWEST = 128.0, 40.0  # grey of stained tissue at least: of its brightest channel, and of its darkest
 _GLASS_DARKEST = 160.0  # grey: no scanner leaves its glass darker
 _GLASS_TINT = 0.12  # density between channels: glass may be as yellow as this, pink tissue is beyond it
 _WHITE = 245.0  # grey taken for glass where the slide shows none
@@ -51,12 +52,14 @@ class TissueMask:
 
     `mask` is bool (H, W) as the thumbnail; `method` is "tissue", or "not-blank" where stain could not be relied on, or
     "empty"; `fraction` is the share of true px; `note` is one line for a person, empty where there is nothing to say.
+    `is_fluorescent` says that the slide shines on a dark ground, which is no picture in transmitted light.
     """
 
     mask: Mask
     method: Literal["tissue", "not-blank", "empty"]
     fraction: float
     note: str
+    is_fluorescent: bool = False
 
 
 def tissue_mask(
@@ -121,6 +124,11 @@ def tissue_mask(
     low, high = _range(small)
     black = high < _BLACK
     dark_field = float(black.mean()) > 0.2 and float((low > _GLASS_DARKEST).mean()) < 0.005
+    lit = ~black
+    # Stained tissue between black padding is neither so dark, nor without one of the three colours.
+    fluorescent = (
+        dark_field and bool(lit.any()) and bool(np.median(high[lit]) < _LIT or np.median(low[lit]) < _LIT_LOWEST)
+    )
     density = _density(small, _glass(small, low, high))
     del low, high
     # Padding has no colour, and the px next to it is a mixture.
@@ -155,7 +163,7 @@ def tissue_mask(
     fraction = float(mask.mean())
     if fraction > _NEARLY_ALL and not note:
         note = "nearly everything counts as tissue: a crop, or glass too tinted to tell"
-    return TissueMask(mask, method, fraction, note)
+    return TissueMask(mask, method, fraction, note, fluorescent)
 
 
 def _averaged(rgb: NDArray[np.uint8], step: int) -> F32:

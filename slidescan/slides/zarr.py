@@ -41,11 +41,13 @@ _CHUNK_ERRORS = (
     TypeError,
     LookupError,
     EOFError,
+    MemoryError,  # of a chunk that unpacks to more than there is
     ArithmeticError,
     zlib.error,
     lzma.LZMAError,
 )
 _Place = tuple[int, int, int, int]  # of a chunk: source, level, row, column
+_GZIP = b"\x1f\x8b\x08"  # begins a part of gzip data (RFC 1952)
 _NO_CHUNK = 2**64 - 1  # stands in a shard's index for a chunk that was not written
 
 
@@ -304,6 +306,10 @@ def _check(coder: str, data: memoryview, most_bytes: int) -> None:
         size = _number(data[:4])
     elif coder == "gzip":
         size = _number(data[-4:])
+        if bytes(data).rfind(_GZIP) > 0:  # which is the size of the last of several parts
+            size = max(size, _inflated(data, most_bytes))
+    elif coder == "zlib":  # which does not say it
+        size = _inflated(data, most_bytes)
     elif coder == "zstd" and bytes(data[:4]) == b"\x28\xb5\x2f\xfd" and len(data) > 4:
         # RFC 8878, 3.1.1.1: how long the fields before the size are, and the size, is in the fifth byte.
         flags = data[4]
@@ -316,6 +322,16 @@ def _check(coder: str, data: memoryview, most_bytes: int) -> None:
             raise ValueError("cut off")
     if size > most_bytes:
         raise ValueError(f"unpacks to {size} bytes")
+
+
+def _inflated(data: memoryview, most_bytes: int) -> int:
+    """Return how many bytes zlib or gzip data unpack to, or more than `most_bytes` if they are more."""
+    size, left = 0, bytes(data)
+    while left and size <= most_bytes:
+        part = zlib.decompressobj(zlib.MAX_WBITS | 32)  # of either kind
+        size += len(part.decompress(left, most_bytes + 1 - size))
+        left = part.unused_data if part.eof else b""
+    return size
 
 
 def _number(data: memoryview) -> int:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import struct
 import subprocess
 import sys
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from zarr.codecs import BloscCodec, GzipCodec, ZstdCodec
 from slidescan.errors import SlideFormatError
 from slidescan.geometry import Box
 from slidescan.slides import open_slide
+from slidescan.slides import zarr as reader
 
 ROOT = Path(__file__).resolve().parents[2]
 LAYOUTS = ["jpeg.svs", "jp2.svs", "zlib.tiff", "lzw.tiff", "raw.tiff", "pyramid.ome.tiff", "strips.tiff"]
@@ -78,6 +81,21 @@ def test_what_a_chunk_says_is_not_believed(
     read = open_slide(path).read_level(0, 0, 0, 200, 100)
     assert read.holes == (Box(0, 0, 100, 100),)
     assert np.array_equal(read.rgb[:, 100:], good[:, 100:])
+
+
+@pytest.mark.parametrize(
+    ("coder", "data"),
+    [
+        ("gzip", gzip.compress(bytes(1 << 20))),
+        ("gzip", gzip.compress(bytes(1 << 20)) + gzip.compress(b"")),  # whose last number is 0
+        ("zlib", zlib.compress(bytes(1 << 20))),
+    ],
+)
+def test_a_chunk_that_unpacks_to_more_is_not_unpacked(coder: str, data: bytes) -> None:
+    check = reader._check
+    check(coder, memoryview(data), 1 << 20)
+    with pytest.raises(ValueError, match=r"unpacks to \d{5,6} bytes|unpacks to 1048576 bytes"):
+        check(coder, memoryview(data), 99_999)
 
 
 @pytest.mark.parametrize("number", ["1e999", "1" + "0" * 400, "9" * 5000, "0", "-1", "2147483647"])

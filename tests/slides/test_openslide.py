@@ -248,6 +248,28 @@ def test_real_dicom(shared: Path) -> None:
         open_slide(paths[0].parent)
 
 
+def test_a_dicom_slide_is_all_its_files(shared: Path, tmp_path: Path) -> None:
+    """Whichever is named, it is one slide, and a change of any of them is a change."""
+    for file in (shared / "slides/dicom_cmu_napari").glob("*.dcm"):
+        shutil.copy(file, tmp_path)
+    paths = sorted(tmp_path.glob("*.dcm"))
+    assert len({open_slide(path).fingerprint for path in paths}) == 1
+    level = max(paths, key=lambda path: path.stat().st_size)
+    other = next(path for path in paths if path != level)
+    before, digest = stamp(other), open_slide(other).fingerprint
+    data = bytearray(level.read_bytes())
+    data[len(data) // 2] ^= 1
+    level.write_bytes(data)
+    assert stamp(other) != before
+    assert open_slide(other).fingerprint != digest
+    (tmp_path / "renamed.dcm").write_bytes(data)
+    level.unlink()
+    renamed = open_slide(other).fingerprint
+    level.write_bytes(data)
+    (tmp_path / "renamed.dcm").unlink()
+    assert open_slide(other).fingerprint == renamed
+
+
 def test_real_ndpi(shared: Path) -> None:
     """A fluorescence NDPI is read at every level, in and beyond its edges."""
     slide = open_slide(shared / "slides/test3-DAPI-2-387.ndpi")

@@ -275,6 +275,33 @@ class TestRefuses:
         case = Remote("s3://user:password@bucket/patients/case%201.svs?token=x")
         assert f"{case} {case!r} {case.name}" == "s3://…/case 1.svs s3://…/case 1.svs case 1.svs"
 
+    def test_a_chained_url_has_the_name_of_its_file(self, case: Path) -> None:
+        """As fsspec has them: a cache in front, or a file in an archive."""
+        for url in ("simplecache::https://h/p/case%201.svs?token=x", "zip://case 1.svs::https://h/p/all.zip"):
+            assert Remote(url).name == "case 1.svs"
+        assert Remote("filecache::s3://b/case.ome.zarr").in_zarr
+        fsspec.filesystem("memory").pipe("/bucket/case 2.tiff", case.read_bytes())
+        slide = open_slide("simplecache::memory://bucket/case 2.tiff")
+        assert slide.name == "case 2"
+        same(slide, open_slide("memory://bucket/case 2.tiff"))
+
+    @pytest.mark.parametrize("url", ["http://[::1/x.svs", "https://h]/x.svs"])
+    def test_a_url_that_is_none(self, tmp_path: Path, url: str) -> None:
+        with pytest.raises(ConfigError, match="got a malformed one"):
+            open_slide(url)
+        (tmp_path / "a.csv").write_text(f"slide_path\n{url}\n")
+        with pytest.raises(ConfigError, match=r"a\.csv, slide 1: slide_path: https?://…: expected a URL such as"):
+            ss.archive.read_listing(tmp_path / "a.csv")
+
+    def test_how_a_scheme_is_written_does_not_matter(self, served: Served, case: Path) -> None:
+        same(open_slide(f"{served.url.replace('http', 'HTTP')}/case%201.tiff"), open_slide(case))
+
+    def test_paths_that_are_none(self) -> None:
+        with pytest.raises(ConfigError, match="NUL"):
+            open_slide("a\0b.svs")
+        with pytest.raises(SlideNotFoundError):
+            open_slide("~nobody-is-called-so/x.svs")
+
 
 class TestScans:
     def test_a_url_as_a_file(self, served: Served, tmp_path: Path) -> None:

@@ -274,6 +274,17 @@ class TestOme:
         path.write_bytes(raw_tiff(RGB | {259: 8, 270: text, 324: 8, 325: len(data)}, data))
         return path
 
+    def test_a_namespace_with_a_prefix(
+        self, tmp_path: Path, raw_tiff: Callable[..., bytes], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        pixels = '<Pixels SizeC="3" SizeT="1" SizeZ="1" Type="uint8" PhysicalSizeX="0.25" PhysicalSizeY="0.25"/>'
+        monkeypatch.setattr(self, "HEAD", self.HEAD.replace("<OME xmlns=", "<ome:OME xmlns:ome="), raising=False)
+        text = f"{self.HEAD}{pixels}</Image></ome:OME>\0".encode()
+        data = zlib.compress(bytes(256 * 256 * 3))
+        (tmp_path / "a.tiff").write_bytes(raw_tiff(RGB | {259: 8, 270: text, 324: 8, 325: len(data)}, data))
+        slide = open_slide(tmp_path / "a.tiff")
+        assert (slide.mpp, slide.mpp_source, slide.vendor) == (0.25, "ome-xml", "ome")
+
     @pytest.mark.parametrize(
         ("scale", "mpp"),
         [

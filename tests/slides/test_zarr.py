@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -237,6 +238,23 @@ def test_bioformats2raw_layout(
     write_ngff(root / "2", levels, "0.4")
     with pytest.warns(SlideWarning, match="holds 1 more image, not read"):
         open_slide(root)
+
+
+@pytest.mark.parametrize(("name", "largest"), [("label image", "1"), ("series 0", "1"), ("", "0")])
+def test_the_slide_of_several_images_is_no_label(
+    tmp_path: Path, levels: list[NDArray[np.uint8]], write_ngff: Callable[..., Path], name: str, largest: str
+) -> None:
+    """Some files begin with their label: the largest image that is not called so is the slide."""
+    root = tmp_path / "a.zarr"
+    zarr.open_group(root, mode="w", zarr_format=2).attrs["bioformats2raw.layout"] = 3
+    for n in "01":
+        write_ngff(root / n, levels if n == largest else levels[2:], "0.4")
+    edit(root / "0/.zattrs", lambda told: told["multiscales"][0].update(name=name))
+    slide = open_slide(root) if name == "label image" else None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SlideWarning)
+        slide = slide or open_slide(root)
+    assert slide.size_wh == (701, 501)
 
 
 def test_jpeg_chunks_of_a_bare_group(shared: Path) -> None:
