@@ -191,6 +191,9 @@ class TestRuns:
             assert not any(str(tmp_path) in record.message for record in records)
             return [record.reason for record in records]
 
+        entries = read_listing(cohort)[1:4]
+        estimate = estimate_archive(entries, ORACLE, out=tmp_path / "runs", config=config(), client=client)
+        assert {entry.slide_id: told.get("reason") for entry, told in estimate}["other"] == "unwritable"
         assert reasons() == [None, "unwritable", None]
         in_the_way.unlink()
         assert reasons() == [None] * 3

@@ -247,7 +247,7 @@ def _estimated(
             suspects = []
             for task, told in in_flight(running, estimate_slide, todo.due, 2 * n, lambda _: {}):
                 if told:
-                    yield task.entry, told
+                    yield task.entry, run.unwritable(task.entry) or told
                 else:
                     suspects.append(task)
             alone = iter(suspects)  # one by one it is seen which of them ended the worker of all

@@ -83,6 +83,13 @@ class Run:
         preload = (*_NEEDED_BY_ALL, *(_NEEDED_BY_OURS if is_ours else ()))
         return processes(client, workers, gpu=on_gpu, gpus=gpus, preload=preload)
 
+    def unwritable(self, entry: Entry) -> dict[str, str]:
+        """Return why the result of a slide, alone, could not be written to; nothing if it can."""
+        place = self.out / "slides" / entry.slide_id
+        if not place.exists() or (place.is_dir() and os.access(place, os.W_OK)):
+            return {}
+        return {"reason": "unwritable", "message": "its result directory cannot be written to; see who owns it"}
+
     def new_task(self, entry: Entry) -> SlideTask:
         """Return the task that scans a slide from its beginning or from where it was."""
         result = (self.out / "slides" / entry.slide_id).absolute()

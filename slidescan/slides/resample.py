@@ -51,7 +51,7 @@ def resample(read: Reader, levels: Sequence[Level], scale: float, x0: int, y0: i
     right, bottom = (math.ceil(b * ratio + margin) for b in (x1, y1))
     # Inside the level; one px at least, for the last plane px may begin where the writer dropped an odd px.
     inside = Box(min(max(0, left), width - 1), min(max(0, top), height - 1), min(right, width), min(bottom, height))
-    rgb, failed = _averaged(read, levels[level].size_wh, level, average, *inside.round_out())
+    rgb, failed = _averaged(read, levels[level], level, average, *inside.round_out())
     # Every px sees a full kernel, beyond the edge repeated, or its value would depend on the block it is read in.
     rows, columns = (int(inside.y0) - top, bottom - int(inside.y1)), (int(inside.x0) - left, right - int(inside.x1))
     if any(rows + columns):
@@ -76,19 +76,20 @@ def _halves(read: Reader, levels: Sequence[Level], scale: float, x0: int, y0: in
     return np.concatenate([rgb for rgb, _ in parts], axis=1 if wide else 0), parts[0][1] + parts[1][1]
 
 
-def _averaged(
-    read: Reader, size_wh: tuple[int, int], level: int, factor: int, x0: int, y0: int, x1: int, y1: int
-) -> Block:
+def _averaged(read: Reader, stored: Level, level: int, factor: int, x0: int, y0: int, x1: int, y1: int) -> Block:
     """Read a level averaged `factor` × `factor`, streamed; x0 … y1 in averaged px."""
     if factor == 1:
         return read(level, x0, y0, x1, y1)
-    width, height = size_wh
+    (width, height), (tile_w, tile_h) = stored.size_wh, stored.tile_wh
     out = pixels(y1 - y0, x1 - x0)
     failed: list[Box] = []
-    step = max(1, math.isqrt(_BLOCK_PX) // factor)
-    for top in range(y0, y1, step):
-        for left in range(x0, x1, step):
-            right, bottom = min(left + step, x1), min(top + step, y1)
+    edge = math.isqrt(_BLOCK_PX)
+    # A strip is decoded whole, and a large one is kept by no pool.
+    wide, tall = (width, max(tile_h, _BLOCK_PX // width)) if tile_w >= width > edge else (edge, edge)
+    step_x, step_y = max(1, -(-wide // factor)), max(1, tall // factor)
+    for top in range(y0, y1, step_y):
+        for left in range(x0, x1, step_x):
+            right, bottom = min(left + step_x, x1), min(top + step_y, y1)
             rgb, holes = read(
                 level, left * factor, top * factor, min(right * factor, width), min(bottom * factor, height)
             )

@@ -18,8 +18,9 @@ from PIL import Image, ImageCms
 from slidescan.errors import ConfigError, ResolutionError, SlideFormatError
 from slidescan.geometry import Box, Frame
 from slidescan.slides import Facts, Slide, memory_slide, open_slide
+from slidescan.slides.resample import resample
 from slidescan.slides.resolution import judge
-from slidescan.slides.source import composite, downsample_of, pyramid
+from slidescan.slides.source import Level, composite, downsample_of, pyramid
 
 
 def ramp(width: int, height: int, step: int = 1) -> NDArray[np.uint8]:
@@ -105,6 +106,20 @@ class TestWhereAPixelLies:
         rgb = slide.thumbnail(15)[0].rgb
         assert rgb.shape == (10, 15, 3)
         assert np.abs(rgb.astype(int) - 100).max() <= 1
+
+    @pytest.mark.parametrize(("strip_px", "most"), [(4000, 2), (8, 2)])
+    def test_strips_are_hardly_decoded_twice(self, strip_px: int, most: int) -> None:
+        """Each is decoded whole, however little of it is asked for; squares across them would cost many times that."""
+        width, height = 16_000, 12_000
+        times = np.zeros(height // strip_px, int)
+
+        def read(_: int, x0: int, y0: int, x1: int, y1: int) -> tuple[NDArray[np.uint8], list[Box]]:
+            times[y0 // strip_px : -(-y1 // strip_px)] += 1
+            return np.zeros((y1 - y0, x1 - x0, 3), np.uint8), []
+
+        levels = [Level((width, height), 1.0, (width, strip_px))]
+        resample(read, levels, 8.0, 0, 0, width // 8, height // 8)
+        assert 1 <= times.min() <= times.max() <= most
 
     def test_finer_than_the_slide_is_interpolated(self) -> None:
         """A slide coarser than the model is enlarged from level 0, and stays in place."""
