@@ -37,6 +37,7 @@ from slidescan.saved import load_result, save_result
 from slidescan.score_regions import Progress, score_regions
 from slidescan.slides import Slide, open_slide
 from slidescan.slides.fingerprint import stamp
+from slidescan.slides.remote import Remote
 from slidescan.stages import Profile
 from slidescan.stitch import stitch
 from slidescan.suspects import being_read, is_suspect, kills_its_reader
@@ -160,7 +161,10 @@ def scan(
         parts_dir = (directory / f"{_PARTS}-{begun[:16]}").absolute()
         parts, profile = score_regions(opened, prepared, config, parts_dir, client, workers, on_progress, timeout_s)
         give_back_pixels()
-        if stamp(opened.path) != unchanged:
+        is_changed = stamp(opened.path) != unchanged
+        if isinstance(opened.path, Remote):
+            is_changed = opened.anew().fingerprint != opened.fingerprint
+        if is_changed:
             shutil.rmtree(parts_dir, ignore_errors=True)
             raise SlideReadError(f"{opened.path.name}: the file changed while it was scanned; scan it again")
         result = _assemble(opened, prepared, config, parts, profile, key, threshold, started)

@@ -162,11 +162,13 @@ def pooled(
     return revive(where, _FileOpener(where, backend), mpp, color).opened()
 
 
-def revive(path: Where, opener: Callable[[], Source], mpp: float | None, color: Color) -> Slide:
-    """Rebuild a pickled slide: from the pool, unopened where it is not there yet."""
+def revive(
+    path: Where, opener: Callable[[], Source], mpp: float | None, color: Color, known: str | None = None
+) -> Slide:
+    """Rebuild a pickled slide: from the pool, unopened where it is not there yet; `known` tells it from one before."""
     if not isinstance(opener, _FileOpener):
         return Slide(path, opener, mpp=mpp, color=color)
-    key = (opener, mpp, color, stamp(path), _inode(path))
+    key = (opener, mpp, color, stamp(path), _inode(path), known)
     with _pool_lock:
         slide = _pool.pop(key, None) or Slide(path, opener, mpp=mpp, color=color)
         _pool[key] = slide

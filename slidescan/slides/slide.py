@@ -261,11 +261,17 @@ class Slide:
     def __reduce__(self) -> tuple[Any, ...]:
         from slidescan.slides.open import revive
 
-        return revive, (self.path, self._opener, self._mpp, self._color)
+        # A file behind a URL has no stamp: one that was replaced since is known by this.
+        known = vars(self).get("fingerprint") if isinstance(self.path, Remote) else None
+        return revive, (self.path, self._opener, self._mpp, self._color, known)
 
     def colored(self, color: Color) -> Slide:
         """Return the slide with its pixels in `color`: itself if they are so already."""
         return self if color == self._color else Slide(self.path, self._opener, mpp=self._mpp, color=color)
+
+    def anew(self) -> Slide:
+        """Return the slide that lies at its place now."""
+        return Slide(self.path, self._opener, mpp=self._mpp, color=self._color)
 
     def opened(self) -> Slide:
         """Open the file now, so that what is wrong with it is said here; return self."""

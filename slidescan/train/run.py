@@ -183,7 +183,7 @@ def train_detector(
     settings : TrainSettings
     out : Path
         Also takes checkpoints, ``losses-<mpp>.csv`` and ``.png``, ``decisions.json``, and per variant what `evaluate`
-        writes. The directory is a detector for ``--model``.
+        writes. The directory is a detector for ``--model``; what is not finished is in ``drafts/``.
     log : callable
         Takes one line.
     mine_slides : sequence of Slide

@@ -17,6 +17,7 @@ import zarr
 from numpy.typing import NDArray
 
 import slidescan as ss
+from slidescan.archive import read_listing
 from slidescan.errors import ConfigError, SlideError, SlideFormatError, SlideNotFoundError, SlideReadError
 from slidescan.geometry import Box
 from slidescan.phantom import Phantom, write_phantom
@@ -291,7 +292,7 @@ class TestRefuses:
             open_slide(url)
         (tmp_path / "a.csv").write_text(f"slide_path\n{url}\n")
         with pytest.raises(ConfigError, match=r"a\.csv, slide 1: slide_path: https?://…: expected a URL such as"):
-            ss.archive.read_listing(tmp_path / "a.csv")
+            read_listing(tmp_path / "a.csv")
 
     def test_how_a_scheme_is_written_does_not_matter(self, served: Served, case: Path) -> None:
         same(open_slide(f"{served.url.replace('http', 'HTTP')}/case%201.tiff"), open_slide(case))
@@ -316,6 +317,27 @@ class TestScans:
         text = (tmp_path / "remote" / "manifest.json").read_text()
         assert "secret" not in text
         assert "127.0.0.1" not in text
+
+    def test_a_file_that_is_replaced_meanwhile_is_no_result(self, served: Served, tmp_path: Path) -> None:
+        """As on a disk; and a worker that had it open reads the new one."""
+        for seed, name in ((1, "case"), (2, "other")):
+            write_phantom(tmp_path / f"{name}.tiff", Phantom((1500, 1200), 0.5, seed=seed, n_figures=6))
+        url = f"{served.url}/case.tiff"
+
+        def replaced(state: ss.scan_slide.Progress) -> None:
+            if (tmp_path / "other.tiff").exists():
+                (tmp_path / "other.tiff").replace(tmp_path / "case.tiff")
+
+        before = open_slide(url)
+        assert before.fingerprint
+        old = pickle.loads(pickle.dumps(before)).read_level(0, 0, 0, 900, 900).rgb
+        with pytest.raises(SlideReadError, match="changed while it was scanned"):
+            ss.scan(url, ORACLE, out=tmp_path / "run", config=config(), workers=1, on_progress=replaced)
+        now = open_slide(url)
+        assert now.fingerprint != before.fingerprint
+        new = pickle.loads(pickle.dumps(now)).read_level(0, 0, 0, 900, 900).rgb
+        assert not np.array_equal(old, new)
+        assert np.array_equal(new, open_slide(tmp_path / "case.tiff").read_level(0, 0, 0, 900, 900).rgb)
 
     def test_a_server_that_goes_away_costs_nothing(self, served: Served, tmp_path: Path) -> None:
         write_phantom(tmp_path / "case.tiff", Phantom((1500, 1200), 0.5, n_figures=6))

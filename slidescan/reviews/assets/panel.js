@@ -26,7 +26,7 @@ export class Panel {
       button("Summary", acts.summary, { key: "i" }), button("Help", acts.help, { key: "?" })];
     this.contextButton = moves[3];
     this.unsavedHint = element("p", { className: "ss-unsaved", hidden: true, aria: { live: "polite" },
-      text: "Not saved yet: a, r or u saves it with the decision." });
+      text: "Not saved yet: Accept, Reject or Unsure saves it." });
     for (const field of [this.note, ...this.radios]) field.addEventListener("input", () => this.#changed());
     this.status = element("p", { className: "ss-status", role: "status" });
     this.alert = element("p", { className: "ss-alert", role: "alert" });
