@@ -2,6 +2,7 @@
 # TORCH says which build of torch to install.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+JOBS ?= $(shell expr $$(getconf _NPROCESSORS_ONLN) \* 3 / 2)
 VENV := .venv
 BIN := $(VENV)/bin
 
@@ -10,9 +11,10 @@ BIN := $(VENV)/bin
 demo: $(VENV)/.installed
 	$(BIN)/slidescan demo -o demo
 
-# Processes side by side with one thread each: two that train with all cores take several times as long as in turn.
+# Processes side by side with one thread each: two that train with all cores take several times as long as in turn. Half as
+# many again as cores, for a quarter of their time they wait for processes of their own.
 test: $(VENV)/.installed-test check
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n logical --maxprocesses 8 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(JOBS) --maxprocesses 8 --dist worksteal
 
 check: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -88,7 +88,7 @@ def main() -> None:
         phantoms = write(root / "decided", _DECIDED, n, size_px, before.classes)
         write(root / "measured", _MEASURED, n, size_px, before.classes)
         write(root / "chosen", _CHOSEN, 2, size_px, before.classes)
-        ss.scan_archive(str(root / "decided"), before, out=root / "runs", workers=1)
+        ss.scan_archive(str(root / "decided" / "*.svs"), before, out=root / "runs", workers=1)
         decide(root / "runs", phantoms)
         variant = VariantSettings(
             mpp=_MPP,
@@ -102,7 +102,7 @@ def main() -> None:
             data=root / "chosen",  # calibrated on one of the two; nothing of the other is trained on
             validation_share=0.5,
             decisions=root / "runs",
-            decision_slides=str(root / "decided"),
+            decision_slides=str(root / "decided" / "*.svs"),
             share_decided=1.0,
             classes=list(before.classes),
             attributes=list(before.attributes),

@@ -142,7 +142,7 @@ def test_a_run_that_ended_is_not_done_again(fake_data: Path, trained: Path) -> N
     assert all(np.array_equal(before[key], after[key]) for key in before)
 
 
-@pytest.mark.parametrize("at", ["_settle", "finish", "publish"])
+@pytest.mark.parametrize("at", ["_settle", "publish"])
 def test_a_finished_model_outlasts_a_run_that_ends(
     fake_data: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
 ) -> None:
