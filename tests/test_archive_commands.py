@@ -36,10 +36,10 @@ class TestCommands:
         assert "slides      2: 1 done, 1 failed, 0 to do" in done.stdout
         told = json.loads(subprocess.check_output([*command, "status", str(tmp_path / "runs"), "--json"]))
         assert (told["done"], told["failed"]) == (1, {"open_error": 1})
-        (tmp_path / "in/notes.txt").touch()
+        (tmp_path / "in/notes.png").touch()
         again = subprocess.run([*run, "--dry-run"], capture_output=True, text=True, check=True)
         assert again.stdout.startswith("slides      2, all on record: nothing to do")
-        assert again.stderr == f"slidescan: {tmp_path / 'in'}: 2 slides; left out files of other kinds: 1 .txt\n"
+        assert again.stderr == f"slidescan: {tmp_path / 'in'}: 2 slides; left out files of other kinds: 1 .png\n"
 
     def test_sigterm_ends_it_soon_and_it_continues(self, tmp_path: Path) -> None:
         for seed in range(3):

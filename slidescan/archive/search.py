@@ -24,6 +24,10 @@ __all__ = ["one_a_series", "slides_below", "slides_like"]
 _SUFFIXES = frozenset(
     ".svs .tif .tiff .btf .ndpi .mrxs .scn .bif .vms .vmu .svslide .czi .dcm .zarr".split()  # noqa: SIM905  # one line
 )
+# What lies beside slides and nobody takes for one: lists, annotations, notes.
+_TEXTS = frozenset(
+    ".csv .tsv .txt .md .json .geojson .gz .xml .html .pdf .xls .xlsx .parquet .yaml .yml .log .license".split()  # noqa: SIM905
+)
 _MAP = "anomaly.ome.zarr"  # of a result: an archive's output may lie below its slides
 _ARCHIVE = {"slides", "records"}  # its folders, beside its log
 _LOG = "log.jsonl"
@@ -32,7 +36,7 @@ _MOST_KINDS = 6  # that are named where files are left out
 
 
 def slides_below(folder: Path) -> list[Path]:
-    """Return the slides below a folder, sorted; warn of files of other kinds, which are left out.
+    """Return the slides below a folder, sorted; warn of pictures, and files of unknown kinds, that are left out.
 
     Links to folders are followed, each folder once. A Zarr directory is one slide, and so are the files of one DICOM
     series in a folder. What is hidden is nobody's, what is beside a .mrxs is its, and results of slidescan are none.
@@ -95,7 +99,7 @@ def _slides(where: str, candidates: Iterable[Path]) -> list[Path]:
         kind = file.suffix.lower()
         if kind in _SUFFIXES:
             files.append(file)
-        else:
+        elif kind not in _TEXTS:
             others[kind or "without suffix"] += 1
     slides, n_other = one_a_series(files)
     if n_other:
