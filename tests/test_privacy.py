@@ -13,9 +13,8 @@ import tifffile
 import slidescan as ss
 from slidescan import scan_slide
 from slidescan.archive.engine import estimate_archive
+from slidescan.archive.explained import as_listed
 from slidescan.archive.listing import Entry
-from slidescan.archive.slide import SlideTask, _as_listed
-from slidescan.config import ScanConfig
 from slidescan.errors import SlidescanError
 from slidescan.testing import TISSUE_GROUND, OracleDetector, disc_image, random_centers
 from tests.archives import write_slide
@@ -153,5 +152,4 @@ def test_a_picture_is_headed_by_the_name_of_its_result(tmp_path: Path, monkeypat
 )
 def test_what_a_message_calls_a_slide(path: str, slide_id: str, said: str, expected: str) -> None:
     """Its id for its name and the folder beside it; no other word, and no id twice."""
-    task = SlideTask(Entry(slide_id, path), ORACLE, ScanConfig(), Path("out"), "key")
-    assert _as_listed(said, task) == expected
+    assert as_listed(said, Entry(slide_id, path)) == expected

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
-import os
-import re
 import time
-import traceback
-import uuid
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -18,29 +13,22 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from slidescan.archive.listing import Entry, stem_of, tag_of
+from slidescan.archive.explained import ExplainedError, explained
+from slidescan.archive.listing import Entry, tag_of
 from slidescan.archive.record import SCORE_BINS, Record, read_record
 from slidescan.cluster import from_within
-from slidescan.commit import commit
 from slidescan.config import ScanConfig
 from slidescan.detections import Detector
-from slidescan.endings import OUT_OF_MEMORY, is_short_of_memory
 from slidescan.errors import (
     ConfigError,
     MissingExtraError,
-    ModelError,
     ResolutionError,
     ResultBusyError,
-    ResultError,
     ResultInTheWayError,
     ResultLeasedError,
-    SlideError,
     SlideNotFoundError,
     SlideReadError,
-    SlideUnsupportedError,
     SlideWarning,
-    WorkerError,
-    WorkerTimeoutError,
 )
 from slidescan.lease import LASTS_S
 from slidescan.prepare import Prepared, estimate_s, prepare
@@ -57,8 +45,6 @@ __all__ = ["SlideTask", "estimate_slide", "killed", "scan_slide"]
 T = TypeVar("T")
 # Seconds until a worker that was told to go has let go of its slide, which the cluster gave to another at once.
 _UNLOCKED_S = 5
-# Of the directory of one slide's result, such as one of another user or a file of that name; others are the disk's.
-_OWN_TROUBLES = frozenset({errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.EISDIR})
 _PIECE_BYTES = 1 << 22  # read at a time for a digest
 
 
@@ -131,7 +117,7 @@ def scan_slide(task: SlideTask) -> Record:
         If the output cannot be written or a setting cannot be meant: that concerns all slides.
     """
     try:
-        return _explained(task, lambda: task.done(_scanned(task)), task.failed)
+        return explained(task.entry, task.out, lambda: task.done(_scanned(task)), task.failed)
     except ResultBusyError as exc:
         return task.busy(again_s=LASTS_S + 1 if isinstance(exc, ResultLeasedError) else _UNLOCKED_S)
 
@@ -155,54 +141,10 @@ def estimate_slide(task: SlideTask) -> dict[str, Any]:
         }
 
     with _in_time(task):
-        told = _explained(task, look, lambda reason, message: {"reason": reason, "message": message})
+        told = explained(task.entry, task.out, look, lambda reason, message: {"reason": reason, "message": message})
     with suppress(OSError):
         task.out.rmdir()
     return told
-
-
-def _explained(task: SlideTask, do: Callable[[], T], failed: Callable[[str, str], T]) -> T:
-    def fail(reason: str, said: object) -> T:
-        return failed(reason, _as_listed(str(said), task))
-
-    try:
-        return do()
-    except ConfigError:  # of all slides
-        raise
-    except ResultError as exc:
-        why = exc.__cause__
-        if isinstance(why, OSError) and why.errno in _OWN_TROUBLES and _is_writable(task.out.parent):
-            said = f"its result directory cannot be written to ({why.strerror}); see who owns it and what it is"
-            return failed("unwritable", said)
-        raise
-    except SlideNotFoundError as exc:
-        return fail("not_found", exc)
-    except _ExplainedError as exc:
-        return fail(exc.reason, exc)
-    except SlideReadError as exc:
-        return fail("read_error", exc)
-    except SlideUnsupportedError as exc:
-        return fail("unsupported", exc)
-    except SlideError as exc:
-        return fail("open_error", exc)
-    except WorkerTimeoutError as exc:
-        return fail("timeout", exc)
-    except WorkerError as exc:
-        return fail("killed", exc)
-    except ModelError as exc:
-        return fail("model_error", exc)
-    except Exception as exc:  # noqa: BLE001  # a fault of ours must not end a night's run, and is reported
-        if is_short_of_memory(exc):
-            return failed("out_of_memory", OUT_OF_MEMORY)
-        return failed("internal_error", f"{type(exc).__name__} in {_place(exc)}")
-
-
-class _ExplainedError(Exception):
-    """A slide cannot be scanned, for a reason that its error alone would not tell."""
-
-    def __init__(self, reason: str, message: str) -> None:
-        super().__init__(message)
-        self.reason = reason
 
 
 def _opened(task: SlideTask) -> Slide:
@@ -212,24 +154,24 @@ def _opened(task: SlideTask) -> Slide:
     now = stamp(where)
     if now != task.stamp:
         said = "the file changed since it was listed" if now else "its worker finds no slide where there was one"
-        raise _ExplainedError("read_error", f"{where.name}: {said}; it is tried again")
+        raise ExplainedError("read_error", f"{where.name}: {said}; it is tried again")
     if entry.sha256 is not None and _sha256(where) != entry.sha256:
-        raise _ExplainedError("wrong_digest", f"{where.name}: expected the file of the list's sha256; copy it again")
+        raise ExplainedError("wrong_digest", f"{where.name}: expected the file of the list's sha256; copy it again")
     try:
         with warnings.catch_warnings():  # of further images: a caveat on record, where a warning names the file
             warnings.simplefilter("ignore", SlideWarning)
             slide = open_slide(entry.path, mpp=entry.mpp)
     except ConfigError as exc:  # of this row, such as a URL of no known kind
-        raise _ExplainedError("unsupported", str(exc)) from exc
+        raise ExplainedError("unsupported", str(exc)) from exc
     except MissingExtraError as exc:
-        raise _ExplainedError("missing_package", str(exc)) from exc
+        raise ExplainedError("missing_package", str(exc)) from exc
     if slide.mpp is None:
         reason = "no_mpp" if slide.mpp_source == "none" else "implausible_mpp"
-        raise _ExplainedError(reason, f"{where.name}: µm/px: {slide.mpp_problem}; give it in the list's column mpp")
+        raise ExplainedError(reason, f"{where.name}: µm/px: {slide.mpp_problem}; give it in the list's column mpp")
     try:
         task.detector.at(slide.mpp, allow_coarse=task.allow_coarse)
     except ResolutionError as exc:
-        raise _ExplainedError("too_coarse", str(exc)) from exc
+        raise ExplainedError("too_coarse", str(exc)) from exc
     return slide
 
 
@@ -237,7 +179,7 @@ def _sha256(where: Any) -> str:
     if isinstance(where, Path) and not where.exists():
         raise SlideNotFoundError(f"{where.name}: no such slide")
     if not isinstance(where, Path) or not where.is_file():
-        raise _ExplainedError("wrong_digest", f"{where.name}: only a file on a disk can be compared with a sha256")
+        raise ExplainedError("wrong_digest", f"{where.name}: only a file on a disk can be compared with a sha256")
     digest = hashlib.sha256()
     try:
         with where.open("rb") as file:
@@ -246,16 +188,6 @@ def _sha256(where: Any) -> str:
     except OSError as exc:
         raise SlideReadError(f"{where.name}: cannot be read for its sha256 ({exc.strerror})") from exc
     return digest.hexdigest()
-
-
-def _is_writable(folder: Path) -> bool:
-    probe = folder / f".{uuid.uuid4().hex}.probe"
-    try:
-        commit(probe, lambda partial: partial.write_bytes(b"\0"))
-        probe.unlink()
-    except (ResultError, OSError):
-        return False
-    return True
 
 
 def _scanned(task: SlideTask) -> dict[str, Any]:
@@ -327,29 +259,3 @@ def _told(result: ScanResult) -> dict[str, Any]:
         "fingerprint": provenance["slide"]["fingerprint"],
         "size_wh": provenance["slide"]["size_wh"],
     }
-
-
-def _as_listed(said: str, task: SlideTask) -> str:
-    """Return an error's text with the slide called by its id, and nothing of where it and what is beside it lies.
-
-    Where an archive lies is nobody's business, and folders and files are named after patients.
-    """
-    where = locate(task.entry.path)
-    places = [where, where.absolute(), Path(os.path.realpath(where))] if isinstance(where, Path) else []
-    folders = sorted({f"{place.parent}{os.sep}" for place in places} - {os.sep, f".{os.sep}"}, key=len, reverse=True)
-    for told, short in ((task.entry.path, where.name), *((folder, "") for folder in folders)):
-        said = said.replace(" ".join(told.split()), short)  # an error's text has lost its double spaces, too
-    if not where.name:
-        return said
-    # Of the folder beside a MIRAX slide its stem is the name. The id may hold the name: nothing is replaced twice.
-    name, *folders = (re.escape(" ".join(each.split())) for each in (where.name, where.stem, stem_of(task.entry.path)))
-    words = "|".join([f"{name}(?![\\w-])", *(f"{folder}(?=/)" for folder in folders)])
-    return re.sub(rf"(?<![\w.-])(?:{words})", lambda _: task.entry.slide_id, said)
-
-
-def _place(error: BaseException) -> str:
-    """Name the function an unforeseen error came from: a person can report it, and it tells nothing of the slide."""
-    frames = traceback.extract_tb(error.__traceback__)
-    ours = [frame for frame in frames if f"{os.sep}slidescan{os.sep}" in frame.filename]
-    last = (ours or frames)[-1]
-    return f"{Path(last.filename).stem}.{last.name}, line {last.lineno}"
