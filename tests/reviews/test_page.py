@@ -17,7 +17,7 @@ from slidescan.reviews.page import MODULES, _asset, asset, module
 from slidescan.slides import Slide
 from tests.chromium import CHROMIUM, WHY, Tab
 from tests.discs import discs
-from tests.paged import HOSTILE, READY, N, at, decided, number, press
+from tests.paged import HOSTILE, READY, SEEN, N, at, decided, number, press
 
 # A connection that a browser holds open ends with the server's loop, of which asyncio complains.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -159,7 +159,9 @@ class TestDeciding:
         assert not tab.run(hint)
         tab.dialogs.clear()
         tab.send("Page.reload")
+        tab.wait(f"!{READY}")
         tab.wait(READY)
+        tab.wait(SEEN)
         assert tab.dialogs == ["beforeunload"]
         press(tab, "ArrowLeft")
         at(tab, 1)
@@ -171,7 +173,9 @@ class TestDeciding:
         assert json.loads((case / "decisions.jsonl").read_text().splitlines()[-1])["note"] == "y"
         tab.dialogs.clear()
         tab.send("Page.reload")
+        tab.wait(f"!{READY}")
         tab.wait(READY)
+        tab.wait(SEEN)
         assert tab.dialogs == []
 
     def test_a_list_that_is_kept_no_more_is_made_anew(self, opened: Callable[..., Desk], tab: Tab, case: Path) -> None:
