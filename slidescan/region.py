@@ -25,6 +25,7 @@ from slidescan.geometry import Box, Frame
 from slidescan.heap import give_back_freed, keep_freed
 from slidescan.plan import Region, Tile
 from slidescan.slides import Slide
+from slidescan.slides.fingerprint import unchanged
 from slidescan.stages import stage, taken
 from slidescan.stitch import owned
 from slidescan.suspects import being_read
@@ -149,6 +150,8 @@ class RegionTask:
     batch_tiles: int
     min_score: float
     part: Path
+    stamp: tuple[int, ...] = ()
+    """Of the slide's file when the scan began."""
     limit_s: float | None = None
     """Longest its reading, and its scoring, may each take before the worker process is ended."""
 
@@ -184,6 +187,7 @@ class RegionTask:
         x0, y0, _, _ = block = self.block
         with within(self.limit_s, self.late), being_read(self.part), stage("assemble"):
             pixels = self.slide.read(*block, self.plane)
+        unchanged(self.slide.path, self.stamp)  # or what a file has lost meanwhile would be taken for holes of this one
 
         cores: list[Box] = []
         saturated: list[Box] = []

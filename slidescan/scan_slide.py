@@ -36,7 +36,7 @@ from slidescan.result import ScanResult
 from slidescan.saved import load_result, save_result
 from slidescan.score_regions import Progress, score_regions
 from slidescan.slides import Slide, open_slide
-from slidescan.slides.fingerprint import stamp
+from slidescan.slides.fingerprint import changed, stamp, unchanged
 from slidescan.slides.remote import Remote
 from slidescan.stages import Profile
 from slidescan.stitch import stitch
@@ -123,7 +123,7 @@ def scan(
 
         detector = load_detector(detector)
     opened = slide if isinstance(slide, Slide) else open_slide(slide)
-    unchanged = stamp(opened.path)
+    known = stamp(opened.path)
     variant = detector.at(opened.frame.mpp, allow_coarse=allow_coarse)
     opened = opened.colored(config.color or variant.color)
     threshold = variant.threshold if config.detect.threshold is None else config.detect.threshold
@@ -156,17 +156,17 @@ def scan(
         if on_prepared:
             on_prepared(prepared)
         # The key in the name keeps the regions of another scan, stopped or still ending, out of this one; the stamp
-        # those that were read while the file was cut off or half copied.
-        begun = hashlib.sha256(f"{key} {unchanged}".encode()).hexdigest()
+        # those of the file as it was when it was cut off or half copied.
+        begun = hashlib.sha256(f"{key} {known}".encode()).hexdigest()
         parts_dir = (directory / f"{_PARTS}-{begun[:16]}").absolute()
-        parts, profile = score_regions(opened, prepared, config, parts_dir, client, workers, on_progress, timeout_s)
+        parts, profile = score_regions(
+            opened, known, prepared, config, parts_dir, client, workers, on_progress, timeout_s
+        )
         give_back_pixels()
-        is_changed = stamp(opened.path) != unchanged
-        if isinstance(opened.path, Remote):
-            is_changed = opened.anew().fingerprint != opened.fingerprint
-        if is_changed:
-            shutil.rmtree(parts_dir, ignore_errors=True)
-            raise SlideReadError(f"{opened.path.name}: the file changed while it was scanned; scan it again")
+        unchanged(opened.path, known)
+        if isinstance(opened.path, Remote) and opened.anew().fingerprint != opened.fingerprint:
+            shutil.rmtree(parts_dir, ignore_errors=True)  # nothing tells which are of which file
+            raise changed(opened.path)
         result = _assemble(opened, prepared, config, parts, profile, key, threshold, started)
         if out is not None:
             drawn = result

@@ -50,6 +50,7 @@ class Progress:
 
 def score_regions(
     slide: Slide,
+    known: tuple[int, ...],
     prepared: Prepared,
     config: ScanConfig,
     parts_dir: Path,
@@ -58,7 +59,10 @@ def score_regions(
     on_progress: Callable[[Progress], None] | None,
     limit_s: float | None = None,
 ) -> tuple[list[RegionPart], Profile]:
-    """Score every region that has no committed part yet; return all parts in plan order, and what took the time."""
+    """Score every region that has no committed part yet; return all parts in plan order, and what took the time.
+
+    `known` is the stamp of the slide's file when the scan began.
+    """
     regions = prepared.plan.regions
     grid = prepared.plan.grid
     files = [parts_dir / f"{region.name}.npz" for region in regions]
@@ -78,6 +82,7 @@ def score_regions(
             batch_tiles=config.detect.batch_tiles,
             min_score=config.detect.min_score,
             part=file,
+            stamp=known,
             limit_s=limit_s,
         )
         for region, file in zip(regions, files, strict=True)

@@ -9,6 +9,7 @@ import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tifffile
@@ -49,6 +50,18 @@ def write_cohort(folder: Path) -> Path:
     table = folder / "slides.csv"
     table.write_text("slide_path,mpp,group\n" + "\n".join(rows) + "\n")
     return table
+
+
+def differing(ours: dict[Any, Any], whole: dict[Any, Any]) -> dict[str, object]:
+    """Return what differs between two trees of files, in few words: pytest would show the bytes of all."""
+    found: dict[str, object] = {}
+    for name in sorted(ours.keys() | whole.keys()):
+        pair = [dict(enumerate(each)) if isinstance(each, list) else each for each in (ours.get(name), whole.get(name))]
+        if all(isinstance(each, dict) for each in pair):
+            found |= {f"{name}/{key}": differs for key, differs in differing(*pair).items()}
+        elif pair[0] != pair[1]:
+            found[str(name)] = tuple(f"{len(each)} bytes" if isinstance(each, bytes) else each for each in pair)
+    return found
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from slidescan.archive.engine import ArchiveProgress, estimate_archive
 from slidescan.archive.record import Record, read_records
 from slidescan.errors import ConfigError, ResultError
 from slidescan.lease import claimed
-from tests.archives import DEADLY, FORGETFUL, TROUBLED, write_cohort, write_slide
+from tests.archives import DEADLY, FORGETFUL, TROUBLED, differing, write_cohort, write_slide
 from tests.discs import ORACLE, config
 
 if TYPE_CHECKING:
@@ -280,7 +280,7 @@ class TestAccidents:
             os.killpg(run.pid, signal.SIGKILL)
             run.wait()
         subprocess.run([*command, str(out)], cwd=ROOT, check=True, capture_output=True)
-        assert results(out) == results(tmp_path / "whole")
+        assert differing(results(out), results(tmp_path / "whole")) == {}
         assert not list(out.glob("slides/*/parts-*"))
         assert archive_status(out).done == 4
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -15,12 +16,13 @@ from distributed import Client, LocalCluster
 
 import slidescan as ss
 from slidescan.detections import Detections
-from slidescan.errors import ConfigError, ResultError, SlideReadError
+from slidescan.errors import ConfigError, ModelError, ResultError, SlideReadError
 from slidescan.phantom import write_phantom
 from slidescan.prepare import prepare
 from slidescan.provenance import run_key
 from slidescan.region import RegionPart, RegionTask, wanted
 from slidescan.slides import Slide
+from tests.archives import write_slide
 from tests.discs import MPP, ORACLE, config, discs
 
 
@@ -181,6 +183,35 @@ def test_a_slide_that_vanishes_leaves_nothing_that_looks_done(tmp_path: Path, mo
     monkeypatch.undo()
     assert not (tmp_path / "case" / "manifest.json").exists()
     assert len(ss.scan(slide, ORACLE, out=tmp_path / "case", config=config()).detections) == len(centers)
+
+
+def test_what_was_read_of_a_file_cut_off_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A scan whose file is cut off meanwhile ends; with the file whole again, and its old time, nothing is missing."""
+    path = tmp_path / "case.tiff"
+    n = write_slide(path, 1)
+    content, told = path.read_bytes(), path.stat()
+    detect, committed = type(ORACLE).detect, list[Path]()
+
+    def cut(*arguments: object) -> list[Detections]:
+        committed[:] = tmp_path.glob("case/parts-*/*.npz")
+        if len(committed) == 1:
+            os.truncate(path, told.st_size // 2)
+        if len(committed) > 4:
+            raise ModelError("something else ends it")
+        return detect(*arguments)  # type: ignore[arg-type]
+
+    def scanned() -> ss.ScanResult:
+        return ss.scan(path, ORACLE, out=tmp_path / "case", config=config(tiling__region_px=256), workers=1)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(ORACLE), "detect", cut)
+        with pytest.raises(SlideReadError, match=r"case\.tiff: the file changed while it was scanned"):
+            scanned()
+    assert committed
+    path.write_bytes(content)
+    os.utime(path, ns=(told.st_atime_ns, told.st_mtime_ns))
+    result = scanned()
+    assert (result.anomaly.analysed_fraction, len(result.detections)) == (1.0, n)
 
 
 def test_a_full_disk_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

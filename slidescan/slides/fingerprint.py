@@ -18,7 +18,7 @@ from slidescan.slides.dicom import series_beside
 from slidescan.slides.ifd import File, open_file
 from slidescan.slides.remote import RemoteFile, Where
 
-__all__ = ["fingerprint", "stamp"]
+__all__ = ["changed", "fingerprint", "stamp", "unchanged"]
 
 _WHOLE_BYTES = 4 << 20  # bytes; up to here everything is read
 _END_BYTES = 256 << 10  # bytes at each end; holds the directories of most TIFF files
@@ -77,6 +77,23 @@ def stamp(path: Where) -> tuple[int, ...]:
         return ()
     more = (len(told), sum(part.st_size for part in told), max(part.st_mtime_ns for part in told)) if told else ()
     return (own.st_size, own.st_mtime_ns, *more)
+
+
+def unchanged(path: Where, known: tuple[int, ...]) -> None:
+    """Make sure that a slide has still the stamp it had when a scan began.
+
+    Raises
+    ------
+    SlideReadError
+        If it was cut off, replaced or copied anew.
+    """
+    if stamp(path) != known:
+        raise changed(path)
+
+
+def changed(path: Where) -> SlideReadError:
+    """Say that a slide is not what it was when a scan began."""
+    return SlideReadError(f"{path.name}: the file changed while it was scanned; scan it again")
 
 
 def _beside(path: Path) -> list[Path]:
