@@ -92,8 +92,8 @@ class Codec:
         """Most bytes a tile can honestly have: a bad length must not be read into memory."""
         return 2 * self.tile_wh[0] * self.tile_wh[1] * self.samples + 65536
 
-    def decode(self, data: bytes, need_wh: tuple[int, int], desk: NDArray[np.uint8] | None = None) -> NDArray[np.uint8]:
-        """Return RGB (H, W, 3) of at least `need_wh` px, in `desk` (of a tile's shape) where that is faster.
+    def decode(self, data: bytes, need_wh: tuple[int, int]) -> NDArray[np.uint8]:
+        """Return RGB (H, W, 3) of at least `need_wh` px.
 
         Raises one of `DECODER_ERRORS` for bad data.
         """

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,6 +20,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit, urlunsplit
 
 import numpy as np
+from numpy.typing import NDArray
 
 from slidescan.errors import ConfigError, MissingExtraError, SlideFormatError, SlideNotFoundError, SlideReadError
 from slidescan.slides.pool import TilePool, owners
@@ -223,8 +225,7 @@ class RemoteFile:
         if end <= offset or offset < 0:
             return b""
         first = offset // _BLOCK_BYTES
-        blocks = self._blocks(range(first, -(-end // _BLOCK_BYTES)))
-        whole = blocks[0] if len(blocks) == 1 else b"".join(blocks)
+        whole = b"".join(block.data for block in self._blocks(range(first, -(-end // _BLOCK_BYTES))))
         return whole[offset - first * _BLOCK_BYTES : end - first * _BLOCK_BYTES]
 
     def want(self, spans: Iterable[tuple[int, int]]) -> None:
@@ -239,18 +240,18 @@ class RemoteFile:
         """Return what tifffile reads the directories from."""
         return _Stream(self)
 
-    def _blocks(self, numbers: Iterable[int]) -> list[bytes]:
-        kept = {number: _blocks.peek((self._key, number)) for number in numbers}
-        found = {number: block.tobytes() for number, block in kept.items() if block is not None}
-        runs = list(_runs(sorted(kept.keys() - found.keys())))
+    def _blocks(self, numbers: Iterable[int]) -> list[NDArray[np.uint8]]:
+        return _blocks.get_all({(self._key, number): math.inf for number in numbers}, self._fetched)
+
+    def _fetched(self, keys: Sequence[tuple[int, int]]) -> list[NDArray[np.uint8]]:
+        runs = list(_runs(sorted(number for _, number in keys)))
         spans = [(run[0] * _BLOCK_BYTES, min((run[-1] + 1) * _BLOCK_BYTES, self.size)) for run in runs]
-        fetched = self._remote.fetch(spans, whole=True) if spans else []
-        for run, data in zip(runs, fetched, strict=True):
-            for number in run:
-                at = (number - run[0]) * _BLOCK_BYTES
-                found[number] = data[at : at + _BLOCK_BYTES]
-                _blocks.keep((self._key, number), np.frombuffer(found[number], np.uint8))
-        return [found[number] for number in kept]
+        found: dict[int, NDArray[np.uint8]] = {}
+        for run, data in zip(runs, self._remote.fetch(spans, whole=True), strict=True):
+            for i, number in enumerate(run):
+                block = data[i * _BLOCK_BYTES : (i + 1) * _BLOCK_BYTES]  # a copy, that goes when it must
+                found[number] = np.frombuffer(block, np.uint8)
+        return [found[number] for _, number in keys]
 
 
 class _Stream(io.RawIOBase):

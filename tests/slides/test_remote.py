@@ -6,7 +6,9 @@ import json
 import pickle
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import fsspec
@@ -147,6 +149,20 @@ class TestAsksForLittle:
         before = len(served.asked)
         slide.read_level(0, 0, 0, 2048, 2048)
         assert len(served.asked) == before
+
+    def test_many_threads_ask_once(self, served: Served, tmp_path: Path) -> None:
+        """Of regions that lie on the same blocks one fetches them, and the others wait for it."""
+        pixels = np.random.default_rng(1).integers(0, 255, (1024, 1024, 3), np.uint8)
+        tifffile.imwrite(tmp_path / "noise.tiff", pixels, tile=(256, 256), photometric="rgb", metadata=None)
+        slide, begin = open_slide(f"{served.url}/noise.tiff"), threading.Barrier(16)
+
+        def read(_: int) -> bool:
+            begin.wait()
+            return np.array_equal(slide.read_level(0, 0, 0, 1024, 1024).rgb, pixels)
+
+        with ThreadPoolExecutor(16) as threads:
+            assert all(threads.map(read, range(16)))
+        assert served.sent_bytes <= 1.1 * (tmp_path / "noise.tiff").stat().st_size
 
     def test_a_corner_costs_a_corner(self, served: Served, tmp_path: Path) -> None:
         write_phantom(tmp_path / "case.tiff", Phantom((4096, 4096), 0.25, n_figures=2))
