@@ -18,7 +18,7 @@ from PIL import Image
 from slidescan.slides.ifd import Directory
 from slidescan.slides.source import Declined, composite
 
-__all__ = ["DECODER_ERRORS", "Codec", "jpeg_size"]
+__all__ = ["DECODER_ERRORS", "Codec", "jpeg2000_size", "jpeg_size"]
 
 # What imagecodecs raises for bad data: its own errors are RuntimeErrors, argument checks are the others.
 DECODER_ERRORS = (RuntimeError, ValueError, TypeError, IndexError)
@@ -124,7 +124,7 @@ class Codec:
         return np.asarray(decoded, np.uint8)
 
     def _jpeg2000(self, data: bytes, need_wh: tuple[int, int]) -> NDArray[np.uint8]:
-        self._fits(*_jpeg2000_size(data), need_wh)
+        self._fits(*jpeg2000_size(data), need_wh)
         rgb = np.asarray(imagecodecs.jpeg2k_decode(data))
         if rgb.dtype != np.uint8 or rgb.shape[2:] != (3,):
             raise ValueError("16 bits, or more channels than the directory says")
@@ -171,7 +171,7 @@ def jpeg_size(data: bytes) -> tuple[int, int]:
     raise ValueError("no frame in the JPEG stream")
 
 
-def _jpeg2000_size(data: bytes) -> tuple[int, int]:
+def jpeg2000_size(data: bytes) -> tuple[int, int]:
     """Width and height in the SIZ segment; boxes of a JP2 file may come before it."""
     at = data.find(b"\xff\x4f\xff\x51", 0, 4096)
     if at < 0:

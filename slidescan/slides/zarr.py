@@ -3,7 +3,7 @@
 Hides zarr-python. Invariants: `ngff` has judged the metadata before an array is opened; what a chunk says of its own
 size is checked before a codec believes it; a chunk that cannot be decoded is a hole. So is one that is absent, unless
 the array's fill value is white: zarr-python would return black there, and black glass is either a lost file or a place
-that was never scanned. Limit: zlib, bzip2 and LZMA streams do not say how far they unpack.
+that was never scanned.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from zarr.storage import LocalStore, WrapperStore
 
 from slidescan.errors import SlideFormatError, SlideReadError
 from slidescan.geometry import Box
-from slidescan.slides.codecs import jpeg_size
 from slidescan.slides.ngff import META, Dataset, is_zarr, read_zarr_image
+from slidescan.slides.packed import check_packed
 from slidescan.slides.pool import MOST_TILE_BYTES, Span, owners, pool, spans
 from slidescan.slides.remote import Remote, Where, read_small
 from slidescan.slides.source import MAX_BLOB_BYTES, WHITE, Facts, check_levels, pyramid
@@ -47,7 +47,6 @@ _CHUNK_ERRORS = (
     lzma.LZMAError,
 )
 _Place = tuple[int, int, int, int]  # of a chunk: source, level, row, column
-_GZIP = b"\x1f\x8b\x08"  # begins a part of gzip data (RFC 1952)
 _NO_CHUNK = 2**64 - 1  # stands in a shard's index for a chunk that was not written
 
 
@@ -281,7 +280,7 @@ class _Checked(WrapperStore):  # type: ignore[misc]  # zarr's own types do not p
         found = await super().get(key, prototype, byte_range)
         if found is not None and key.rsplit("/", 1)[-1] not in META:
             for unit in self._units(found.as_numpy_array().data, byte_range):
-                _check(self._coder, unit, self._most_bytes)
+                check_packed(self._coder, unit, self._most_bytes)
         return found
 
     def _units(self, data: memoryview, byte_range: Any) -> list[memoryview]:
@@ -293,49 +292,6 @@ class _Checked(WrapperStore):  # type: ignore[misc]  # zarr's own types do not p
             return [data[start : start + count] for start, count in places if start < _NO_CHUNK]
         is_index = isinstance(byte_range, SuffixByteRequest) if at_end else size and byte_range.start == 0
         return [] if is_index else [data]
-
-
-def _check(coder: str, data: memoryview, most_bytes: int) -> None:
-    """Raise ValueError where packed data says that it unpacks to more than is safe, or is longer than it is."""
-    size = 0
-    if coder == "blosc":  # whose decoder takes these numbers for true, and reads on behind the end
-        size, packed = _number(data[4:8]), _number(data[12:16])
-        if len(data) < 16 or packed > len(data):
-            raise ValueError("cut off")
-    elif coder == "lz4":
-        size = _number(data[:4])
-    elif coder == "gzip":
-        size = _number(data[-4:])
-        if bytes(data).rfind(_GZIP) > 0:  # which is the size of the last of several parts
-            size = max(size, _inflated(data, most_bytes))
-    elif coder == "zlib":  # which does not say it
-        size = _inflated(data, most_bytes)
-    elif coder == "zstd" and bytes(data[:4]) == b"\x28\xb5\x2f\xfd" and len(data) > 4:
-        # RFC 8878, 3.1.1.1: how long the fields before the size are, and the size, is in the fifth byte.
-        flags = data[4]
-        at = 5 + (not flags & 32) + (0, 1, 2, 4)[flags & 3]
-        size = _number(data[at : at + (0, 2, 4, 8)[flags >> 6]])
-    elif coder.startswith("imagecodecs_jpeg") and bytes(data[:2]) == b"\xff\xd8":
-        stream = bytes(data)
-        size = 3 * math.prod(jpeg_size(stream))
-        if stream.rfind(b"\xff\xd9") < 0:  # a decoder would fill the rest with grey
-            raise ValueError("cut off")
-    if size > most_bytes:
-        raise ValueError(f"unpacks to {size} bytes")
-
-
-def _inflated(data: memoryview, most_bytes: int) -> int:
-    """Return how many bytes zlib or gzip data unpack to, or more than `most_bytes` if they are more."""
-    size, left = 0, bytes(data)
-    while left and size <= most_bytes:
-        part = zlib.decompressobj(zlib.MAX_WBITS | 32)  # of either kind
-        size += len(part.decompress(left, most_bytes + 1 - size))
-        left = part.unused_data if part.eof else b""
-    return size
-
-
-def _number(data: memoryview) -> int:
-    return int.from_bytes(data, "little")
 
 
 def _pieces(block: Box, piece_wh: tuple[int, int]) -> list[tuple[tuple[int, int], Box]]:

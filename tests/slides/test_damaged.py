@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
+import lzma
 import struct
 import subprocess
 import sys
@@ -11,6 +13,7 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 
+import imagecodecs
 import numpy as np
 import pytest
 import tifffile
@@ -21,10 +24,12 @@ from zarr.codecs import BloscCodec, GzipCodec, ZstdCodec
 
 from slidescan.errors import SlideFormatError
 from slidescan.geometry import Box
-from slidescan.slides import open_slide
-from slidescan.slides import zarr as reader
+from slidescan.slides import open_slide, packed
+from slidescan.slides.packed import check_packed
 
 ROOT = Path(__file__).resolve().parents[2]
+# A frame that does not say its size, of eight blocks that repeat a 0 128 Ki times (RFC 8878, 3.1.1).
+ZSTD_OF_UNKNOWN_SIZE = b"\x28\xb5\x2f\xfd\x00\x50" + 7 * b"\x02\x00\x10\x00" + b"\x03\x00\x10\x00"
 LAYOUTS = ["jpeg.svs", "jp2.svs", "zlib.tiff", "lzw.tiff", "raw.tiff", "pyramid.ome.tiff", "strips.tiff"]
 LAYOUTS += [f"{name}@openslide" for name in ("jpeg.svs", "zlib.tiff", "lzw.tiff", "raw.tiff", "pyramid.ome.tiff")]
 LAYOUTS += ["blosc-0.4.zarr", "jpeg-0.4.zarr", "zstd-0.5.zarr", "sharded-0.5.zarr"]
@@ -89,13 +94,26 @@ def test_what_a_chunk_says_is_not_believed(
         ("gzip", gzip.compress(bytes(1 << 20))),
         ("gzip", gzip.compress(bytes(1 << 20)) + gzip.compress(b"")),  # whose last number is 0
         ("zlib", zlib.compress(bytes(1 << 20))),
+        ("imagecodecs_deflate", zlib.compress(bytes(1 << 20))),
+        ("bz2", bz2.compress(bytes(1 << 19)) * 2),
+        ("lzma", lzma.compress(bytes(1 << 20))),
+        ("zstd", imagecodecs.zstd_encode(bytes(1 << 20))),
+        ("zstd", ZSTD_OF_UNKNOWN_SIZE),
+        ("imagecodecs_jpeg2k", imagecodecs.jpeg2k_encode(np.zeros((512, 682, 3), np.uint8))),
     ],
 )
 def test_a_chunk_that_unpacks_to_more_is_not_unpacked(coder: str, data: bytes) -> None:
-    check = reader._check
-    check(coder, memoryview(data), 1 << 20)
-    with pytest.raises(ValueError, match=r"unpacks to \d{5,6} bytes|unpacks to 1048576 bytes"):
-        check(coder, memoryview(data), 99_999)
+    check_packed(coder, memoryview(data), 1 << 20)
+    with pytest.raises((ValueError, RuntimeError), match=r"unpacks to \d{5,7} bytes or more|buffer is too small"):
+        check_packed(coder, memoryview(data), 99_999)
+
+
+def test_memory_for_a_dictionary_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = memoryview(lzma.compress(b"a"))  # whose dictionary has 8 MB
+    check_packed("lzma", data, 1)
+    monkeypatch.setattr(packed, "_LZMA_BYTES", 1 << 20)
+    with pytest.raises(lzma.LZMAError, match="Memory usage limit"):
+        check_packed("lzma", data, 1)
 
 
 @pytest.mark.parametrize("number", ["1e999", "1" + "0" * 400, "9" * 5000, "0", "-1", "2147483647"])

@@ -120,7 +120,7 @@ def test_a_scan_decodes_every_chunk_once(
     image = np.random.default_rng(0).integers(0, 256, (1500, 1600, 3), np.uint8)
     slide = open_slide(write_ngff(tmp_path / "a.zarr", [image], "0.5", sharded=sharded))
     decoded = []
-    monkeypatch.setattr(zarr_source, "_check", lambda *arguments: decoded.append(arguments))
+    monkeypatch.setattr(zarr_source, "check_packed", lambda *arguments: decoded.append(arguments))
     tiles = TilePool(80 * 128 * 128 * 3)  # of 156: what no region will want again has to go
     monkeypatch.setattr(zarr_source, "pool", tiles)
     regions = plan(slide.frame, None, tile_px=256, halo_px=56, region_px=500).regions
@@ -152,7 +152,7 @@ def test_of_a_block_only_what_is_lacking_is_decoded(path: Path, monkeypatch: pyt
     """Even where that is no rectangle."""
     slide = open_slide(path)
     decoded = []
-    monkeypatch.setattr(zarr_source, "_check", lambda *arguments: decoded.append(arguments))
+    monkeypatch.setattr(zarr_source, "check_packed", lambda *arguments: decoded.append(arguments))
     slide.read_level(0, 0, 0, 250, 250)
     assert len(decoded) == 3 * 2 * 2  # a chunk a channel
     slide.read_level(0, 128, 130, 250, 250)
