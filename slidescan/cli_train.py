@@ -83,6 +83,7 @@ def evaluate(
     from slidescan.detect import load_detector
     from slidescan.detect.model import Family
     from slidescan.slides.resolution import override
+    from slidescan.train.annotated import seen_by, seen_in
     from slidescan.train.evaluate import describe
     from slidescan.train.evaluate import evaluate as measure
     from slidescan.train.run import open_test
@@ -97,7 +98,10 @@ def evaluate(
     for variant in variants:
         directory = out / f"{variant.mpp:g}"
         source = open_test(data, variant, images, mpp, variant.mpp if len(variants) == 1 else None)
-        report = measure(variant, source.shown("test"), directory, assembled=source.assembled("test"), shifts=shifts)
+        known = seen_by(variant.training)
+        seen = known & seen_in(source.annotated("test")) if known else ()
+        test, assembled = source.shown("test"), source.assembled("test")
+        report = measure(variant, test, directory, assembled=assembled, shifts=shifts, seen=len(seen))
         for line in describe(report):
             typer.echo(line)
         names = ("metrics.json", "pr.png", "froc.png", "reliability.png", "worst.png")

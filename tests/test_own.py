@@ -9,11 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image as Picture
+from typer.testing import CliRunner
 
+from slidescan.cli import app
 from slidescan.errors import ConfigError
 from slidescan.train import metrics
 from slidescan.train.annotated import Annotated, split
 from slidescan.train.own import OwnSource, ShownSlide
+from slidescan.train.run import train_detector
 from slidescan.train.settings import TrainSettings, VariantSettings
 from tests.discs import MPP, ORACLE, RADIUS_PX, discs
 from tests.test_coco import coco
@@ -155,6 +158,21 @@ def test_one_picture_under_two_names_is_no_test(tmp_path: Path) -> None:
         OwnSource.open(settings, variant)
     other = annotated_picture(tmp_path / "c", seed=1)
     assert OwnSource.open(settings.model_copy(update={"test": other}), variant)
+
+
+def test_what_was_trained_on_is_no_test(tmp_path: Path) -> None:
+    """A measurement on it says so, whatever the pictures are called by now; one on others does not."""
+    data, other = annotated_picture(tmp_path / "a"), annotated_picture(tmp_path / "b", seed=1)
+    variant = VariantSettings(mpp=0.25, steps=1)
+    settings = TrainSettings(data=data, classes=["cell"], variants=[variant], validation_share=0.5).smoke()
+    train_detector(settings, tmp_path / "run", lambda _: None)
+    again = annotated_picture(tmp_path / "c")
+    for measured, seen in ((data, 2), (again, 2), (other, None)):
+        options = ["evaluate", str(tmp_path / "run"), "--data", str(measured), "-o", str(tmp_path / "out")]
+        done = CliRunner().invoke(app, [*options, "--shifts", "0"], catch_exceptions=False)
+        assert done.exit_code == 0, done.output
+        assert ("trained on, or chosen by, 2 of these images" in done.output) == bool(seen)
+        assert json.loads((tmp_path / "out/0.25/metrics.json").read_text()).get("seen") == seen
 
 
 def test_tiles_that_objects_do_not_fit_into_are_refused(tmp_path: Path) -> None:

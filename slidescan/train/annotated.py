@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,10 @@ from slidescan.errors import ConfigError
 from slidescan.export.jsonstream import JsonStream, Unreadable, open_text
 from slidescan.slides import Slide
 
-__all__ = ["Annotated", "Objects", "read_json", "refuse_leaks", "split"]
+__all__ = ["SEEN", "Annotated", "Objects", "read_json", "refuse_leaks", "seen_by", "seen_in", "split"]
+
+SEEN = "seen"  # in a card's `training`: what `seen_in` said of all that was trained on and chosen by
+_SEEN_DIGITS = 16  # of a fingerprint: two of a million pictures that share them are one chance in 40 million
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -118,6 +121,17 @@ def refuse_leaks(**splits: Sequence[Annotated]) -> None:
                 f"{one} and {other}: expected no slide in both, found {same[0].slide.path.name} and "
                 f"{same[1].slide.path.name}, which are one; leave out either"
             )
+
+
+def seen_in(annotated: Iterable[Annotated]) -> set[str]:
+    """Return what tells slides and pictures from others by their content alone."""
+    return {one.slide.fingerprint[:_SEEN_DIGITS] for one in annotated}
+
+
+def seen_by(training: Mapping[str, Any]) -> set[str]:
+    """Return what `seen_in` said of what a detector was trained on, from its card's `training`."""
+    told = training.get(SEEN)
+    return {each for each in told if isinstance(each, str)} if isinstance(told, list) else set()
 
 
 def _one_file(some: Sequence[Annotated], others: Sequence[Annotated]) -> Iterator[tuple[Annotated, Annotated]]:

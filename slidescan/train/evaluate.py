@@ -34,6 +34,7 @@ def evaluate(
     assembled: Iterable[Rgb] = (),
     shifts: int = 8,
     rounds: int = 1000,
+    seen: int = 0,
 ) -> dict[str, Any]:
     """Measure a detector at its own threshold.
 
@@ -50,6 +51,8 @@ def evaluate(
         Grids to compare on each of them.
     rounds : int
         Of the bootstrap over patients.
+    seen : int
+        How many of the images it was trained on or chosen by, to be told with the numbers.
 
     Returns
     -------
@@ -69,6 +72,8 @@ def evaluate(
     one = next(iter(images.values()))[0]
     report: dict[str, Any] = {"model": detector.name, "mpp": detector.mpp, "threshold": detector.threshold}
     report["found_within_um"] = round(one.radius * one.mpp, 3)
+    if seen:
+        report["seen"] = seen
     for kind, found in images.items():
         row = summary(found, detector.threshold, rounds=rounds, classes=detector.classes)
         if kind.startswith("covered"):  # what is found there is no figure, and so neither typical nor not
@@ -102,6 +107,8 @@ def evaluate(
 def describe(report: dict[str, Any]) -> list[str]:
     """Say a report in a few lines."""
     lines = [f"{report['model']} at score ≥ {report['threshold']:g}"]
+    if seen := report.get("seen"):
+        lines.append(f"beware      trained on, or chosen by, {seen} of these images: on others it is worse")
     for kind, row in report.items():
         if not isinstance(row, dict):
             continue

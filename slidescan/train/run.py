@@ -28,8 +28,9 @@ from slidescan.errors import ConfigError, ModelError
 from slidescan.manifest import MANIFEST
 from slidescan.ops import accelerate
 from slidescan.slides import Slide
+from slidescan.train.annotated import SEEN, seen_by, seen_in
 from slidescan.train.begun import keep_begun
-from slidescan.train.decided import keep_decided, load_decided
+from slidescan.train.decided import Decided, keep_decided, load_decided
 from slidescan.train.evaluate import describe, evaluate, find_all
 from slidescan.train.loop import train
 from slidescan.train.metrics import Image
@@ -83,8 +84,7 @@ class _Run:
         self,
         variant: VariantSettings,
         source: Source,
-        around: Windows | None,
-        taught: dict[str, int],
+        decided: Decided | None,
         mine_slides: Sequence[Slide],
     ) -> _Learned:
         """Train a variant, settle it, and have it unlearn what it finds where nothing is."""
@@ -93,21 +93,30 @@ class _Run:
         start = None if variant.start_mpp is None else self.draft(variant.start_mpp)
         if start is not None and not start.is_dir():  # of a run before this one
             start = out / start.name
+        told, around = dict[str, Any](), None
+        if decided is not None:
+            told = {"accepted": decided.accepted, "rejected": decided.rejected}
+            around = Windows(decided.annotated, variant.mpp, seed=settings.seed)
+        known = set[str]()
         if variant.start is not None:
-            start = load_detector(variant.start).at(variant.mpp, allow_coarse=True).path
+            other = load_detector(variant.start).at(variant.mpp, allow_coarse=True)
+            start, known = other.path, seen_by(other.training)
         checkpoint = out / f"losses-{name}.safetensors"
         batches = Batches(source, settings, variant, decided=around)
         network = _network(settings, variant, start)
         average = train(network, batches, settings, variant, checkpoint=checkpoint, log=self.log)
         draw_losses(checkpoint.with_suffix(".csv"), checkpoint.with_suffix(".png"))
-        card = self._settle(average, _card(settings, variant, **taught), source)
+        for some in (source.annotated("train"), source.annotated("validation"), decided.annotated if decided else ()):
+            known |= seen_in(some)
+        told |= {SEEN: sorted(known)} if known else {}
+        card = self._settle(average, _card(settings, variant, **told), source)
         detector = Model(self.draft(variant.mpp), device=settings.device)
         windows = mine(detector, mine_slides, out / f"{_MINED}{name}", self.log)
         if windows:  # of this run, or of one before: what was unlearned stays so
             batches = Batches(source, settings, variant, windows, around)
             more = variant.model_copy(update={"steps": variant.mine_steps, "lr": variant.lr * _MINE_LR})
             average = self._go_on(more, batches, average, "mined")
-            card = self._settle(average, _card(settings, variant, mined=len(windows), **taught), source)
+            card = self._settle(average, _card(settings, variant, mined=len(windows), **told), source)
         return _Learned(source, batches, average, card)
 
     def finish(self, variant: VariantSettings, learned: _Learned) -> None:
@@ -209,22 +218,20 @@ def train_detector(
     for i, variant in enumerate(settings.variants):  # before hours of training
         if variant.start_mpp is not None and variant.start_mpp not in [one.mpp for one in settings.variants[:i]]:
             _trained(out / f"{variant.start_mpp:g}")
-    decided, taught = None, {}
+    decided = None
     if settings.decisions is not None:
         decided = load_decided(settings.decisions, settings.decision_slides, settings)
-        taught = {"accepted": decided.accepted, "rejected": decided.rejected}
         log(str(decided))
     keep_decided(decided, out)
     run, learned = _Run(settings, out, log), []
     for variant in settings.variants:
-        source, around = open_source(settings, variant), None
+        source = open_source(settings, variant)
         refuse_annotated(mine_slides, source)
         refuse_others(mine_slides, out / f"{_MINED}{variant.mpp:g}")
         keep_begun(settings, variant, source.identity, out)
         if decided is not None:
             decided.refuse_leaks(validation=source.annotated("validation"), test=source.annotated("test"))
-            around = Windows(decided.annotated, variant.mpp, seed=settings.seed)
-        learned.append(run.learn(variant, source, around, taught, mine_slides))
+        learned.append(run.learn(variant, source, decided, mine_slides))
     report: dict[str, Any] = {}
     # When all are learned: a variant that begins with another's weights must not know its validation patients.
     for variant, one in zip(settings.variants, learned, strict=True):
@@ -314,7 +321,7 @@ def _trained(start: Path) -> Path:
     return start
 
 
-def _card(settings: TrainSettings, variant: VariantSettings, **training: int) -> Card:
+def _card(settings: TrainSettings, variant: VariantSettings, **training: Any) -> Card:
     scale = {} if settings.slide_mpp is None else {"slide_mpp": settings.slide_mpp}
     return Card(
         f"{settings.name}-{variant.mpp:g}",
