@@ -24,8 +24,9 @@ from numpy.typing import NDArray
 
 from slidescan.anomaly import AnomalyMap, Coverage
 from slidescan.errors import ConfigError
-from slidescan.flagged import FlaggedRegion, Hotspot
+from slidescan.flagged import FlaggedRegion
 from slidescan.geometry import Box, Frame
+from slidescan.hotspot import Hotspot
 from slidescan.legend import COVER_TINT, HOTSPOT, MARK, RAMP_END_PER_MM2, length_text, ramp_rgb, round_length_um
 
 __all__ = ["THUMBNAIL_PX", "Plot", "Shown", "draw_map", "scale_bar"]

@@ -1,6 +1,6 @@
-"""What a person looks at first: ranked regions of detections, and the mitotic hotspot.
+"""What a person looks at first: ranked regions of detections.
 
-Both are pure functions of stitched detections in level-0 px, deterministic, and independent of the map's resolution.
+A pure function of stitched detections in level-0 px, deterministic, and independent of the map's resolution.
 """
 
 from __future__ import annotations
@@ -18,14 +18,12 @@ from scipy.spatial import ConvexHull, cKDTree
 from slidescan.detections import Detections
 from slidescan.geometry import Box, Frame
 
-__all__ = ["MOST_CERTAIN", "FlaggedRegion", "Hotspot", "flag_regions", "mitotic_hotspot"]
+__all__ = ["MOST_CERTAIN", "FlaggedRegion", "flag_regions"]
 
 # A score of 1 would be infinite evidence; 1e-6 is finer than any calibration can tell.
 MOST_CERTAIN = 1 - 1e-6
 _NEAREST = 8  # neighbours by which most of what is linked is seen to be
 _CELLS_APART = 2  # cells of reach / √2: points farther than that apart are out of reach
-# Of the hotspot's histogram: 2 million cells take 170 MB, and a slide of 60 x 25 mm would have 12 million.
-_CELLS_PER_SIDE, _MOST_CELLS = 128, 2_000_000
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -54,16 +52,6 @@ class FlaggedRegion:
         """Bounding box of the outline, level-0 px."""
         (x0, y0), (x1, y1) = self.polygon_l0.min(0).tolist(), self.polygon_l0.max(0).tolist()
         return Box(x0, y0, x1, y1)
-
-
-@dataclass(frozen=True, slots=True)
-class Hotspot:
-    """The square window with most figures."""
-
-    box_l0: Box
-    count: int
-    area_mm2: float
-    """Area of the window inside the slide, mm²."""
 
 
 def flag_regions(
@@ -210,75 +198,3 @@ def _outline(corners: NDArray[np.float64]) -> tuple[NDArray[np.float64], float]:
         return corners[hull.vertices], float(hull.volume)  # scipy calls a polygon's area its volume
     (x0, y0), _, (x1, y1), _ = corners.tolist()
     return corners, (x1 - x0) * (y1 - y0)
-
-
-def mitotic_hotspot(detections: Detections, frame: Frame, *, threshold: float, area_mm2: float) -> Hotspot | None:
-    """Find the axis-parallel square of `area_mm2` that holds the most detections, exactly.
-
-    Counted are detections at or above `threshold` by their centre. A slide smaller than the square is counted whole;
-    None without detections. Ties are broken by a fixed rule.
-
-    Notes
-    -----
-    Some best square has a detection on its left and one on its upper side. A histogram with cells of 1/128 of the side,
-    or larger ones on a slide of very many sides, bounds the count of every square whose corner lies in a cell, and
-    cells are searched by falling bound until no bound can beat the best.
-
-    Examples
-    --------
-    >>> d = Detections.build([[0, 0, 2, 2], [10, 10, 12, 12], [5000, 0, 5002, 2]], [0.9, 0.9, 0.9])
-    >>> mitotic_hotspot(d, Frame((8000, 8000), 0.25), threshold=0.5, area_mm2=0.01).count
-    2
-    """
-    xy = detections.centers[detections.score >= threshold]
-    if not len(xy):
-        return None
-    side = math.sqrt(area_mm2) * 1000 / frame.mpp
-    sides = xy.max(0) / side + 2
-    cells_per_side = int(min(_CELLS_PER_SIDE, max(1.0, math.sqrt(_MOST_CELLS / (sides[0] * sides[1])))))
-    cell = side / cells_per_side
-    index = np.floor(xy / cell).astype(np.intp)
-    columns, rows = index.max(0) + 1
-    histogram = np.zeros((rows + cells_per_side + 1, columns + cells_per_side + 1), np.int64)
-    np.add.at(histogram, (index[:, 1], index[:, 0]), 1)
-    reach = cells_per_side + 1
-    down = np.pad(histogram.cumsum(0), ((1, 0), (0, 0)))
-    right = np.pad(histogram.cumsum(1), ((0, 0), (1, 0)))
-    in_column = down[reach : reach + rows] - down[:rows]
-    in_row = (right[:, reach : reach + columns] - right[:, :columns])[:rows]
-    block = np.pad(in_column.cumsum(1), ((0, 0), (1, 0)))
-    bound = block[:, reach : reach + columns] - block[:, :columns]
-    # A corner's x is one detection's and its y another's, so its cell has one in its column and one in its row.
-    bound[(in_column[:, :columns] == 0) | (in_row == 0)] = 0
-    best_count, best = 0, (0.0, 0.0)
-    by_column = xy[np.argsort(xy[:, 0], kind="stable")]
-    for flat in np.argsort(-bound, axis=None, kind="stable"):
-        row, column = divmod(int(flat), int(columns))
-        if bound[row, column] <= best_count:
-            break
-        low, high = np.searchsorted(by_column[:, 0], [column * cell, (column + reach) * cell])
-        near = by_column[low:high]
-        near = near[(near[:, 1] >= row * cell) & (near[:, 1] < (row + reach) * cell)]
-        count, corner = _fullest_square(near, side, (column + 1) * cell, (row + 1) * cell)
-        if count > best_count:
-            best_count, best = count, corner
-    y0, x0 = best
-    # Slid back inside, the square still holds all it held: nothing lies beyond the slide's edge.
-    x0, y0 = (max(0.0, min(v, size - side)) for v, size in zip((x0, y0), frame.size_wh, strict=True))
-    box = Box(x0, y0, x0 + side, y0 + side).clip(frame.bounds)
-    return Hotspot(box, best_count, box.area * frame.mm2_per_px)
-
-
-def _fullest_square(
-    xy: NDArray[np.float64], side: float, corner_x_below: float, corner_y_below: float
-) -> tuple[int, tuple[float, float]]:
-    """Return the best count and (y, x) corner over squares whose corner lies below the given limits."""
-    best_count, best = 0, (math.inf, math.inf)
-    for x in np.unique(xy[xy[:, 0] < corner_x_below, 0]):
-        ys = np.sort(xy[(xy[:, 0] >= x) & (xy[:, 0] <= x + side), 1])
-        counts = np.searchsorted(ys, ys + side, "right") - np.arange(len(ys))
-        counts[ys >= corner_y_below] = 0
-        top = int(counts.argmax())
-        if counts[top] > best_count:
-            best_count, best = int(counts[top]), (float(ys[top]), float(x))
-    return best_count, best

@@ -22,8 +22,9 @@ from slidescan.detections import Detections
 from slidescan.errors import ConfigError
 from slidescan.export import detection_features, detection_ids, region_features, write_geojson
 from slidescan.export.stored import attribute_columns, to_table
-from slidescan.flagged import FlaggedRegion, Hotspot, flag_regions, mitotic_hotspot
+from slidescan.flagged import FlaggedRegion, flag_regions
 from slidescan.geometry import Frame
+from slidescan.hotspot import Hotspot, mitotic_hotspot
 from slidescan.legend import counted
 from slidescan.provenance import as_scanned
 from slidescan.slides import Slide

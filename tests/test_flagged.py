@@ -1,8 +1,7 @@
-"""Flagged regions and the hotspot."""
+"""Flagged regions."""
 
 from __future__ import annotations
 
-import tracemalloc
 from itertools import pairwise
 
 import numpy as np
@@ -15,7 +14,7 @@ from scipy.spatial import ConvexHull
 from scipy.spatial.distance import cdist
 
 from slidescan.detections import Detections
-from slidescan.flagged import FlaggedRegion, flag_regions, mitotic_hotspot
+from slidescan.flagged import FlaggedRegion, flag_regions
 from slidescan.geometry import Frame
 
 FRAME = Frame((40_000, 40_000), 0.25)
@@ -83,43 +82,6 @@ def test_clusters_are_those_of_all_pairs(seed: int, n: int, width: float, on_a_g
     apart = cdist(found.centers, found.centers)
     _, cluster = connected_components(csr_array(apart <= 20), directed=False)
     assert sorted(r.n for r in regions) == sorted(np.bincount(cluster))
-
-
-@given(st.integers(0, 2**32 - 1), st.integers(1, 25), st.sampled_from([0.001, 0.01, 0.05]))
-def test_hotspot_is_exact(seed: int, n: int, area_mm2: float) -> None:
-    """No square of the area holds more centres than the one given, and that one holds what it says."""
-    rng = np.random.default_rng(seed)
-    frame = Frame((1200, 1000), 0.25)
-    centers = rng.integers(0, 1000, (n, 2)).astype(float)
-    hotspot = mitotic_hotspot(table(centers, np.ones(n)), frame, threshold=0.5, area_mm2=area_mm2)
-    side = np.sqrt(area_mm2) * 1000 / 0.25
-    x, y = centers.T
-    most = max(int(((x >= a) & (x <= a + side) & (y >= b) & (y <= b + side)).sum()) for a in x for b in y)
-    box = hotspot.box_l0
-    held = (x >= box.x0 - 1e-6) & (x <= box.x1 + 1e-6) & (y >= box.y0 - 1e-6) & (y <= box.y1 + 1e-6)
-    assert (most, most) == (hotspot.count, int(held.sum()))
-    assert box.clip(frame.bounds) == box
-
-
-def test_the_hotspot_of_a_large_slide_takes_little_memory() -> None:
-    """60 x 25 mm and a square of a high-power field, of which thousands lie side by side there: still the best one."""
-    rng = np.random.default_rng(0)
-    frame = Frame((240_000, 100_000), 0.25)
-    crowd = rng.normal((200_000, 60_000), 300, (30, 2))
-    centers = np.concatenate((rng.uniform((100, 100), (239_900, 99_900), (20_000, 2)), crowd))
-    tracemalloc.start()
-    hotspot = mitotic_hotspot(table(centers, np.ones(len(centers))), frame, threshold=0.5, area_mm2=0.237)
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert hotspot.count >= 30
-    assert abs((hotspot.box_l0.x0 + hotspot.box_l0.x1) / 2 - 200_000) < 2000
-    assert peak < 400e6
-
-
-def test_hotspot_of_nothing_is_none() -> None:
-    """Without detections at the threshold there is no hotspot."""
-    weak = table(np.array([[50.0, 50.0]]), np.array([0.2]))
-    assert mitotic_hotspot(weak, FRAME, threshold=0.5, area_mm2=2.0) is None
 
 
 def test_links_are_transitive_whatever_the_order() -> None:
