@@ -15,7 +15,7 @@ from scipy.ndimage import gaussian_filter
 
 from slidescan.detections import Detections
 from slidescan.geometry import Box, Frame
-from slidescan.plan import Grid, touched_cores
+from slidescan.plan import Grid
 
 __all__ = ["MOST_DENSITY_STEPS", "TISSUE", "AnomalyMap", "Coverage", "anomaly_map", "coverage_map"]
 
@@ -140,7 +140,8 @@ def coverage_map(
     failed, saturated : list of Box
         In px of the grid's plane; every map pixel they touch takes that state.
     tissue : ndarray of bool, optional
-        Mask stretched over the plane: glass that a scored tile also saw is background, and dilutes no density.
+        Mask stretched over the plane: glass that a scored tile also saw is background, and dilutes no density. A map
+        pixel is what is at its centre, so that areas are neither too large nor too small.
     """
     factor = grid.plane.factor_to(frame)
     width, height = frame.size_wh
@@ -148,7 +149,9 @@ def coverage_map(
     row = _tile_index(height, factor, grid.origin[1], grid.core_px, has_tissue.shape[0])
     coverage = np.where(has_tissue[np.ix_(row, column)], Coverage.ANALYSED, Coverage.BACKGROUND).astype(np.uint8)
     if tissue is not None:
-        coverage[~touched_cores(Grid(frame, tile_px=1, halo_px=0), tissue)] = Coverage.BACKGROUND
+        sides = zip(coverage.shape, tissue.shape, grid.plane.size_wh[::-1], strict=True)
+        at = [np.floor((np.arange(n) + 0.5) / factor * of / px).clip(0, of).astype(np.intp) for n, of, px in sides]
+        coverage[~np.pad(tissue, ((0, 1), (0, 1)))[np.ix_(*at)]] = Coverage.BACKGROUND  # and what is beyond the slide
     for boxes, state in ((saturated, Coverage.SATURATED), (failed, Coverage.READ_FAILED)):
         for box in boxes:
             x0, y0, x1, y1 = box.scale(factor).clip(frame.bounds).round_out()

@@ -78,8 +78,8 @@ class StitchConfig(_Section):
 class MapConfig(_Section):
     """The anomaly map."""
 
-    um_per_px: Positive = 16.0
-    """µm per map pixel: about one mitotic figure."""
+    um_per_px: Annotated[float, Field(gt=0, le=256)] = 16.0
+    """µm per map pixel: about one mitotic figure. Of larger ones than 256 µm a biopsy would have none."""
     density_sigma_um: Positive = 200.0
     """Gaussian over which the density per mm² is averaged, µm: about one high-power field (0.24 mm²)."""
 

@@ -124,10 +124,15 @@ def _replace(lease: Path, holder: str, ours: Path, now: float) -> bool:
 def _create(lease: Path, text: str) -> bool:
     """Write a lease where there is none; return False where there is one."""
     try:
-        with lease.open("x", encoding="utf-8") as file:
-            file.write(text)
+        file = lease.open("x", encoding="utf-8")
     except FileExistsError:
         return False
+    try:
+        with file:
+            file.write(text)
+    except OSError:  # the disk is full: an empty one would be another's
+        lease.unlink(missing_ok=True)
+        raise
     return True
 
 

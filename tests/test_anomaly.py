@@ -115,3 +115,16 @@ def test_pyramid_loses_no_peak(height: int, width: int) -> None:
         assert below.shape[1:] == tuple(-(-n // 2) for n in above.shape[1:])
     assert max(levels[-1].shape[1:]) <= 64
     assert levels[-1][0].max() == 9999
+
+
+@pytest.mark.parametrize("um_per_px", [3.0, 16.0, 40.0])
+@pytest.mark.parametrize("edge_px", [2000, 2003, 2040])
+def test_the_area_of_tissue_is_that_of_its_mask(um_per_px: float, edge_px: int) -> None:
+    """Whatever the map's px, also where the last of them reach beyond the slide."""
+    frame = Frame((edge_px, edge_px), 0.5)
+    y, x = np.mgrid[:250, :250] / 250 - 0.5
+    for mask in (np.hypot(x, y) < 0.4, np.ones((250, 250), bool)):
+        grid, at = Grid(frame, tile_px=512, halo_px=0), frame.at(um_per_px)
+        seen = coverage_map(at, grid, np.ones((4, 4), bool), [], [], mask)
+        anomaly = anomaly_map(Detections.empty(), frame, seen, at, threshold=0.5, density_sigma_um=200)
+        assert anomaly.tissue_mm2 == pytest.approx(mask.mean() * frame.area_mm2, rel=um_per_px / 1000)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import resource
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -139,3 +140,15 @@ def test_an_archive_looks_again_when_the_lease_has_run_out(tmp_path: Path, monke
     assert (record.state, record.attempts) == ("done", 1)
     events = [json.loads(line)["event"] for line in (tmp_path / "runs/log.jsonl").read_text().splitlines()]
     assert events == ["run_started", "slide_busy", "slide_done", "run_ended"]
+
+
+def test_a_full_disk_leaves_no_lease(tmp_path: Path) -> None:
+    """An empty one would be that of another machine, and be waited for."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))  # no byte can be written
+    try:
+        with pytest.raises(ResultError, match="cannot be written"), claimed(tmp_path / "out"):
+            pass
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list((tmp_path / "out").iterdir())
