@@ -181,7 +181,10 @@ def export(
     format_: Annotated[
         Literal["geojson", "csv"] | None, typer.Option("--format", "-f", help="Of the file; default: as its name ends.")
     ] = None,
-    origin: Annotated[Literal["qupath", "level0"], typer.Option(help="Frame of GeoJSON coordinates.")] = "qupath",
+    origin: Annotated[
+        Literal["qupath", "level0"] | None,
+        typer.Option(help="Frame of the coordinates; default: of GeoJSON QuPath's, of CSV level 0."),
+    ] = None,
     what: Annotated[Literal["all", "detections", "regions"], typer.Option(help="GeoJSON objects.")] = "all",
     min_score: Annotated[
         float | None, typer.Option(help="Lowest score of detections; default: the operating threshold.")
@@ -212,8 +215,9 @@ def export(
     if is_csv and what == "regions":
         raise ConfigError("--what regions: expected GeoJSON, which has regions, got CSV, which has detections only")
     if is_csv:
-        n = result.to_csv(out, min_score=min_score, top_k=top_k, only=only, named=named)
+        n = result.to_csv(out, origin=origin or "level0", min_score=min_score, top_k=top_k, only=only, named=named)
     else:
+        origin = origin or "qupath"
         n = result.to_geojson(out, origin=origin, min_score=min_score, top_k=top_k, what=what, only=only, named=named)
     typer.echo(f"{out}: {n:,} objects")
 

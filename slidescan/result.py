@@ -26,6 +26,7 @@ from slidescan.flagged import FlaggedRegion, flag_regions
 from slidescan.geometry import Frame
 from slidescan.hotspot import Hotspot, mitotic_hotspot
 from slidescan.legend import counted
+from slidescan.manifest import refuse_own
 from slidescan.provenance import as_scanned
 from slidescan.slides import Slide
 
@@ -166,6 +167,7 @@ class ScanResult:
         offset = self.origin_l0(origin)
         lowest = self._lowest(min_score)
         _check_count("top_k", top_k)
+        refuse_own(Path(path))
         found, classes = self._renamed(named)
 
         def features() -> Iterator[Any]:
@@ -189,16 +191,18 @@ class ScanResult:
         self,
         path: str | Path,
         *,
+        origin: Literal["qupath", "level0"] = "level0",
         min_score: float | None = None,
         top_k: int | None = None,
         only: Collection[str] | None = None,
         named: Mapping[str, str] | None = None,
     ) -> int:
-        """Write detections as CSV (level-0 px), best first, as `to_geojson` would; return the number of rows."""
+        """Write detections as CSV, best first, as `to_geojson` would; return the number of rows."""
         if Path(path).suffix.lower() != ".csv":
             raise ConfigError(f"{Path(path).name}: expected a name that ends in .csv")
-        lowest = self._lowest(min_score)
+        offset, lowest = self.origin_l0(origin), self._lowest(min_score)
         _check_count("top_k", top_k)
+        refuse_own(Path(path))
         # In float32, as everywhere: a score that is the threshold counts.
         rows = self.table(named).filter(
             pc.greater_equal(pc.field("score"), pa.scalar(np.float32(lowest), pa.float32()))
@@ -206,6 +210,9 @@ class ScanResult:
         if only is not None:
             rows = rows.filter(pc.field("id").isin(pa.array(sorted(only), pa.string())))
         rows = rows.slice(0, top_k)
+        for name, shift in zip(("x0", "y0", "x1", "y1"), offset * 2, strict=True):
+            if shift:
+                rows = rows.set_column(rows.schema.get_field_index(name), name, pc.subtract(rows[name], shift))
 
         def write(partial: Path) -> None:
             with partial.open("wb") as file:  # pyarrow takes some names for URLs

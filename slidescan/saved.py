@@ -87,6 +87,8 @@ def load_result(path: str | Path, *, verify: bool = True) -> ScanResult:
             if any(out.glob("parts-*"))
             else "no scan has finished there"
             if out.is_dir()
+            else "that is a file"
+            if out.exists()
             else "no such directory"
         )
         raise ResultError(f"{out}: expected a result directory with {MANIFEST}; {state}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import shutil
 from dataclasses import replace
@@ -12,9 +13,10 @@ import pytest
 
 import slidescan as ss
 from slidescan.errors import ConfigError, ResultError
+from slidescan.geometry import Box
 from slidescan.slides import memory_slide
 from tests.archives import write_slide
-from tests.discs import ORACLE, config, discs, tissue
+from tests.discs import MPP, ORACLE, config, discs, tissue
 
 
 def test_load_result_gives_everything_back(tmp_path: Path) -> None:
@@ -109,6 +111,41 @@ def test_a_name_or_a_score_that_cannot_be_meant(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
     n = result.to_geojson(tmp_path / "case.geojson", min_score=result.detections.score[4], what="detections")  # float32
     assert n == result.to_csv(tmp_path / "case.csv", min_score=result.detections.score[4])
+
+
+@pytest.mark.parametrize(
+    "name", ["manifest.json", "flagged.geojson", "anomaly.ome.zarr/zarr.json", "../case/manifest.json"]
+)
+def test_an_export_never_replaces_what_a_result_is_made_of(tmp_path: Path, name: str) -> None:
+    """Another name beside it is one's own."""
+    case = tmp_path / "case"
+    result = ss.scan(discs(n=3)[0], ORACLE, out=case, config=config())
+    before = (case / name).read_bytes()
+    with pytest.raises(ConfigError, match="expected a file of your own, got one that the result there is made of"):
+        result.to_geojson(case / name)
+    assert (case / name).read_bytes() == before
+    assert result.to_geojson(case / "mine.geojson")
+    assert ss.load_result(case).ids == result.ids
+
+
+def test_a_table_in_the_frame_of_a_viewer(tmp_path: Path) -> None:
+    """A viewer that crops to the scanned bounds finds rows of CSV and objects of GeoJSON in one place."""
+    slide, _ = discs(n=1)
+    pixels = slide.read_level(0, 0, 0, *slide.size_wh).rgb
+    bounded = memory_slide(pixels, MPP, bounds_l0=Box(50, 10, 1900, 1400))
+    result = ss.scan(bounded, ORACLE, config=config())
+    (row,) = result.detections.xyxy.tolist()
+    for origin, (x, y) in (("level0", (0, 0)), ("qupath", (50, 10))):
+        result.to_csv(tmp_path / "a.csv", origin=origin)  # type: ignore[arg-type]
+        told = next(csv.DictReader((tmp_path / "a.csv").read_text().splitlines()))
+        x0, y0, x1, y1 = row
+        assert [float(told[key]) for key in ("x0", "y0", "x1", "y1")] == [x0 - x, y0 - y, x1 - x, y1 - y]
+
+
+def test_a_slide_is_no_result(tmp_path: Path) -> None:
+    write_slide(tmp_path / "a.tiff", 1)
+    with pytest.raises(ResultError, match=r"a\.tiff: expected a result directory with manifest\.json; that is a file"):
+        ss.load_result(tmp_path / "a.tiff")
 
 
 @pytest.mark.parametrize("below", ["runs", "runs/slides"])
