@@ -69,8 +69,9 @@ class DetectConfig(_Section):
 class StitchConfig(_Section):
     """How detections of neighbouring tiles become one set."""
 
-    slack_um: Positive = 3.0
-    """Must exceed the jitter of a detection's centre between two tiles, µm (a quarter of a mitotic figure)."""
+    slack_um: Positive | None = None
+    """Must exceed the jitter of a detection's centre between two tiles, µm; default: 3 µm, a quarter of a mitotic
+    figure, and of larger objects as large a share, or 2 px of the model's plane where that is more."""
     iou: Fraction = 0.3
     """Boxes of different tiles at a seam that overlap more than this are one object."""
 

@@ -29,7 +29,7 @@ from slidescan.heap import give_back_freed, give_back_pixels, keep_freed
 from slidescan.lease import claimed
 from slidescan.manifest import MANIFEST, read_manifest
 from slidescan.overview import draw_overview
-from slidescan.prepare import Prepared, prepare
+from slidescan.prepare import Prepared, prepare, slack_px
 from slidescan.provenance import describe_slide, peak_rss_mb, run_key, versions
 from slidescan.region import RegionPart
 from slidescan.result import ScanResult
@@ -201,7 +201,8 @@ def _assemble(
     """Stitch the regions' parts, lay the map, and say how it came about."""
     stitching = time.perf_counter()
     detector, plane, frame = prepared.detector, prepared.plane, slide.frame
-    detections, failed, saturated = _stitch_parts(parts, plane, frame, config)
+    slack = slack_px(detector, plane, config)
+    detections, failed, saturated = _stitch_parts(parts, plane, frame, slack=slack, iou=config.stitch.iou)
     map_frame = frame.at(config.map.um_per_px)
     tissue = None if prepared.tissue is None else prepared.tissue.mask
     coverage = coverage_map(map_frame, prepared.plan.grid, prepared.plan.has_tissue, failed, saturated, tissue)
@@ -227,6 +228,7 @@ def _assemble(
         "tissue": None if prepared.tissue is None else {"method": prepared.tissue.method, "note": prepared.tissue.note},
         "tiles": {
             "planned": prepared.plan.n_tiles,
+            "slack_um": round(plane.um(slack), 4),
             "regions": len(prepared.plan.regions),
             "retiled": sum(p.n_retiled for p in parts),
             "saturated": len(saturated),
@@ -282,7 +284,7 @@ def _sweep(out: Path) -> None:
 
 
 def _stitch_parts(
-    parts: list[RegionPart], plane: Frame, slide: Frame, config: ScanConfig
+    parts: list[RegionPart], plane: Frame, slide: Frame, *, slack: float, iou: float
 ) -> tuple[Detections, list[Box], list[Box]]:
     """Merge the regions' detections; return them in level-0 px with the failed and saturated boxes of the plane."""
     first_core = np.cumsum([0] + [len(p.cores) for p in parts])
@@ -291,8 +293,8 @@ def _stitch_parts(
         Detections.concat(p.detections for p in parts),
         np.concatenate([*tile, np.empty(0, np.intp)]),
         np.concatenate([*(p.cores for p in parts), np.empty((0, 4))]),
-        slack=plane.px(config.stitch.slack_um),
-        iou=config.stitch.iou,
+        slack=slack,
+        iou=iou,
     )
     failed = sorted({Box(*row) for p in parts for row in p.failed.tolist()})
     saturated = [Box(*row) for p in parts for row in p.saturated.tolist()]

@@ -18,7 +18,7 @@ from slidescan.commit import disk_error
 from slidescan.config import ScanConfig
 from slidescan.detections import Detector
 from slidescan.errors import ResultError, WorkerError, WorkerTimeoutError
-from slidescan.prepare import Prepared
+from slidescan.prepare import Prepared, slack_px
 from slidescan.region import RegionPart, RegionTask, scored_at_once, wanted
 from slidescan.slides import Slide
 from slidescan.stages import Profile
@@ -78,7 +78,7 @@ def score_regions(
             region=region,
             plane=prepared.plane,
             halo_px=grid.halo_px,
-            slack_px=prepared.plane.px(config.stitch.slack_um),
+            slack_px=slack_px(prepared.detector, prepared.plane, config),
             batch_tiles=config.detect.batch_tiles,
             min_score=config.detect.min_score,
             part=file,

@@ -21,7 +21,7 @@ from slidescan.errors import ConfigError, ModelError, ResolutionError, SlideRead
 from slidescan.geometry import Box
 from slidescan.prepare import prepare
 from slidescan.slides import memory_slide
-from slidescan.testing import TISSUE_GROUND, OracleDetector
+from slidescan.testing import TISSUE_GROUND, OracleDetector, disc_image, random_centers
 from tests.discs import MPP, ORACLE, RADIUS_PX, SMALL, config, discs, in_order, tissue
 
 
@@ -210,6 +210,17 @@ def test_a_tile_that_stays_full_is_told(tmp_path: Path) -> None:
     result = ss.scan(slide, fewest, out=tmp_path / "case", config=config())
     assert result.provenance["tiles"]["saturated"] > 0
     assert (result.coverage == Coverage.SATURATED).any()
+
+
+def test_large_objects_at_seams_are_found_once() -> None:
+    """Of 160 µm at 2 µm/px, whose centres move by 8 µm from tile to tile: more than a mitotic figure's do."""
+    rng = np.random.default_rng(0)
+    centers = random_centers(rng, (2500, 2500), 130, apart_px=100, margin_px=60)
+    slide = memory_slide(disc_image((2500, 2500), centers, 40, ground=TISSUE_GROUND), 2.0)
+    detector = OracleDetector(mpp=2.0, input_px=320, object_um=168.0, jitter_px=4.0, max_per_tile=300)
+    found = ss.scan(slide, detector).found.centers
+    near = np.abs(found[:, None] - centers[None]).max(2) < 20
+    assert near.sum(0).tolist() == [1] * len(centers)
 
 
 def test_unknown_scale_and_too_small_halo_are_refused() -> None:
