@@ -248,6 +248,7 @@ def detect(
     mpp: Annotated[
         float | None, typer.Option(help="µm/px of the picture; default: its own, of a PNG or JPEG the model's.")
     ] = None,
+    allow_coarse: CoarseOpt = False,
 ) -> None:
     """Detect on one picture of any size with any object-detection model of transformers; print boxes and scores."""
     from slidescan.detect import load_detector
@@ -255,7 +256,7 @@ def detect(
 
     detector = load_detector(model, precision=precision, mpp="px")  # where the model names no µm/px
     with warnings_in_a_line():
-        found = detect_image(image, detector, min_score=min_score, tile_px=tile_px, mpp=mpp)
+        found = detect_image(image, detector, min_score=min_score, tile_px=tile_px, mpp=mpp, allow_coarse=allow_coarse)
     columns = (found.xyxy.tolist(), found.score.tolist(), found.label.tolist(), found.attributes.tolist())
     for box, score, label, said in zip(*columns, strict=True):
         corners = ", ".join(f"{edge:.1f}" for edge in box)

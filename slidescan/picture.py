@@ -40,6 +40,7 @@ def detect_image(
     min_score: float | None = None,
     tile_px: int | None = None,
     mpp: float | None = None,
+    allow_coarse: bool = False,
 ) -> Detections:
     """Detect objects on one image.
 
@@ -59,6 +60,8 @@ def detect_image(
         µm/px of the image; default: what its file says, and for a PNG, JPEG or array, or a model that names no µm/px,
         the detector's, that is, it is read as it is. A Slide has its own; with a model that names no µm/px there is
         nothing to give.
+    allow_coarse : bool
+        Look at an image coarser than the detector was trained for.
 
     Returns
     -------
@@ -71,6 +74,8 @@ def detect_image(
         If the image cannot be read, or parts of it cannot be decoded.
     ConfigError
         If `tile_px`, `min_score` or `mpp` is out of range, or `mpp` is given with a Slide or a model of px.
+    ResolutionError
+        If the image is more than 1.25 times coarser than the detector, unless `allow_coarse`.
 
     Examples
     --------
@@ -101,7 +106,7 @@ def detect_image(
         plain = slide.mpp is None and slide.backend in ("image", "memory")
         if plain or (mpp is None and getattr(detector, "knows_px_only", False)):
             slide = _opened(image, detector.mpp)
-    variant = detector.at(slide.frame.mpp, allow_coarse=True)
+    variant = detector.at(slide.frame.mpp, allow_coarse=allow_coarse)
     min_score = variant.threshold if min_score is None else min_score
     slide = slide.colored(variant.color)
     plane = slide.plane(variant.mpp)

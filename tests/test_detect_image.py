@@ -270,10 +270,13 @@ STRICT = Strict(mpp=0.5, input_px=256, object_um=13.0)
 
 
 @pytest.mark.parametrize("tile_px", [128, 512])
-def test_a_coarse_picture_is_scored_all_the_same(tile_px: int) -> None:
+def test_a_coarse_picture_is_refused_unless_it_is_meant(tile_px: int) -> None:
     """Whole and in tiles alike: there is no finer picture to choose."""
     image, centers = discs((300, 200), 10)
-    assert_each_once(ss.detect_image(image, STRICT, mpp=0.8, tile_px=tile_px), centers)
+    with pytest.raises(ResolutionError, match="too coarse"):
+        ss.detect_image(image, STRICT, mpp=0.8, tile_px=tile_px)
+    found = ss.detect_image(image, STRICT, mpp=0.8, tile_px=tile_px, allow_coarse=True)
+    assert_each_once(found, centers)
 
 
 @pytest.mark.parametrize("tile_px", [128, 512])

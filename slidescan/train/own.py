@@ -52,7 +52,7 @@ class ShownSlide:
         one = self.annotated
         frame = one.slide.frame
         if self.kind == "pictures":  # of tissue alone: no mask
-            found = detect_image(one.slide, detector, min_score=LEAST_SCORE)
+            found = detect_image(one.slide, detector, min_score=LEAST_SCORE, allow_coarse=True)
             ignored = shapely.union_all(shapely.box(*one.ignored_xyxy_l0.T)) & shapely.box(0, 0, *frame.size_wh)
             area_mm2 = frame.area_mm2 - ignored.area * frame.mm2_per_px
         else:
