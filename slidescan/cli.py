@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -17,7 +18,7 @@ from slidescan.cli_archive import with_reason
 from slidescan.cli_options import ModelMppOpt, PrecisionOpt, assigned, detector_of
 from slidescan.cli_progress import slide_scanned
 from slidescan.cli_report import area, chosen, duration, report, say_profile, seconds_of, warnings_in_a_line
-from slidescan.endings import ends_at_once, ends_in_a_line
+from slidescan.endings import ends_at_once, ends_in_a_line, heeded_signals
 from slidescan.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def main() -> None:
             stream.reconfigure(errors="replace")
     kept = "stopped; what was done is kept: run the same command to continue"
     goes_on = sys.argv[1:2] and sys.argv[1] in _GO_ON and "--dry-run" not in sys.argv
-    with ends_in_a_line("slidescan", kept if goes_on else "stopped"):
+    with ends_in_a_line("slidescan", kept if goes_on else "stopped"), heeded_signals() if goes_on else nullcontext():
         try:
             # Typer returns the code of a command that ended by `Exit`, and 130 for Ctrl-C.
             code = app(with_reason(sys.argv[1:]), standalone_mode=False)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import signal
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,9 +24,7 @@ if TYPE_CHECKING:
     from slidescan.detections import Detector
     from slidescan.jobqueue import Queue
 
-__all__ = ["archive", "heeded_signals", "status", "with_reason"]
-
-_AGAIN_S = 0.05  # after which a signal that was lost comes again: finalizers end sooner
+__all__ = ["archive", "status", "with_reason"]
 
 
 def archive(
@@ -75,7 +71,7 @@ def archive(
     with warnings_in_a_line():  # of what is left out
         part, entries = _shard(shard), read_listing(listing)
     detector = detector_of(model, precision, model_mpp)
-    with heeded_signals(), _cluster(scheduler, queue) as client:
+    with _cluster(scheduler, queue) as client:
         n = queue.workers if queue is not None and client is not None else workers
         common: dict[str, Any] = {"config": settings, "client": client, "workers": n, "shard": part}
         common |= {"allow_coarse": allow_coarse, "timeout_s": timeout, "out": out}
@@ -100,32 +96,6 @@ def archive(
             f"{left} of the slides {'is' if left == 1 else 'are'} not done: another run was at work on them when they "
             "were asked for last; run the same command again"
         )
-
-
-@contextmanager
-def heeded_signals() -> Iterator[None]:
-    """Make a queue's polite end the user's Ctrl-C while the block runs, and lose neither.
-
-    Python drops what is raised inside a finalizer or a callback of a weak reference, KeyboardInterrupt, too, and the
-    run would go on. It is raised again a moment later, until it comes where it can be raised.
-    """
-    told = sys.unraisablehook
-
-    def again(dropped: sys.UnraisableHookArgs) -> None:
-        if issubclass(dropped.exc_type, KeyboardInterrupt):
-            signal.setitimer(signal.ITIMER_REAL, _AGAIN_S)
-        else:
-            told(dropped)
-
-    before = {each: signal.signal(each, signal.default_int_handler) for each in (signal.SIGTERM, signal.SIGALRM)}
-    sys.unraisablehook = again
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        sys.unraisablehook = told
-        for each, handler in before.items():
-            signal.signal(each, handler)
 
 
 def status(

@@ -66,10 +66,21 @@ def cluster(client: Client | None, threads: int) -> Iterator[tuple[Client, int, 
             memory_limit=0,
             silence_logs=logging.CRITICAL,
         ) as cluster,
+        _left_behind(cluster),
         Client(cluster) as local,
     ):
         hush(local)
         yield local, threads, 1
+
+
+@contextmanager
+def _left_behind(cluster: Any) -> Iterator[None]:
+    """Have Dask not wait at the end of this process for a cluster of its threads that was not closed in peace."""
+    try:
+        yield
+    except BaseException:
+        cluster._instances.discard(cluster)
+        raise
 
 
 def hush(client: Client) -> None:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import atexit
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import NoReturn
 
 from slidescan.errors import ResultError, SlideError, SlidescanError, WorkerError
 
-__all__ = ["OUT_OF_MEMORY", "ends_at_once", "ends_in_a_line", "is_short_of_memory"]
+__all__ = ["OUT_OF_MEMORY", "ends_at_once", "ends_in_a_line", "heeded_signals", "is_short_of_memory"]
 
 OUT_OF_MEMORY = "there was not enough memory; a smaller tiling.region_px, or on a GPU tiling.tile_px, may help"
 
+_AGAIN_S = 0.05  # after which a signal that was lost comes again: finalizers end sooner
 _UNSAID = 120  # Python's own exit code where its output could not be written
 
 
@@ -48,6 +51,32 @@ def ends_in_a_line(program: str, stopped: str = "stopped") -> Iterator[None]:
     sys.exit(code)
 
 
+@contextmanager
+def heeded_signals() -> Iterator[None]:
+    """Make a queue's polite end the user's Ctrl-C while the block runs, and lose neither.
+
+    Python drops what is raised inside a finalizer or a callback of a weak reference, KeyboardInterrupt, too, and the
+    run would go on. It is raised again a moment later, until it comes where it can be raised.
+    """
+    told = sys.unraisablehook
+
+    def again(dropped: sys.UnraisableHookArgs) -> None:
+        if issubclass(dropped.exc_type, KeyboardInterrupt):
+            signal.setitimer(signal.ITIMER_REAL, _AGAIN_S)
+        else:
+            told(dropped)
+
+    before = {each: signal.signal(each, signal.default_int_handler) for each in (signal.SIGTERM, signal.SIGALRM)}
+    sys.unraisablehook = again
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        sys.unraisablehook = told
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
 def ends_at_once(main: Callable[[], None]) -> NoReturn:
     """Run a program's `main` and end with its exit code, but without Python's own tidying up.
 
@@ -63,6 +92,8 @@ def ends_at_once(main: Callable[[], None]) -> NoReturn:
         sys.stderr.write(f"{code}\n")
         code = 1
     status = code if isinstance(code, int) else 0
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever presses Ctrl-C again has been told that it ends
     try:
         atexit._run_exitfuncs()
         sys.stdout.flush()

@@ -182,8 +182,9 @@ def _heed_sigint() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def test_ctrl_c_stops_with_one_line_and_exit_code_3(tmp_path: Path) -> None:
-    """SIGINT in the middle of a scan: no traceback, exit code 3, and the same command finishes it."""
+@pytest.mark.parametrize("asked", [signal.SIGINT, signal.SIGTERM])
+def test_who_asks_to_stop_gets_one_line_and_exit_code_3(tmp_path: Path, asked: signal.Signals) -> None:
+    """By Ctrl-C or as a queue does, in the middle of a scan: no traceback, and the same command finishes it."""
     path = tmp_path / "case.tiff"
     write_phantom(path, Phantom((1600, 1600), 0.25, n_figures=5, n_look_alikes=0, tissue=0.9))
     command = [sys.executable, "-m", "slidescan.cli", "scan", path, "-o", tmp_path, "--set", "tiling.region_px=900"]
@@ -193,7 +194,7 @@ def test_ctrl_c_stops_with_one_line_and_exit_code_3(tmp_path: Path) -> None:
     while not list(tmp_path.glob("case/parts-*/*.npz")) and running.poll() is None:
         with contextlib.suppress(subprocess.TimeoutExpired):
             running.wait(timeout=0.05)
-    running.send_signal(signal.SIGINT)
+    running.send_signal(asked)
     _, stderr = running.communicate(timeout=120)
     assert running.returncode == 3, stderr
     assert stderr.splitlines()[-1].startswith("slidescan: stopped; what was done is kept")

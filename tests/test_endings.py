@@ -38,6 +38,16 @@ def test_what_is_to_be_done_is_done_and_no_more(end: str, code: int) -> None:
     assert done.stdout == ("said " if "close" in end else "said at exit\n")
 
 
+def test_whoever_is_impatient_sees_no_more() -> None:
+    """Ctrl-C once more while functions for the end run: they run on, and the code stays."""
+    end = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    end += "atexit.register(signal.raise_signal, signal.SIGINT); sys.exit(3)"
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM.format(end=end)], capture_output=True, text=True, check=False, env=BUFFERED
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (3, "said at exit\n", "")
+
+
 def test_a_bug_keeps_its_traceback() -> None:
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM.format(end="1 / 0")], capture_output=True, text=True, check=False, env=BUFFERED

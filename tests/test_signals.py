@@ -8,11 +8,11 @@ import sys
 
 import pytest
 
-from slidescan.cli_archive import heeded_signals
+from slidescan.endings import heeded_signals
 
 PROGRAM = """
 import signal, sys, time, weakref
-from slidescan.cli_archive import heeded_signals
+from slidescan.endings import heeded_signals
 
 class Ends:
     def __del__(self):
