@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,13 +18,15 @@ from slidescan.detections import Detections
 from slidescan.geometry import Box, Frame
 from slidescan.plan import Grid
 
-__all__ = ["MOST_DENSITY_STEPS", "TISSUE", "AnomalyMap", "Coverage", "anomaly_map", "coverage_map"]
+__all__ = ["MOST_DENSITY_STEPS", "TISSUE", "AnomalyMap", "Coverage", "anomaly_map", "coarser", "coverage_map"]
 
 # Stored steps: score in 1e-4, density in 0.1 per mm², or ten times as much as often as 16 bit are too few; 0 is "not
 # evaluated", so values start at 1.
 _SCORE_STEPS = 10_000
 MOST_DENSITY_STEPS = 10.0
 _LARGEST = 65_535
+
+_Px = TypeVar("_Px", bound=np.generic)
 
 
 class Coverage(IntEnum):
@@ -63,7 +66,8 @@ class AnomalyMap:
 
     def area_mm2(self, *states: Coverage) -> float:
         """Return the area in one of `states`, mm²."""
-        return float(np.isin(self.coverage, states).sum() * self.frame.mm2_per_px)
+        n_px = sum(int(np.count_nonzero(self.coverage == state)) for state in states)  # isin takes 8 bytes a px
+        return n_px * self.frame.mm2_per_px
 
     @property
     def tissue_mm2(self) -> float:
@@ -119,6 +123,19 @@ class AnomalyMap:
             halved[1] = np.round(blocks[:, 1].astype(np.float64).sum(0) / evaluated)
             levels.append(halved)
         return levels
+
+
+def coarser(plane: NDArray[_Px], n: int) -> NDArray[_Px]:
+    """Return the highest value of each n × n px: one hot or unread pixel must not get lost; NaN is none.
+
+    Examples
+    --------
+    >>> coarser(np.array([[1, 2, 3], [4, 5, 6]]), 2).tolist()
+    [[5, 6]]
+    """
+    for axis, side in enumerate(plane.shape if n > 1 else ()):
+        plane = np.fmax.reduceat(plane, np.arange(0, side, n), axis=axis)
+    return plane
 
 
 def coverage_map(

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from slidescan.anomaly import Coverage
+from slidescan.anomaly import Coverage, coarser
 from slidescan.legend import (
     COVER_TINT,
     HOTSPOT,
@@ -39,7 +39,7 @@ _HEADER_PX = 92
 _LEGEND_PX = 150
 _LEAST_COLUMN_PX = 620  # a narrow slide still needs room for its heading and legend
 _ROUNDING_PX = 10  # of the page: two columns, each off by up to one px of the smallest thumbnail, which has 256
-_MOST_NUMBERS = 20
+_MOST_NUMBERS, _MOST_OUTLINES = 20, 200  # regions: more outlines would hide the slide
 
 _INK, _GREY, _PAPER = (30, 30, 36), (110, 110, 118), (255, 255, 255)
 
@@ -127,7 +127,9 @@ def _font(px: int) -> ImageFont.FreeTypeFont:
 
 def _heat(slide: Image.Image, result: ScanResult) -> Image.Image:
     """Return the pale slide under the density ramp and coverage tints."""
-    density, coverage = result.anomaly.density, result.anomaly.coverage
+    # No finer than twice the panel: of the map of a large slide, in colours, 1 GB.
+    n = max(1, max(result.anomaly.coverage.shape) // (2 * _PANEL_PX))
+    density, coverage = coarser(result.anomaly.density, n), coarser(result.anomaly.coverage, n)
     pale = np.asarray(slide.convert("L").convert("RGB"), float) * 0.45 + 255 * 0.55
     tint = np.full((*coverage.shape, 4), 255.0)
     tint[..., 3] = 0
@@ -143,7 +145,7 @@ def _heat(slide: Image.Image, result: ScanResult) -> Image.Image:
     tint[..., 3:] = np.maximum(tint[..., 3:], alpha)
     layer = Image.fromarray((tint * [1, 1, 1, 255]).round().astype(np.uint8), "RGBA")
     # The map's last px may reach beyond the slide: cut exactly at the slide's edge instead of stretching.
-    factor = result.frame.factor_to(result.anomaly.frame)
+    factor = result.frame.factor_to(result.anomaly.frame) / n
     extent_wh = result.frame.size_wh[0] * factor, result.frame.size_wh[1] * factor
     layer = layer.resize(slide.size, Image.Resampling.BILINEAR, box=(0, 0, *extent_wh))
     base = Image.fromarray(pale.round().astype(np.uint8)).convert("RGBA")
@@ -153,7 +155,7 @@ def _heat(slide: Image.Image, result: ScanResult) -> Image.Image:
 def _numbers(draw: ImageDraw.ImageDraw, result: ScanResult, origin: tuple[int, int], px_per_l0: float) -> None:
     """Draw the outlines of the flagged regions, and the numbers of the first of them."""
     font = _font(18)
-    for region in reversed(result.regions):
+    for region in reversed(result.regions[:_MOST_OUTLINES]):
         box = region.box_l0.scale(px_per_l0).translate(*origin)
         # A region of a few px would vanish: 7 px around its middle is the least that is seen.
         grow = max(0.0, 7 - min(box.width, box.height) / 2)
@@ -179,25 +181,35 @@ def _hotspot(draw: ImageDraw.ImageDraw, result: ScanResult, origin: tuple[int, i
 def _heading(draw: ImageDraw.ImageDraw, result: ScanResult, title: str, left: int, right: int) -> None:
     """Write what was scanned and what was found."""
     found = counted(len(result.found), result.classes, result.threshold)
-    draw.text((left, 14), _fitting(draw, title, right - left - _MARGIN_PX), font=_font(30), fill=_INK)
-    draw.text((left, 54), f"{found} · {len(result.regions):,} flagged regions", font=_font(20), fill=_INK)
+    n, column_px = len(result.regions), right - left - _MARGIN_PX
+    _line(draw, (left, 14), (title,), column_px, 30, _INK)
+    of_which = f", {_MOST_OUTLINES} outlined" if n > _MOST_OUTLINES else ""
+    _line(draw, (left, 54), (found, f" · {n:,} flagged region{'' if n == 1 else 's'}{of_which}"), column_px, 20, _INK)
     fraction = result.anomaly.analysed_fraction
     looked = (
         "no tissue" if np.isnan(fraction) else f"{fraction:.1%} of {result.anomaly.tissue_mm2:.1f} mm² tissue analysed"
     )
     name, mpp = result.provenance["detector"]["name"], result.provenance["detector"]["plane_mpp"]
     draw.text((right, 22), looked, font=_font(22), fill=_INK)
-    draw.text((right, 56), f"detector {name} at {mpp:.3g} µm/px · research use only", font=_font(18), fill=_GREY)
+    _line(draw, (right, 56), (f"detector {name}", f" at {mpp:.3g} µm/px · research use only"), column_px, 18, _GREY)
 
 
-def _fitting(draw: ImageDraw.ImageDraw, title: str, width_px: int) -> str:
-    """Cut the middle out of a title that would run into what is beside it, and what cannot be drawn."""
-    title = "".join(letter if letter.isprintable() else "?" for letter in title)
-    kept, said = len(title), title
-    while kept > 2 and draw.textlength(said, font=_font(30)) > width_px:
+def _line(
+    draw: ImageDraw.ImageDraw,
+    xy: tuple[int, int],
+    parts: tuple[str, ...],
+    width_px: int,
+    height_px: int,
+    ink: tuple[int, int, int],
+) -> None:
+    """Write a line without what cannot be drawn; where it is too long the middle of its first part is left out."""
+    font, rest = _font(height_px), "".join(parts[1:])
+    first = "".join(letter if letter.isprintable() else "?" for letter in parts[0])
+    kept, said = len(first), first
+    while kept > 2 and draw.textlength(said + rest, font=font) > width_px:
         kept -= 1
-        said = f"{title[: -(-kept // 2)]}…{title[len(title) - kept // 2 :]}"
-    return said
+        said = f"{first[: -(-kept // 2)]}…{first[len(first) - kept // 2 :]}"
+    draw.text(xy, said + rest, font=font, fill=ink)
 
 
 def _scale_bar(draw: ImageDraw.ImageDraw, result: ScanResult, x: int, y: int, px_per_l0: float) -> None:

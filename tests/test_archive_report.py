@@ -14,7 +14,6 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -25,7 +24,6 @@ from slidescan.archive import report
 from slidescan.archive.record import REASONS, Record
 from slidescan.archive.report import write_report
 from slidescan.archive.unfinished import UNFINISHED, begin
-from slidescan.overview import draw_overview, heat_panel
 from tests.archives import write_slide
 from tests.discs import ORACLE, config
 
@@ -263,38 +261,6 @@ class TestPrivacy:
 
 
 class TestPictures:
-    def test_the_right_panel(self, tmp_path: Path, scanned: Path) -> None:
-        """What is cut out of a saved overview is the panel that was drawn, for wide slides and narrow ones."""
-        result = ss.load_result(scanned)
-        for width, height in ((900, 700), (400, 1600), (256, 31)):
-            thumbnail = np.full((height, width, 3), 200, np.uint8)
-            picture = draw_overview(thumbnail, result, "case")
-            panel = heat_panel(picture, (100 * width, 100 * height))
-            scale = 1100 / max(width, height)
-            assert panel.size == (round(width * scale), round(height * scale))
-            # Neither margin nor frame: white and the frame's grey surround it.
-            inner = np.asarray(panel)
-            assert not (inner == 255).all(-1).any(0).all()
-            assert not (inner == 255).all(-1).any(1).all()
-        with pytest.raises(ValueError, match="expected an overview"):
-            heat_panel(picture, (900, 900))
-
-    def test_a_long_title_stays_in_its_column(self, scanned: Path) -> None:
-        """What is written beside it can be read, on a narrow slide, too."""
-        result, thumbnail = ss.load_result(scanned), np.full((400, 300, 3), 200, np.uint8)
-        long, short = (
-            np.asarray(draw_overview(thumbnail, result, title)) for title in ("TCGA-A2-A0D0-01Z-00-DX1." * 5, "a")
-        )
-        middle = long.shape[1] // 2
-        np.testing.assert_array_equal(long[:, middle:], short[:, middle:])
-        assert (long[:50, :middle] != short[:50, :middle]).any()
-
-    def test_a_title_that_cannot_be_drawn(self, scanned: Path) -> None:
-        """Lines, and letters of another system."""
-        result, thumbnail = ss.load_result(scanned), np.full((400, 300, 3), 200, np.uint8)
-        odd, same = (np.asarray(draw_overview(thumbnail, result, title)) for title in ("a\nb\udcfc", "a?b?"))
-        np.testing.assert_array_equal(odd, same)
-
     def test_small_ones_of_the_slides_that_matter(
         self, tmp_path: Path, scanned: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

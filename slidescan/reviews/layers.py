@@ -5,13 +5,12 @@ from __future__ import annotations
 import io
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from slidescan.anomaly import AnomalyMap
+from slidescan.anomaly import AnomalyMap, coarser
 from slidescan.detections import Detections
 from slidescan.legend import RAMP_END_PER_MM2, ramp_rgb
 from slidescan.saved import load_result
@@ -20,9 +19,6 @@ __all__ = ["Layers", "layers_of"]
 
 _LEAST, _STRONGEST = 0.05, 0.9  # of the ramp: where colour begins; the alpha it reaches
 _MOST_PX = 4096  # longer side of a map picture, px: what every browser can draw; 65 mm of slide at 16 µm
-
-
-_Px = TypeVar("_Px", bound=np.generic)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +46,7 @@ def layers_of(path: Path, *, blinded: bool) -> Layers:
     detections = result.found if blinded else result.detections
     every = max(1, -(-max(result.anomaly.frame.size_wh) // _MOST_PX))
     factor = result.anomaly.frame.factor_to(result.frame) * every
-    heat, coverage = _heat(result.anomaly, every), _coarser(result.anomaly.coverage, every)
+    heat, coverage = _heat(result.anomaly, every), coarser(result.anomaly.coverage, every)
     height, width = coverage.shape
     return Layers(
         heat_png=b"" if blinded else _png(Image.fromarray(heat)),
@@ -71,19 +67,9 @@ def _packed(detections: Detections, *, blinded: bool) -> NDArray[np.float32]:
 
 
 def _heat(anomaly: AnomalyMap, every: int) -> NDArray[np.uint8]:
-    strength = _coarser(np.clip(np.nan_to_num(anomaly.density) / RAMP_END_PER_MM2, 0, 1), every)
+    strength = coarser(np.clip(np.nan_to_num(anomaly.density) / RAMP_END_PER_MM2, 0, 1), every)
     alpha = np.clip((strength - _LEAST) * 4, 0, _STRONGEST) * 255
     return np.dstack([ramp_rgb(strength), alpha]).round().astype(np.uint8)
-
-
-def _coarser(plane: NDArray[_Px], every: int) -> NDArray[_Px]:
-    """Return the highest of each block: one hot or unread pixel must not get lost."""
-    if every == 1:
-        return plane
-    height, width = (-(-n // every) * every for n in plane.shape)
-    padded = np.pad(plane, ((0, height - plane.shape[0]), (0, width - plane.shape[1])))
-    blocks: NDArray[_Px] = padded.reshape(height // every, every, width // every, every).max((1, 3))
-    return blocks
 
 
 def _png(picture: Image.Image) -> bytes:

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 import slidescan as ss
-from slidescan.anomaly import Coverage
+from slidescan.anomaly import Coverage, coarser
 from slidescan.errors import ConfigError
 from slidescan.reviews import Review, layers
 from slidescan.reviews.desk import Desk
@@ -135,7 +135,7 @@ def test_layers(desk: Desk, case: Path) -> None:
 def test_a_large_map_is_made_coarser_and_loses_no_pixel(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     plane = np.zeros((5, 7), np.uint8)
     plane[4, 6] = Coverage.READ_FAILED
-    assert layers._coarser(plane, 2).tolist() == [[0] * 4, [0] * 4, [0, 0, 0, 4]]
+    assert coarser(plane, 2).tolist() == [[0] * 4, [0] * 4, [0, 0, 0, 4]]
     fine = desk.answer("slide", {"slide": 0})["map_wh_l0"]
     monkeypatch.setattr(layers, "_MOST_PX", 30)
     desk._layers.clear()

@@ -1,0 +1,94 @@
+"""The overview picture: what is written on it fits, and the map's part of it can be cut out."""
+
+from __future__ import annotations
+
+import tracemalloc
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import slidescan as ss
+from slidescan.anomaly import AnomalyMap, Coverage
+from slidescan.geometry import Frame
+from slidescan.overview import draw_overview, heat_panel
+from tests.archives import write_slide
+from tests.discs import ORACLE, config
+
+
+@pytest.fixture(scope="module")
+def scanned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("overview")
+    write_slide(folder / "a.tiff", 1)
+    ss.scan(folder / "a.tiff", ORACLE, out=folder / "a", config=config())
+    return folder / "a"
+
+
+def test_the_right_panel(tmp_path: Path, scanned: Path) -> None:
+    """What is cut out of a saved overview is the panel that was drawn, for wide slides and narrow ones."""
+    result = ss.load_result(scanned)
+    for width, height in ((900, 700), (400, 1600), (256, 31)):
+        thumbnail = np.full((height, width, 3), 200, np.uint8)
+        picture = draw_overview(thumbnail, result, "case")
+        panel = heat_panel(picture, (100 * width, 100 * height))
+        scale = 1100 / max(width, height)
+        assert panel.size == (round(width * scale), round(height * scale))
+        # Neither margin nor frame: white and the frame's grey surround it.
+        inner = np.asarray(panel)
+        assert not (inner == 255).all(-1).any(0).all()
+        assert not (inner == 255).all(-1).any(1).all()
+    with pytest.raises(ValueError, match="expected an overview"):
+        heat_panel(picture, (900, 900))
+
+
+def test_a_long_title_stays_in_its_column(scanned: Path) -> None:
+    """What is written beside it can be read, on a narrow slide, too."""
+    result, thumbnail = ss.load_result(scanned), np.full((400, 300, 3), 200, np.uint8)
+    long, short = (
+        np.asarray(draw_overview(thumbnail, result, title)) for title in ("TCGA-A2-A0D0-01Z-00-DX1." * 5, "a")
+    )
+    middle = long.shape[1] // 2
+    np.testing.assert_array_equal(long[:, middle:], short[:, middle:])
+    assert (long[:50, :middle] != short[:50, :middle]).any()
+
+
+def test_a_long_name_of_a_detector_leaves_room_for_what_it_is_for(scanned: Path) -> None:
+    """The end of its line, that this is for research only, is on the page as with a short name."""
+    result, thumbnail = ss.load_result(scanned), np.full((400, 300, 3), 200, np.uint8)
+    pages = []
+    for name in (
+        "my-rt-detr-r50vd-finetuned-glomeruli-2026-run-17" * 2,
+        "my-rt-detr-r50vd-finetuned-glomeruli-2026",
+    ):
+        detector = {**result.provenance["detector"], "name": name}
+        same = replace(result, provenance={**result.provenance, "detector": detector})
+        pages.append(np.asarray(draw_overview(thumbnail, same, "a")))
+    line = slice(54, 80)
+    for page in pages:
+        assert (page[line, -28:] == 255).all()  # the margin
+    assert (pages[0][line, -300:-200] != 255).any()
+
+
+def test_the_map_of_a_large_slide_takes_little_memory(scanned: Path) -> None:
+    """75 × 25 mm at 4 µm: no colours are made that the page has no px for, and what could not be read shows."""
+    result, shape = ss.load_result(scanned), (6250, 18_750)
+    coverage = np.full(shape, Coverage.ANALYSED, np.uint8)
+    coverage[3000:3030, 9000:9030] = Coverage.READ_FAILED
+    frame = Frame((300_000, 100_000), 0.25)
+    density = np.zeros(shape, np.float32)
+    large = replace(result, frame=frame, anomaly=AnomalyMap(frame.at(4.0), density, density, coverage))
+    tracemalloc.start()
+    page = np.asarray(draw_overview(np.full((1365, 4096, 3), 200, np.uint8), large, "a"))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 0.5e9
+    right = page[:, page.shape[1] // 2 :]
+    assert (np.abs(right.astype(int) - 110).max(-1) < 30).sum() >= 2
+
+
+def test_a_title_that_cannot_be_drawn(scanned: Path) -> None:
+    """Lines, and letters of another system."""
+    result, thumbnail = ss.load_result(scanned), np.full((400, 300, 3), 200, np.uint8)
+    odd, same = (np.asarray(draw_overview(thumbnail, result, title)) for title in ("a\nb\udcfc", "a?b?"))
+    np.testing.assert_array_equal(odd, same)
