@@ -226,15 +226,16 @@ def export(
 @app.command()
 def validate(path: Annotated[Path, typer.Argument(help="GeoJSON file, plain, .gz or .zip.")]) -> None:
     """Check a GeoJSON file against what QuPath 0.5–0.8 reads, and name each line that breaks."""
-    from slidescan.export import validate_geojson
+    from slidescan.export import inspect_geojson
 
-    problems = validate_geojson(path)
-    for problem in problems:
+    told = inspect_geojson(path)
+    for problem in told.problems:
         typer.echo(f"{path}:{problem.line}: {problem.severity}: {problem.message} [{problem.rule}]")
-    errors = sum(problem.severity == "error" for problem in problems)
-    if errors:
+    if not told.is_importable:
         raise typer.Exit(1)
-    typer.echo(f"{path}: QuPath reads it" + (", but see the warnings" if problems else ""))
+    counts = {kind: sum(classes.values()) for kind, classes in told.summary.items()}
+    objects = ", ".join(f"{n:,} {kind}{'s' * (n != 1)}" for kind, n in counts.items()) or "there is no object in it"
+    typer.echo(f"{path}: QuPath reads it: {objects}" + ("; see the warnings" if told.problems else ""))
 
 
 @app.command()

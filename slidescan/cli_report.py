@@ -40,12 +40,12 @@ def duration(seconds: float) -> str:
 
 def report(result: ScanResult) -> None:
     """Say what was found and where it is."""
+    from slidescan.legend import counted
+
     summary = result.summary()
-    what = result.classes[0] if len(result.classes) == 1 else "object"
-    plural = "" if summary["found"] == 1 else "s"
     regions = summary["flagged_regions"]
     typer.echo(
-        f"found       {summary['found']:,} {what}{plural} at score ≥ {result.threshold:.2f}, "
+        f"found       {counted(summary['found'], result.classes, result.threshold)}, "
         f"in {regions:,} flagged region{'' if regions == 1 else 's'}"
     )
     if result.hotspot is not None:

@@ -63,6 +63,14 @@ def length_text(um: float) -> str:
 
 
 def counted(n: int, classes: tuple[str, ...], threshold: float) -> str:
-    """Say how many were found, and what that means."""
+    """Say how many were found, and what that means.
+
+    Examples
+    --------
+    >>> counted(2, ("mitotic figure",), 0.5), counted(2, ("mitosis",), 0.5)
+    ('2 mitotic figures at score ≥ 0.50', '2 × mitosis at score ≥ 0.50')
+    """
     what = classes[0] if len(classes) == 1 else "object"
-    return f"{n:,} {what}{'' if n == 1 else 's'} at score ≥ {threshold:.2f}"
+    if n != 1:
+        what = f"× {what}" if what.endswith("s") else f"{what}s"  # whose plural nobody knows
+    return f"{n:,} {what} at score ≥ {threshold:.2f}"
