@@ -80,6 +80,7 @@ def draw_map(
     regions: Sequence[FlaggedRegion] = (),
     hotspot: Hotspot | None = None,
     thumbnail: _RGB | None = None,
+    objects: str = "figures",
     um: float | None = None,
     width_in: float = 7.0,
 ) -> Plot:
@@ -100,6 +101,8 @@ def draw_map(
         Its square.
     thumbnail : ndarray of uint8, shape (H, W, 3), optional
         The whole slide, any size, shown pale and grey; without it the map is on white.
+    objects : str
+        What is counted.
     um : float, optional
         Length of the scale bar, µm; default: a round one.
     width_in : float
@@ -126,7 +129,7 @@ def draw_map(
     _tints(axes, anomaly, on_slide=thumbnail is not None)
     if what != "coverage":
         image = _heat(axes, anomaly, what, _STRONGEST if thumbnail is None else _ON_SLIDE)
-        _colour_bar(figure, axes, image, what)
+        _colour_bar(figure, axes, image, what, objects)
     _outlines(figure, axes, regions, frame)
     if hotspot is not None:
         box = hotspot.box_l0.scale(frame.mpp / 1000)
@@ -213,14 +216,14 @@ def _heat(axes: Axes, anomaly: AnomalyMap, what: Shown, strongest: float) -> Axe
     )  # fmt: skip
 
 
-def _colour_bar(figure: Plot, axes: Axes, image: AxesImage, what: Shown) -> None:
+def _colour_bar(figure: Plot, axes: Axes, image: AxesImage, what: Shown, objects: str) -> None:
     """Explain the colours, at the right of the axes."""
     place, (width_in, height_in) = axes.get_position(), figure.get_size_inches()
     tall = min(place.height, 2.4 / height_in)
     beside = figure.add_axes((place.x1 + 0.12 / width_in, place.y1 - tall, 0.12 / width_in, tall))
     bar = figure.colorbar(image, cax=beside, extend="max" if what == "density" else "neither", extendfrac=0.06)
     bar.set_ticks(np.linspace(*bar.mappable.get_clim(), 5).tolist())
-    bar.set_label("figures per mm²" if what == "density" else "highest score", fontsize=_SMALL_PT, color=_INK)
+    bar.set_label(f"{objects} per mm²" if what == "density" else "highest score", fontsize=_SMALL_PT, color=_INK)
     bar.ax.tick_params(labelsize=_SMALL_PT, color=_GREY, labelcolor=_INK)
     bar.outline.set(edgecolor=_GREY, linewidth=0.6)
     bar.solids.set(rasterized=True)  # type: ignore[union-attr]  # as vectors its steps have seams

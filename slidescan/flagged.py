@@ -76,7 +76,7 @@ def flag_regions(
     frame : Frame
         Level 0 of the slide.
     classes : tuple of str
-        A region is named after the class with most detections in it.
+        A region is named after the class with most evidence in it.
 
     Returns
     -------
@@ -173,10 +173,11 @@ def _region(
     """Describe one cluster; its rank is not yet known."""
     polygon_l0, area_px = _outline(corners[:, rows].reshape(-1, 2))
     found = found[rows]
-    label = classes[int(np.bincount(found.label).argmax())]
     # float64 and sorted: the sum must not depend on the order of the rows
-    scores = np.sort(found.score.astype(np.float64))
-    evidence = -np.log1p(-np.minimum(scores, MOST_CERTAIN)).sum()
+    order = np.argsort(found.score, kind="stable")
+    scores = found.score[order].astype(np.float64)
+    nats = -np.log1p(-np.minimum(scores, MOST_CERTAIN))
+    evidence, label = nats.sum(), classes[int(np.bincount(found.label[order], nats).argmax())]
     return FlaggedRegion(
         rank=0,
         label=label,

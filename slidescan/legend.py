@@ -20,6 +20,7 @@ __all__ = [
     "RAMP_END_PER_MM2",
     "counted",
     "length_text",
+    "many",
     "ramp_rgb",
     "round_length_um",
 ]
@@ -60,6 +61,11 @@ def round_length_um(most_um: float) -> float:
 def length_text(um: float) -> str:
     """Return a length in the unit a reader expects."""
     return f"{um / 1000:g} mm" if um >= 1000 else f"{um:g} µm"
+
+
+def many(classes: tuple[str, ...]) -> str:
+    """Return what is counted, in a word: figures, or objects where there are other classes than mitotic figures."""
+    return "figures" if classes == ("mitotic figure",) else "objects"
 
 
 def counted(n: int, classes: tuple[str, ...], threshold: float) -> str:

@@ -23,6 +23,7 @@ from slidescan.legend import (
     RAMP_END_PER_MM2,
     counted,
     length_text,
+    many,
     ramp_rgb,
     round_length_um,
 )
@@ -78,7 +79,7 @@ def draw_overview(thumbnail: NDArray[np.uint8], result: ScanResult, title: str) 
     _heading(draw, result, title, left, right)
     below = top + panel_wh[1] + 18
     _scale_bar(draw, result, left, below, px_per_l0)
-    _legend(draw, left, below + 48)
+    _legend(draw, left, below + 48, many(result.classes))
     _ramp(draw, result, right, below)
     return page
 
@@ -222,12 +223,12 @@ def _scale_bar(draw: ImageDraw.ImageDraw, result: ScanResult, x: int, y: int, px
     draw.text((x + bar_px + 10, y - 5), length_text(length_um), font=_font(18), fill=_INK)
 
 
-def _legend(draw: ImageDraw.ImageDraw, x: int, y: int) -> None:
+def _legend(draw: ImageDraw.ImageDraw, x: int, y: int, objects: str) -> None:
     """Explain the marks on the left panel."""
     draw.rounded_rectangle((x, y + 2, x + 26, y + 20), 4, outline=MARK, width=2)
     draw.text((x + 36, y), "flagged region, numbered by evidence", font=_font(17), fill=_INK)
     draw.rectangle((x, y + 34, x + 26, y + 52), outline=HOTSPOT, width=3)
-    draw.text((x + 36, y + 32), "hotspot: the square with most figures", font=_font(17), fill=_INK)
+    draw.text((x + 36, y + 32), f"hotspot: the square with most {objects}", font=_font(17), fill=_INK)
 
 
 def _ramp(draw: ImageDraw.ImageDraw, result: ScanResult, x: int, y: int) -> None:
@@ -239,7 +240,7 @@ def _ramp(draw: ImageDraw.ImageDraw, result: ScanResult, x: int, y: int) -> None
     for value in (0, 10, 20):
         at = x + length * value / RAMP_END_PER_MM2
         draw.text((at, y + 20), f"{value}{'+' if value == 20 else ''}", font=font, fill=_INK, anchor="ma")
-    draw.text((x + length + 24, y - 3), "figures per mm²", font=font, fill=_INK)
+    draw.text((x + length + 24, y - 3), f"{many(result.classes)} per mm²", font=font, fill=_INK)
     states = (
         (Coverage.ANALYSED, "analysed"),
         (Coverage.SATURATED, "detector saturated"),
@@ -252,5 +253,5 @@ def _ramp(draw: ImageDraw.ImageDraw, result: ScanResult, x: int, y: int) -> None
         at += 30 + int(draw.textlength(text, font=font)) + 24
     hotspot = result.hotspot
     if hotspot is not None:
-        text = f"hotspot: {hotspot.count} figures in {hotspot.area_mm2:.2g} mm²"
+        text = f"hotspot: {hotspot.count:,} {many(result.classes)} in {hotspot.area_mm2:.2g} mm²"
         draw.text((x, y + 82), text, font=font, fill=HOTSPOT)

@@ -25,7 +25,7 @@ from slidescan.export.stored import attribute_columns, to_table
 from slidescan.flagged import FlaggedRegion, flag_regions
 from slidescan.geometry import Frame
 from slidescan.hotspot import Hotspot, mitotic_hotspot
-from slidescan.legend import counted
+from slidescan.legend import counted, many
 from slidescan.manifest import refuse_own
 from slidescan.provenance import as_scanned
 from slidescan.slides import Slide
@@ -259,6 +259,7 @@ class ScanResult:
             regions=self.flagged(regions),
             hotspot=self.hotspot,
             thumbnail=None if slide is None else slide.thumbnail(THUMBNAIL_PX)[0].rgb,
+            objects=many(self.classes),
             um=um,
             width_in=width_in,
         )

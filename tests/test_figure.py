@@ -100,7 +100,7 @@ def test_what_it_says(result: ss.ScanResult, slide: Slide) -> None:
     """Units, count and threshold, what is hatched; not the slide's name."""
     said = words(result.plot(slide))
     assert f"{len(result.found)} discs at score ≥ {result.threshold:.2f}" in said
-    assert {"figures per mm²", "mm", "flagged region", "not analysed: no tissue", "could not be read"} <= set(said)
+    assert {"objects per mm²", "mm", "flagged region", "not analysed: no tissue", "could not be read"} <= set(said)
     assert any(text.startswith(f"hotspot: {result.hotspot.count} in ") for text in said)
     assert not [text for text in said if slide.name in text]
     assert "highest score" in words(result.plot(what="score"))
@@ -126,7 +126,7 @@ def test_what_was_not_analysed_is_hatched(result: ss.ScanResult) -> None:
 
 
 def test_colours_are_those_of_the_overview(result: ss.ScanResult) -> None:
-    """Ten figures per mm² have half the ramp's colour; what was analysed has its tint."""
+    """Ten objects per mm² have half the ramp's colour; what was analysed has its tint."""
     heat, tint = result.plot().axes[0].images[-1], result.plot(what="coverage").axes[0].images[-1]
     for per_mm2 in (10.0, 20.0, 90.0):
         rgba = np.array(heat.cmap(heat.norm(per_mm2)))
@@ -217,7 +217,7 @@ def test_of_nothing(tmp_path: Path) -> None:
         detections=Detections.build(np.empty((0, 4)), []),
         anomaly=AnomalyMap(Frame((100, 75), 4.0), np.zeros((75, 100)), np.zeros((75, 100)), seen),
     )
-    assert words(empty.plot()) == ["0 discs at score ≥ 0.50", "100 µm", "mm", "mm", "figures per mm²"]
+    assert words(empty.plot()) == ["0 discs at score ≥ 0.50", "100 µm", "mm", "mm", "objects per mm²"]
 
 
 def test_files(result: ss.ScanResult, slide: Slide, tmp_path: Path) -> None:

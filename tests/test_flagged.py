@@ -56,6 +56,21 @@ def test_two_sure_figures_outrank_three_doubtful_ones() -> None:
     assert [r.n for r in regions] == [2, 3]
 
 
+def test_a_region_has_the_name_of_the_class_with_most_evidence() -> None:
+    """One sure figure outweighs two doubtful imposters, and a tie goes to no class by its place in the list."""
+    classes = ("imposter", "figure")
+    for scores, labels, name in (
+        ((0.95, 0.52), (1, 0), "figure"),
+        ((0.95, 0.55, 0.55), (1, 0, 0), "figure"),
+        ((0.7, 0.6, 0.6), (1, 0, 0), "imposter"),
+    ):
+        centers = np.full((len(scores), 2), 1000.0) + 100 * np.arange(len(scores))[:, None]
+        boxes = np.concatenate([centers - 25, centers + 25], 1)
+        found = Detections.build(boxes, np.array(scores), np.array(labels))
+        (region,) = flag_regions(found, FRAME, classes, **SETTINGS)
+        assert region.label == name
+
+
 def test_a_long_chain_is_cut() -> None:
     """No region of a chain of detections is wider than max_um between its outer centres."""
     chain = np.stack([np.arange(1000, 30_000, 300.0), np.full(97, 500.0)], 1)
