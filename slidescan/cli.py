@@ -157,8 +157,9 @@ def scan(
     settings = _settings(config, set_)
     opened = _open(slide, mpp, backend, verify)
     name = opened.name if slide_id is None else slide_id
-    if not name.strip(".") or "/" in name or "\\" in name:
-        raise ConfigError(f"--slide-id must be a plain name, got {name!r}; give another")
+    if not name.strip(". ") or any(char in name for char in "/\\") or not name.isprintable():
+        said = "its file's, which needs --slide-id" if slide_id is None else f"{name!r}; give another"
+        raise ConfigError(f"--slide-id: expected a plain name for the result, got {said}")
     result = _scan(
         opened,
         detector_of(model, precision, model_mpp),

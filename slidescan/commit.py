@@ -70,8 +70,10 @@ def local(out: str | Path) -> Path:
     Raises
     ------
     ConfigError
-        If it is a URL: a directory of that name would be made here.
+        If it is a URL: a directory of that name would be made here. Or if it is empty.
     """
+    if out == "":
+        raise ConfigError("out: expected a directory, got an empty name; . is the one you are in")
     if found := _URL.match(str(out)):
         raise ConfigError(f"{out}: expected a directory of this machine, got a {found[1]} URL; write here and copy it")
     return Path(out)

@@ -70,6 +70,7 @@ class TestListing:
             ("slide_path,mpp\na.svs,0\n", r"slide 1: mpp must be µm/px .* got '0'"),
             ("slide_path,mpp\na.svs,\nb.svs,fine\n", "slide 2: mpp must be"),
             ("slide_path,slide_id\na.svs,../up\n", "slide_id must be a plain name"),
+            ("slide_path,sha256\na.svs,abc\n", "slide 1: sha256 must be 64 hexadecimal digits, or empty, got 'abc'"),
             ("slide_path,slide_id\na.svs,x\nb.svs,x\n", "slide_id 'x' is given to 2 slides"),
             ("slide_path\na.svs\n./a.svs\n", "a.svs: expected each slide once"),
             ("slide_path,group\n,north\n", "slide 1: expected a slide_path"),
@@ -125,3 +126,11 @@ class TestListing:
         ):
             with pytest.raises(ConfigError):
                 read_listing(source)
+
+
+def test_a_name_that_would_end_a_line(tmp_path: Path) -> None:
+    """Or colour a terminal: the slide has it, no record does."""
+    for name in ("a\nb.svs", "a\x1b[31mb.svs"):
+        (tmp_path / name).touch()
+    told = [entry.slide_id for entry in read_listing(tmp_path)]
+    assert sorted(id_.partition("-")[0] for id_ in told) == ["a?[31mb", "a?b"]

@@ -206,6 +206,22 @@ def test_who_asks_to_stop_gets_one_line_and_exit_code_3(tmp_path: Path, asked: s
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize(
+    ("name", "more", "said"),
+    [
+        ("a\nb.svs", [], "--slide-id: expected a plain name for the result, got its file's, which needs --slide-id"),
+        ("a.svs", ["--slide-id", "a\x1b[31mb"], r"--slide-id: expected a plain name for the result, got 'a\x1b[31mb'"),
+        ("a.svs", ["--slide-id", " "], "--slide-id: expected a plain name for the result, got ' '"),
+    ],
+)
+def test_a_name_that_is_not_plain(tmp_path: Path, name: str, more: list[str], said: str) -> None:
+    write_phantom(tmp_path / name, Phantom((600, 600), 0.25, n_figures=1, n_look_alikes=0))
+    done = slidescan("scan", tmp_path / name, "-o", tmp_path / "runs", *more)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert said in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
 def test_version() -> None:
     """--version says the version."""
     assert slidescan("--version").stdout.startswith("slidescan 0.")

@@ -12,6 +12,7 @@ import difflib
 import glob
 import hashlib
 import os
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -31,6 +32,7 @@ from slidescan.slides.resolution import override
 __all__ = ["Entry", "as_recorded", "named", "read_listing", "stem_of", "tag_of"]
 
 _COLUMNS = ("slide_path", "slide_id", "mpp", "group", "sha256")
+_SHA256 = re.compile("[0-9A-Fa-f]{64}")
 _ALIKE = 0.85  # of difflib: one letter more, less or wrong, and none in mpp
 _PICTURES = frozenset({".png", ".jpg", ".jpeg"})  # known by their pixels, not by their files
 _LONGEST_BYTES = 200  # of an id: file systems take names of 255, and files aside add to it
@@ -155,6 +157,8 @@ def _entry(table: Path, number: int, row: Mapping[str, Any]) -> Entry:
             override(mpp)
     except ValueError as exc:  # a ConfigError is one
         raise ConfigError(f"{where}: mpp must be µm/px such as 0.25, or empty, got {told['mpp']!r}") from exc
+    if told["sha256"] and not _SHA256.fullmatch(told["sha256"]):
+        raise ConfigError(f"{where}: sha256 must be 64 hexadecimal digits, or empty, got {told['sha256']!r}")
     try:
         at = locate(told["slide_path"]) if "://" in told["slide_path"] else _beside(table, told["slide_path"])
     except ConfigError as exc:
@@ -253,4 +257,5 @@ def stem_of(path: str) -> str:
     where = locate(path)
     # A name that is no text, from another system, would be a record that no JSON can hold.
     stem = where.stem.encode(errors="replace").decode()
+    stem = "".join(char if char.isprintable() else "?" for char in stem)  # that would colour a terminal, or end a line
     return stem.removesuffix(".ome") if where.suffix.lower() in (".zarr", ".tif", ".tiff") else stem

@@ -73,7 +73,11 @@ def load_detector(
     directories = [path, *sorted(path.iterdir())]
     if (path / kind.files[0]).is_file():
         return kind(path.resolve(), device, precision, mpp)
-    models = [kind(sub.resolve(), device, precision, mpp) for sub in directories if (sub / kind.files[0]).is_file()]
+    below = [sub for sub in directories if (sub / kind.files[0]).is_file()]
+    try:
+        models = [kind(sub.resolve(), device, precision, mpp) for sub in below]
+    except ModelError as exc:
+        raise ModelError(f"{name}: of those below it, {exc}") from exc
     if models:
         return Family(path.name, tuple(sorted(models, key=lambda model: model.mpp)))
     if kind is Model and any((sub / Yolo.files[0]).is_file() for sub in directories):

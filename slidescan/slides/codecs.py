@@ -3,8 +3,8 @@
 Hides compression, JPEG tables, colour models and predictors. Invariants: the size a stream claims is read from its
 header and compared with the tile before a decoder runs, so a stream cannot unpack to more than its tile; a JPEG without
 its end marker is bad even though decoders would fill the missing part with grey; the decoders release the GIL.
-Limit: a flipped bit inside JPEG entropy data usually still decodes, to wrong colours, and nothing here can tell: libjpeg
-warns of fewer than half of such tiles, which OpenSlide heeds and imagecodecs does not pass on.
+Limit: a flipped bit inside JPEG entropy data usually still decodes, to wrong colours, and nothing here can tell. Of
+fewer than half of such tiles libjpeg warns, which OpenSlide heeds and imagecodecs does not pass on.
 """
 
 from __future__ import annotations

@@ -178,6 +178,8 @@ def locate(path: Any) -> Where:
             said = f"{scheme.lower()}://…: expected a URL such as https://host/slide.svs, got a malformed one ({exc})"
             raise ConfigError(said) from exc
         return Remote(f"{scheme.lower()}://{rest}")
+    if path == "":
+        raise ConfigError("path: expected that of a slide, got an empty one")
     local = unquote(urlsplit(path).path) if isinstance(path, str) and path.startswith("file://") else path
     if "\0" in os.fspath(local):
         raise ConfigError("path: expected one that a file can have, got one with a NUL character")
