@@ -30,6 +30,7 @@ _HALO = 0.25  # of the tile, where the detector wants none: an object of up to h
 # Of a box of a tile and one of the small picture, where a px is several: that they say one object, for they overlap by
 # so much and the former is no smaller than so much of the latter; or that so much of the former is inside.
 _SAME_IOU, _SAME_AREA, _INSIDE = 0.5, 0.7, 0.8
+_MAP_UM = 256.0  # of a map that nobody looks at, as coarse as one may be
 _SLACK = 0.02  # of the tile: how far two tiles may disagree on the centre of one object
 
 
@@ -124,7 +125,7 @@ def detect_image(
         "tiling.tile_px": tile_px,
         "detect.min_score": min_score,
         "detect.threshold": min_score,
-        "map.um_per_px": max(16, edge // 8) * plane.mpp,
+        "map.um_per_px": min(_MAP_UM, max(16, edge // 8) * plane.mpp),
     }
     slack_um, share_um = _SLACK * edge * plane.mpp, _HALO * edge * plane.mpp
     own_um = halo_px(variant, plane, edge, ScanConfig()) * plane.mpp

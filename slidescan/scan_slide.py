@@ -123,7 +123,7 @@ def scan(
 
         detector = load_detector(detector)
     opened = slide if isinstance(slide, Slide) else open_slide(slide)
-    known = stamp(opened.path)
+    known = () if opened.backend == "memory" else stamp(opened.path)  # whose name may be that of some file here
     variant = detector.at(opened.frame.mpp, allow_coarse=allow_coarse)
     opened = opened.colored(config.color or variant.color)
     threshold = variant.threshold if config.detect.threshold is None else config.detect.threshold

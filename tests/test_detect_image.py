@@ -269,6 +269,13 @@ class Strict(OracleDetector):
 STRICT = Strict(mpp=0.5, input_px=256, object_um=13.0)
 
 
+def test_a_detector_of_large_px() -> None:
+    """Of 20 µm, as for whole organs: tiles of 5 mm."""
+    image, centers = discs((600, 400), 20)
+    coarse = OracleDetector(mpp=20.0, input_px=256, object_um=500.0)
+    assert_each_once(ss.detect_image(image, coarse), centers)
+
+
 @pytest.mark.parametrize("tile_px", [128, 512])
 def test_a_coarse_picture_is_refused_unless_it_is_meant(tile_px: int) -> None:
     """Whole and in tiles alike: there is no finer picture to choose."""

@@ -72,6 +72,15 @@ def test_every_grid_lies_alike_on_the_strides(
     assert {(read.x0 % 32, read.y0 % 32) for read in reads} == {(-halo % 32, -halo % 32)}
 
 
+def test_a_picture_in_memory_may_have_the_name_of_its_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What happens to a file or directory of its name is none of its business, in a first scan and in the next."""
+    monkeypatch.chdir(tmp_path)
+    _, centers = discs(n=3, size_wh=(600, 600))
+    slide = memory_slide(tissue((600, 600), centers), MPP, name="case")
+    for changed in ({}, {"detect__min_score": 0.3}):
+        assert len(ss.scan(slide, ORACLE, out="case", config=config(**changed), overwrite=True).found) == 3
+
+
 def test_the_number_of_workers_does_not_matter(tmp_path: Path) -> None:
     """One thread or three write byte-identical detections and map."""
     slide, _ = discs()

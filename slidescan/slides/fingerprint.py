@@ -80,14 +80,14 @@ def stamp(path: Where) -> tuple[int, ...]:
 
 
 def unchanged(path: Where, known: tuple[int, ...]) -> None:
-    """Make sure that a slide has still the stamp it had when a scan began.
+    """Make sure that a slide has still the stamp it had when a scan began, if it had one.
 
     Raises
     ------
     SlideReadError
         If it was cut off, replaced or copied anew.
     """
-    if stamp(path) != known:
+    if known and stamp(path) != known:
         raise changed(path)
 
 
