@@ -17,7 +17,7 @@ from slidescan import cli_archive, cli_review, cli_train
 from slidescan.cli_archive import with_reason
 from slidescan.cli_options import ModelMppOpt, PrecisionOpt, assigned, detector_of
 from slidescan.cli_progress import slide_scanned
-from slidescan.cli_report import area, chosen, duration, report, say_profile, seconds_of, warnings_in_a_line
+from slidescan.cli_report import area, chosen, duration, n_of, report, say_profile, seconds_of, warnings_in_a_line
 from slidescan.endings import ends_at_once, ends_in_a_line, heeded_signals
 from slidescan.errors import ConfigError
 
@@ -129,7 +129,9 @@ def info(
         tissue_mm2 = prepared.tissue.fraction * frame.area_mm2
         typer.echo(f"tissue      {prepared.tissue.fraction:.1%} of the slide, {area(tissue_mm2)}{note}")
     plan = prepared.plan
-    typer.echo(f"plan        {plan.n_tiles:,} tiles in {len(plan.regions):,} regions, {plan.core_megapixels:,.0f} MP")
+    typer.echo(
+        f"plan        {n_of(plan.n_tiles, 'tile')} in {n_of(len(plan.regions), 'region')}, {plan.core_megapixels:,.0f} MP"
+    )
     if plan.n_tiles:
         typer.echo(f"time        about {duration(estimate_s(opened, prepared, settings))} on this machine")
 
@@ -221,7 +223,7 @@ def export(
     else:
         origin = origin or "qupath"
         n = result.to_geojson(out, origin=origin, min_score=min_score, top_k=top_k, what=what, only=only, named=named)
-    typer.echo(f"{out}: {n:,} objects")
+    typer.echo(f"{out}: {n_of(n, 'object')}")
 
 
 @app.command()
@@ -235,7 +237,7 @@ def validate(path: Annotated[Path, typer.Argument(help="GeoJSON file, plain, .gz
     if not told.is_importable:
         raise typer.Exit(1)
     counts = {kind: sum(classes.values()) for kind, classes in told.summary.items()}
-    objects = ", ".join(f"{n:,} {kind}{'s' * (n != 1)}" for kind, n in counts.items()) or "there is no object in it"
+    objects = ", ".join(n_of(n, kind) for kind, n in counts.items()) or "there is no object in it"
     typer.echo(f"{path}: QuPath reads it: {objects}" + ("; see the warnings" if told.problems else ""))
 
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from slidescan.prepare import Prepared
     from slidescan.result import ScanResult
 
-__all__ = ["area", "chosen", "duration", "report", "say_profile", "seconds_of", "warnings_in_a_line"]
+__all__ = ["area", "chosen", "duration", "n_of", "report", "say_profile", "seconds_of", "warnings_in_a_line"]
 
 
 def chosen(prepared: Prepared) -> str:
@@ -30,6 +30,11 @@ def area(mm2: float) -> str:
     return f"{mm2:,.1f} mm²" if mm2 >= 1 or not mm2 else f"{mm2:.2g} mm²"
 
 
+def n_of(n: int, what: str) -> str:
+    """Say how many of something there are."""
+    return f"{n:,} {what}{'' if n == 1 else 's'}"
+
+
 def duration(seconds: float) -> str:
     """Say a duration as a person would."""
     if seconds < 90:
@@ -43,11 +48,8 @@ def report(result: ScanResult) -> None:
     from slidescan.legend import counted
 
     summary = result.summary()
-    regions = summary["flagged_regions"]
-    typer.echo(
-        f"found       {counted(summary['found'], result.classes, result.threshold)}, "
-        f"in {regions:,} flagged region{'' if regions == 1 else 's'}"
-    )
+    found = counted(summary["found"], result.classes, result.threshold)
+    typer.echo(f"found       {found}, in {n_of(summary['flagged_regions'], 'flagged region')}")
     if result.hotspot is not None:
         typer.echo(f"hotspot     {result.hotspot.count} in {result.hotspot.area_mm2:.2g} mm²")
     fraction = summary["analysed_fraction"]
@@ -57,10 +59,10 @@ def report(result: ScanResult) -> None:
         typer.echo(f"looked at   {fraction:.2%} of {area(summary['tissue_mm2'])} of tissue")
     saturated = result.provenance["tiles"]["saturated"]
     if saturated:
-        typer.echo(f"saturated   {saturated} tiles hold more than the detector can report; their counts are too low")
+        typer.echo(f"saturated   {n_of(saturated, 'tile')}, with more than the detector can report: counts are too low")
     crashed = result.provenance["tiles"].get("crashed_regions", 0)
     if crashed:
-        typer.echo(f"crashed     the reader, on {crashed} regions; they count as tissue that was not analysed")
+        typer.echo(f"crashed     the reader, on {n_of(crashed, 'region')}; that counts as tissue not analysed")
     typer.echo(f"result      {result.path}")
     typer.echo(f"overview    {result.path / 'overview.png' if result.path else ''}")
 
