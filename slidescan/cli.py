@@ -129,9 +129,8 @@ def info(
         tissue_mm2 = prepared.tissue.fraction * frame.area_mm2
         typer.echo(f"tissue      {prepared.tissue.fraction:.1%} of the slide, {area(tissue_mm2)}{note}")
     plan = prepared.plan
-    typer.echo(
-        f"plan        {n_of(plan.n_tiles, 'tile')} in {n_of(len(plan.regions), 'region')}, {plan.core_megapixels:,.0f} MP"
-    )
+    cut = f"{n_of(plan.n_tiles, 'tile')} in {n_of(len(plan.regions), 'region')}"
+    typer.echo(f"plan        {cut}, {plan.core_megapixels:,.0f} MP")
     if plan.n_tiles:
         typer.echo(f"time        about {duration(estimate_s(opened, prepared, settings))} on this machine")
 
