@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from slidescan.commit import commit
 from slidescan.detections import Detections, Detector
+from slidescan.errors import ModelError
 from slidescan.geometry import Box, Frame
 from slidescan.heap import give_back_freed, keep_freed
 from slidescan.plan import Region, Tile
@@ -231,7 +232,13 @@ class RegionTask:
             self._ask_if_wanted()
             with stage("batch"):
                 windows = cut(rgb, batch, x0, y0)
-            yield from zip(batch, self.detector.detect(windows, self.min_score), strict=True)
+            found = self.detector.detect(windows, self.min_score)
+            numbers = [column for each in found for column in (each.xyxy, each.score)]
+            if len(found) != len(batch) or not all(np.isfinite(column).all() for column in numbers):
+                raise ModelError(
+                    f"{self.detector.name}: expected finite boxes and scores, a table of them for each tile"
+                )
+            yield from zip(batch, found, strict=True)
 
     def _own(self, tile: Tile, found: Detections) -> Detections:
         """Return what the tile keeps, in plane px, on the slide, and rounded."""

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 import slidescan as ss
 from slidescan.anomaly import Coverage
 from slidescan.config import ScanConfig
+from slidescan.detections import Detections
 from slidescan.errors import ConfigError, ModelError, ResolutionError, SlideReadError
 from slidescan.geometry import Box
 from slidescan.prepare import prepare
@@ -172,6 +173,19 @@ def test_a_detector_that_reports_off_the_slide(tmp_path: Path) -> None:
     assert max(x.max(), y.max()) < 300
     assert result.detections.xyxy.min() >= 0
     assert result.detections.xyxy.max() <= 300
+
+
+@pytest.mark.parametrize("wrong", ["nan", "fewer"])
+def test_a_detector_of_ones_own_that_is_at_fault(monkeypatch: pytest.MonkeyPatch, wrong: str) -> None:
+    """It is named, in a line."""
+
+    def detect(self: object, tiles: np.ndarray, min_score: float) -> list[Detections]:
+        box = np.array([[np.nan, 1.0, 2.0, 3.0]])
+        return [Detections.build(box, [0.9])] * (len(tiles) if wrong == "nan" else len(tiles) - 1)
+
+    monkeypatch.setattr(OracleDetector, "detect", detect)
+    with pytest.raises(ModelError, match="expected finite boxes and scores, a table of them for each tile"):
+        ss.scan(discs(n=3)[0], ORACLE, config=config())
 
 
 def test_min_score_above_the_threshold_is_refused() -> None:
