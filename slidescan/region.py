@@ -235,9 +235,7 @@ class RegionTask:
             found = self.detector.detect(windows, self.min_score)
             numbers = [column for each in found for column in (each.xyxy, each.score)]
             if len(found) != len(batch) or not all(np.isfinite(column).all() for column in numbers):
-                raise ModelError(
-                    f"{self.detector.name}: expected finite boxes and scores, a table of them for each tile"
-                )
+                raise ModelError(f"{self.detector.name}: expected finite boxes and scores, a table of them a tile")
             yield from zip(batch, found, strict=True)
 
     def _own(self, tile: Tile, found: Detections) -> Detections:

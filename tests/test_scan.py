@@ -184,7 +184,7 @@ def test_a_detector_of_ones_own_that_is_at_fault(monkeypatch: pytest.MonkeyPatch
         return [Detections.build(box, [0.9])] * (len(tiles) if wrong == "nan" else len(tiles) - 1)
 
     monkeypatch.setattr(OracleDetector, "detect", detect)
-    with pytest.raises(ModelError, match="expected finite boxes and scores, a table of them for each tile"):
+    with pytest.raises(ModelError, match="expected finite boxes and scores, a table of them a tile"):
         ss.scan(discs(n=3)[0], ORACLE, config=config())
 
 
