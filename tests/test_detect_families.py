@@ -19,7 +19,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import nn
 
 from slidescan.detect import load_detector
-from slidescan.detect.card import Colours
+from slidescan.detect.card import Colours, read_card
 from slidescan.detections import Detections
 from slidescan.errors import ModelError
 from tests.families import (
@@ -334,3 +334,11 @@ def test_a_backbone_of_a_package_that_is_not_there_is_one_line(tmp_path: Path) -
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelError, match=r"cannot load the weights: .*timm"):
         load_detector(tmp_path, mpp=1.0).detect(picture()[None], 0.5)
+
+
+def test_classes_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    """As in COCO's checkpoints, whose numbers without a class are all called so; a saved result gives them back."""
+    names = dict(enumerate(["N/A", "cat", "N/A", "N/A"]))
+    config = {"model_type": "detr", "architectures": ["DetrForObjectDetection"], "id2label": names}
+    config = json.loads(json.dumps(config))  # whose keys are text
+    assert list(read_card(tmp_path, config, 0.5).classes) == ["N/A", "cat", "N/A (2)", "N/A (3)"]

@@ -201,10 +201,17 @@ def read_card(path: Path, config: dict[str, Any], mpp: float | Literal["px"] | N
 
 
 def _labels(config: dict[str, Any]) -> tuple[str, ...]:
-    """Return the class names by label; what the configuration leaves unnamed is called as in transformers."""
+    """Return the class names by label; what the configuration leaves unnamed is called as in transformers.
+
+    A name that was there before gets its label: DETR's ten N/A of COCO would be one class where names tell them apart.
+    """
     names = config.get("id2label") or {}
     count = len(names) or config.get("num_labels") or 2  # two: transformers' default, left out of the file
-    return tuple(str(names.get(str(label), f"LABEL_{label}")) for label in range(count))
+    labels: list[str] = []
+    for label in range(count):
+        name = str(names.get(str(label), f"LABEL_{label}"))
+        labels.append(f"{name} ({label})" if name in labels else name)
+    return tuple(labels)
 
 
 def _trained_px(path: Path) -> int:
