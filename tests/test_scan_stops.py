@@ -144,6 +144,7 @@ def test_what_is_not_of_a_scan_stays(tmp_path: Path) -> None:
     mine = ["parts-2024/notes.txt", "parts-list.csv", ".draft.partial.txt", ".mask.part"]
     left = ["parts-0123456789abcdef/r00000_c00000.npz", ".anomaly.ome.zarr.0123456789ab.part/zarr.json"]
     left += [".anomaly.ome.zarr.0123456789ab.part.old/zarr.json", ".lease.0123456789abcdef.partial"]
+    left += [".flagged.geojson.0123456789ab.part"]
     for name in [*mine, *left]:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
