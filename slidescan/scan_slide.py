@@ -36,7 +36,7 @@ from slidescan.result import ScanResult
 from slidescan.saved import load_result, save_result
 from slidescan.score_regions import Progress, score_regions
 from slidescan.slides import Slide, open_slide
-from slidescan.slides.fingerprint import changed, stamp, unchanged
+from slidescan.slides.fingerprint import changed, stamp
 from slidescan.slides.remote import Remote
 from slidescan.stages import Profile
 from slidescan.stitch import stitch
@@ -163,9 +163,11 @@ def scan(
             opened, known, prepared, config, parts_dir, client, workers, on_progress, timeout_s
         )
         give_back_pixels()
-        unchanged(opened.path, known)
-        if isinstance(opened.path, Remote) and opened.anew().fingerprint != opened.fingerprint:
-            shutil.rmtree(parts_dir, ignore_errors=True)  # nothing tells which are of which file
+        is_changed = known and stamp(opened.path) != known
+        if isinstance(opened.path, Remote):
+            is_changed = opened.anew().fingerprint != opened.fingerprint
+        if is_changed:
+            shutil.rmtree(parts_dir, ignore_errors=True)  # nothing tells which are of which files
             raise changed(opened.path)
         result = _assemble(opened, prepared, config, parts, profile, key, threshold, started)
         if out is not None:
