@@ -134,19 +134,6 @@ class TilePool:
                 del self._tiles[key]
                 self.kept_bytes -= entry.kept_bytes
 
-    def peek(self, key: Hashable) -> Rgb | None:
-        """Return the tile of `key` if it is here."""
-        with self._lock:
-            entry = self._tiles.get(key)
-            if entry is None:
-                return None
-            self._tiles.move_to_end(key)
-            return entry.tile
-
-    def keep(self, key: Hashable, tile: Rgb) -> None:
-        """Take a tile that was got elsewhere."""
-        self.get(key, lambda: tile)
-
     def _fill(self, entries: Mapping[Key, _Entry], decode: Callable[[Sequence[Key]], Sequence[Rgb]]) -> dict[Key, Rgb]:
         try:
             tiles = dict(zip(entries, decode(list(entries)), strict=True))
