@@ -1,7 +1,7 @@
 """Files that are whole or not there: written aside and moved into place in one step.
 
 Hides the name aside, and who may remove one that a killed process left: it tells machine and process, so that any later
-run on that machine sees that nobody writes there any more. A writer whose file was taken all the same writes it again.
+run on that machine sees that nobody writes there any more. `commit` writes a file again that was taken all the same.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import hashlib
 import os
 import platform
 import re
+import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -20,12 +21,13 @@ from pathlib import Path
 
 from slidescan.errors import ConfigError, ResultError
 
-__all__ = ["can_be_made", "commit", "disk_error", "flush", "local", "machine", "made", "short_name", "sweep"]
+__all__ = ["aside", "can_be_made", "commit", "disk_error", "flush", "local", "machine", "made", "short_name", "sweep"]
 
 # Seconds after which nobody writes a file any more, wherever: the largest takes a minute. Clocks differ by less.
 _ABANDONED_S = 24 * 3600
 _TRIES = 3
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")  # two letters at least; a Path has but one slash left
+_ASIDE = re.compile(r"\..+\.([0-9a-f]+)-(\d+)-\d+\.partial(\.old)?", re.DOTALL)  # see `aside`: machine, process
 _LONG_BYTES = 160  # of a name that still has room for what is added to it: file systems end at 255
 
 
@@ -37,7 +39,7 @@ def commit(path: Path, write: Callable[[Path], object]) -> None:
     ResultError
         If the disk is full or cannot be written.
     """
-    partial = path.with_name(f".{short_name(path)}.{_place()}-{os.getpid()}-{threading.get_ident()}.partial")
+    partial = aside(path)
     try:
         if not path.parent.is_dir():  # libraries would tell of the name aside
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
@@ -56,6 +58,11 @@ def commit(path: Path, write: Callable[[Path], object]) -> None:
     finally:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
+
+
+def aside(path: Path) -> Path:
+    """Return where this thread writes what is named `path` when it is whole; a file there is of one that was killed."""
+    return path.with_name(f".{short_name(path)}.{_place()}-{os.getpid()}-{threading.get_ident()}.partial")
 
 
 def short_name(path: Path) -> str:
@@ -123,15 +130,19 @@ def flush(tree: Path) -> None:
                 os.fsync(written.fileno())
 
 
-def sweep(folder: Path) -> None:
-    """Remove what `commit` left half written in a folder when its process was killed; what is being written stays."""
-    for partial in folder.glob(".*.partial"):
-        with contextlib.suppress(OSError, ValueError):
-            *_, writer, _ = partial.name.split(".")
-            place, pid, _ = writer.split("-")
-            died = place == _place() and not _lives(int(pid))
-            if died or time.time() - partial.stat().st_mtime > _ABANDONED_S:
-                partial.unlink()
+def sweep(folder: Path, *, held: bool = False) -> None:
+    """Remove what was half written in a folder by a process that was killed; what is being written stays.
+
+    Of another machine's only the age tells, or that the folder is `held`: then no other machine writes there.
+    """
+    for partial in folder.glob(".*.partial*"):
+        if found := _ASIDE.fullmatch(partial.name):
+            here = found[1] == _place()
+            with contextlib.suppress(OSError):
+                if here and _lives(int(found[2])):
+                    continue
+                if here or held or time.time() - partial.stat().st_mtime > _ABANDONED_S:
+                    shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
 
 
 def disk_error(path: Path, exc: OSError) -> ResultError:

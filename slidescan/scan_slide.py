@@ -278,12 +278,11 @@ def _what_differs(manifest: Mapping[str, Any], slide: Slide, detector: Detector,
 
 def _sweep(out: Path) -> None:
     """Remove what scans left that were stopped: parts of regions and files half written."""
-    for left in [*out.glob(f"{_PARTS}-{_HEX * 16}"), *out.glob(f".*.{_HEX * 12}.part*"), *out.glob(".lease.*.partial")]:
-        if left.is_dir():
-            shutil.rmtree(left, ignore_errors=True)
-        else:  # of GeoJSON, or a lease: nobody else holds one here now
-            left.unlink(missing_ok=True)
-    sweep(out)
+    for parts in out.glob(f"{_PARTS}-{_HEX * 16}"):
+        shutil.rmtree(parts, ignore_errors=True)
+    for lease in out.glob(".lease.*.partial"):  # nobody else holds one here now
+        lease.unlink(missing_ok=True)
+    sweep(out, held=True)
 
 
 def _stitch_parts(

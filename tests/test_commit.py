@@ -13,6 +13,7 @@ import pytest
 import slidescan as ss
 from slidescan.commit import commit, made, sweep
 from slidescan.errors import ResultError
+from slidescan.export import write_geojson
 from tests.discs import ORACLE
 
 # Writes half a file and is killed at it.
@@ -28,14 +29,32 @@ def half(partial):
 commit(Path(sys.argv[1]), half)
 """
 
+# Writes an export, a file or a directory, and is killed at it.
+KILLED_AT_EXPORT = """
+import os, signal, sys
+from pathlib import Path
+import numpy as np
+from slidescan.export import ngff, write_geojson
+
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+    yield
+
+path, ngff.flush = Path(sys.argv[1]), lambda _: list(die())
+if path.suffix == ".geojson":
+    write_geojson(path, die())
+level, channel = np.ones((1, 2, 2), np.uint16), ngff.Channel("score")
+ngff.write_ngff(path, [level], um_per_px=8.0, channels=[channel], name="map")
+"""
+
 
 def whole(partial: Path) -> None:
     partial.write_text("whole")
 
 
-def killed(path: Path) -> Path:
+def killed(path: Path, script: str = KILLED) -> Path:
     """Have a process killed while it writes `path`; return what it left."""
-    assert subprocess.run([sys.executable, "-c", KILLED, str(path)], check=False).returncode == -signal.SIGKILL
+    assert subprocess.run([sys.executable, "-c", script, str(path)], check=False).returncode == -signal.SIGKILL
     (left,) = path.parent.glob(".*")
     return left
 
@@ -51,6 +70,15 @@ def test_what_a_killed_writer_left_is_swept(tmp_path: Path) -> None:
     assert not left.exists()
     assert path.read_text() == "whole"
     assert mine.read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["case.geojson", "map.ome.zarr"])
+def test_what_a_killed_export_left_is_gone_after_the_next(tmp_path: Path, name: str) -> None:
+    """Beside the same file or another, which may be a directory of the user's own."""
+    left = killed(tmp_path / name, KILLED_AT_EXPORT)
+    assert left.exists()
+    write_geojson(tmp_path / "other.geojson", [])
+    assert [path.name for path in tmp_path.iterdir()] == ["other.geojson"]
 
 
 def test_what_is_being_written_stays(tmp_path: Path) -> None:

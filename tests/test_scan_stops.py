@@ -141,10 +141,10 @@ def test_a_scan_is_one_of_a_reader_and_of_a_scale(tmp_path: Path) -> None:
 def test_what_is_not_of_a_scan_stays(tmp_path: Path) -> None:
     """A scan into a directory in use removes what scans leave behind, and nothing that looks a little like it."""
     slide, _ = discs(n=10)
-    mine = ["parts-2024/notes.txt", "parts-list.csv", ".draft.partial.txt", ".mask.part"]
-    left = ["parts-0123456789abcdef/r00000_c00000.npz", ".anomaly.ome.zarr.0123456789ab.part/zarr.json"]
-    left += [".anomaly.ome.zarr.0123456789ab.part.old/zarr.json", ".lease.0123456789abcdef.partial"]
-    left += [".flagged.geojson.0123456789ab.part"]
+    mine = ["parts-2024/notes.txt", "parts-list.csv", ".draft.partial.txt", ".mask.partial"]
+    left = ["parts-0123456789abcdef/r00000_c00000.npz", ".lease.0123456789abcdef.partial"]
+    left += [f".anomaly.ome.zarr.0123456789abcdef-1-1.partial{old}/zarr.json" for old in ("", ".old")]
+    left += [".flagged.geojson.0123456789abcdef-1-1.partial"]  # of another machine
     for name in [*mine, *left]:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()

@@ -16,7 +16,6 @@ import json
 import math
 import os
 import re
-import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
@@ -28,7 +27,7 @@ import numpy as np
 import shapely
 from numpy.typing import NDArray
 
-from slidescan.commit import disk_error, short_name
+from slidescan.commit import aside, disk_error, sweep
 from slidescan.errors import ConfigError
 from slidescan.export.features import Feature
 
@@ -113,7 +112,7 @@ class _Put:
     def __init__(self, target: Path, part: Path) -> None:
         self.target, self.part = target, part
         # gzip writes its tail to `raw` and leaves it open, so that it can be flushed to disk before the rename.
-        self.raw: IO[bytes] = part.open("xb")
+        self.raw: IO[bytes] = part.open("wb")
         is_gzip = target.name.lower().endswith(".gz")
         # No name and no time in the header: the same objects must give the same bytes.
         self.sink: Any = (
@@ -140,7 +139,8 @@ class _Put:
 @contextlib.contextmanager
 def _replacing(target: Path) -> Iterator[_Put]:
     """Yield a writer to a file beside `target` that takes its place on success and vanishes on failure."""
-    part = target.with_name(f".{short_name(target)}.{secrets.token_hex(6)}.part")
+    sweep(target.parent)
+    part = aside(target)
     try:
         put = _Put(target, part)
     except OSError as exc:

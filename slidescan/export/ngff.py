@@ -19,7 +19,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import secrets
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -32,7 +31,7 @@ import zarr
 from numpy.typing import NDArray
 from zarr.codecs import BytesCodec, ZstdCodec
 
-from slidescan.commit import disk_error, flush, short_name
+from slidescan.commit import aside, disk_error, flush, sweep
 from slidescan.errors import ConfigError, ResultError
 
 __all__ = ["Channel", "read_ngff", "write_ngff"]
@@ -148,8 +147,10 @@ def write_ngff(
         raise ResultError(
             f"{target.name}: expected a zarr group or nothing at the path, got something else; move it away"
         )
-    part = target.with_name(f".{short_name(target)}.{secrets.token_hex(6)}.part")
+    sweep(target.parent)
+    part = aside(target)
     try:
+        shutil.rmtree(part, ignore_errors=True)
         group = zarr.create_group(part, zarr_format=3, attributes={"ome": metadata, "slidescan": own})
         for k, level in enumerate(levels):
             array = group.create_array(
