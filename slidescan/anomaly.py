@@ -88,6 +88,14 @@ class AnomalyMap:
             steps /= 10
         return steps
 
+    def fitted(self, most_px: int) -> AnomalyMap:
+        """Return the map for a picture of `most_px` a side at most: a px is the highest of those in its place."""
+        n = -(-max(self.coverage.shape) // most_px)
+        if n <= 1:
+            return self
+        score, density, coverage = coarser(self.score, n), coarser(self.density, n), coarser(self.coverage, n)
+        return AnomalyMap(Frame(coverage.shape[::-1], self.frame.mpp * n), score, density, coverage)
+
     def encode(self) -> NDArray[np.uint16]:
         """Pack into (score, density, coverage) planes of uint16; 0 means not evaluated."""
         seen = np.isfinite(self.score)

@@ -118,6 +118,7 @@ def draw_map(
     if not _WIDTH_IN[0] <= width_in <= _WIDTH_IN[1]:
         raise ConfigError(f"width_in: expected {_WIDTH_IN[0]:g} to {_WIDTH_IN[1]:g} inches, got {width_in!r}")
     width_mm, height_mm = (frame.um(px) / 1000 for px in frame.size_wh)
+    anomaly = anomaly.fitted(round(width_in * _DOTS_PER_IN))  # more than can be printed takes gigabytes
     with rc_context({"hatch.linewidth": _HATCH_PT}):  # which a patch and a collection take when they are made
         handles = _handles(anomaly, what, marked=bool(regions), hotspot=hotspot)
         figure, axes = _laid_out(width_mm, height_mm, width_in, handles, bar=what != "coverage")

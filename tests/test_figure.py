@@ -275,3 +275,17 @@ assert "matplotlib.pyplot" not in sys.modules
 def test_lengths_of_bars_are_round(most_um: float, um: float) -> None:
     assert round_length_um(most_um) == pytest.approx(um)
     assert json.dumps(round_length_um(most_um))
+
+
+def test_a_large_map_is_drawn_as_finely_as_it_is_printed(slide: Slide) -> None:
+    """300 px to the inch, in place, and no hot one is lost."""
+    fine = ss.scan(slide, ORACLE, config=config(map__um_per_px=0.6, map__density_sigma_um=100))
+    assert fine.anomaly.coverage.shape[1] > 1050
+    figure = fine.plot(what="score", width_in=3.5)
+    heat = figure.axes[0].images[-1]
+    assert max(heat.get_array().shape) <= 1050
+    assert heat.get_array().max() == pytest.approx(float(np.nanmax(fine.anomaly.score)))
+    x0, x1, y1, y0 = heat.get_extent()
+    assert (x0, y0) == (0, 0)
+    px_mm = 0.6e-3 * 2
+    assert (x1, y1) == pytest.approx((0.8, 0.6), abs=px_mm)
