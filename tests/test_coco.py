@@ -85,6 +85,7 @@ def test_coco_images_say_more(tmp_path: Path, key: str) -> None:
         lambda t: t["annotations"][0].update(iscrowd=1),
         lambda t: t["annotations"][0].update(difficult=1),
         lambda t: t["annotations"][0].update(attributes={"difficult": True}),
+        lambda t: t["annotations"][0].update(ignore=1),
         lambda t: t["categories"][1].update(name="Ignored"),
         lambda t: t["categories"][1].update(name="region*"),
     ],
@@ -339,3 +340,45 @@ def test_ids_of_a_table_with_gaps(tmp_path: Path) -> None:
         table["annotations"][0]["category_id"] = 1.0
 
     assert len(load(coco(tmp_path, change))[0].label) == 2
+
+
+def test_cvats_masks_are_objects_where_one_says_so(tmp_path: Path) -> None:
+    """It writes every mask as a crowd."""
+    masks = coco(tmp_path, lambda t: [row.update(iscrowd=1) for row in t["annotations"]])
+    assert len(load(masks)[0].label) == 0
+    (found,) = load(masks, crowds="objects")
+    assert found.label.tolist() == [0, 1]
+    assert len(found.ignored_xyxy_l0) == 0
+
+
+@pytest.mark.parametrize("folder", ["images/train", "train"])
+def test_a_subset_of_cvat_has_a_folder(tmp_path: Path, folder: str) -> None:
+    """Which file_name does not say; a table of patients lies where the export was unpacked."""
+    coco(tmp_path / "annotations", name="instances_train.json")
+    (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "annotations/a.png").rename(tmp_path / folder / "a.png")
+    (tmp_path / "patients.csv").write_text("slide,patient\na,x\n")
+    (found,) = load(tmp_path)
+    assert found.slide.path == tmp_path / folder / "a.png"
+    assert found.patient == "x"
+
+
+@pytest.mark.parametrize(
+    ("names", "patients"),
+    [
+        (["P1/tiles/1.png", "P1/tiles/2.png", "P2/tiles/3.png"], ["P1", "P1", "P2"]),
+        (["all/P1/he/1.png", "all/P1/ihc/2.png", "all/P2/he/3.png"], ["P1", "P1", "P2"]),
+        (["P1/1.png", "P1/more/2.png", "P2/3.png"], ["P1", "P1", "P2"]),
+    ],
+)
+def test_the_outermost_folder_is_the_patient(tmp_path: Path, names: list[str], patients: list[str]) -> None:
+    """What is below it may have the same names for all, or several for one."""
+
+    def change(table: dict[str, Any]) -> None:
+        table["images"] = [{"id": 7 + i, "file_name": name} for i, name in enumerate(names)]
+
+    coco(tmp_path, change)
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Picture.new("RGB", (100, 80)).save(tmp_path / name)
+    assert [one.patient for one in load(tmp_path)] == patients

@@ -217,6 +217,21 @@ def test_names_in_another_order_take_their_weights_along() -> None:
     torch.testing.assert_close(one[..., [2, 1, 0]], two)
 
 
+def test_a_class_of_another_name_takes_the_place_of_one_and_not_of_an_attribute() -> None:
+    """What was trained to find figures goes on to, whatever they are called."""
+    torch.manual_seed(0)
+    before: Any = build_network(["figure"], ["atypical"], width=0.25, queries=20)
+    pixels = torch.rand(1, 3, 128, 128)
+    with torch.no_grad():
+        said = before.eval().model(pixels).enc_outputs_class
+        only = relabel(before, ["Mitosis"], known_classes=1).eval().model(pixels).enc_outputs_class
+        both: Any = relabel(before, ["Mitosis", "imposter"], ["odd"], known_classes=1).eval()
+    torch.testing.assert_close(said[..., :1], only)
+    head = before.model.enc_score_head.weight
+    torch.testing.assert_close(both.model.enc_score_head.weight[2], head[1])  # odd is atypical
+    assert not torch.equal(both.model.enc_score_head.weight[1], head[1])  # and an imposter is not
+
+
 def test_what_keeps_its_name_keeps_its_weights() -> None:
     """A class goes, one comes, one moves: its score is the same as before, and the rest of the network, too."""
     torch.manual_seed(0)

@@ -63,3 +63,14 @@ def test_a_slide_with_objects_teaches_no_background(split: str) -> None:
         refuse_annotated([slides[split]], source(0))
         with pytest.raises(ResolutionError, match="µm/px"):
             refuse_annotated([memory_slide(np.zeros((9, 9, 3), np.uint8), None)], source(1))
+
+
+def test_a_slide_of_a_patient_that_is_measured_on_is_not_mined() -> None:
+    """Its tissue would be known: as the table says, whose it is."""
+    mined, shown = (discs(n=3, seed=i)[0] for i in range(2))
+    nothing = np.empty((0, 4))
+    one = Annotated(shown, nothing, np.empty(0, int), np.empty((0, 0)), nothing, "p")
+    source = OwnSource({"test": [one]}, VariantSettings(mpp=0.5, steps=1), kinds={})
+    refuse_annotated([mined], source, {mined.path.name: ("q", "")})
+    with pytest.raises(ConfigError, match="mine: expected slides of patients that nothing is measured on"):
+        refuse_annotated([mined], source, {mined.path.name: ("p", "")})

@@ -15,9 +15,10 @@ from slidescan.cli import app
 from slidescan.errors import ConfigError
 from slidescan.train import metrics
 from slidescan.train.annotated import Annotated, split
-from slidescan.train.own import OwnSource, ShownSlide
+from slidescan.train.own import OwnSource, ShownSlide, load_annotated
 from slidescan.train.run import train_detector
 from slidescan.train.settings import TrainSettings, VariantSettings
+from slidescan.train.windows import Windows
 from tests.discs import MPP, ORACLE, RADIUS_PX, discs
 from tests.test_coco import coco
 from tests.test_qupath import POINT, slides
@@ -102,8 +103,9 @@ def test_a_small_object_is_found_from_nearer(tmp_path: Path) -> None:
         "p",
     )
     for object_um, found in ((6.0, 0), (12.5, 6)):  # 5.7 µm beside
+        settings = TrainSettings(object_um=object_um)
         source = OwnSource(
-            {"test": [one]}, VariantSettings(mpp=MPP, steps=1), kinds={"test": "pictures"}, object_um=object_um
+            {"test": [one]}, VariantSettings(mpp=MPP, steps=1), kinds={"test": "pictures"}, settings=settings
         )
         (shown,) = source.shown("test")
         assert metrics.score([shown.find(ORACLE)], 0.5).found == found
@@ -127,7 +129,9 @@ def test_each_split_is_measured_as_what_it_is(tmp_path: Path, pictures_first: bo
         Picture.new("RGB", same.size, (202, 202, 202)).save(tmp_path / "slides/b.png")
     (tmp_path / "slides/b.geojson").write_bytes((tmp_path / "slides/a.geojson").read_bytes())
     data, test = places if pictures_first else places[::-1]
-    settings = TrainSettings(data=data, test=test, classes=["cell", "mitosis"], slide_mpp=MPP, validation_share=0.5)
+    settings = TrainSettings(
+        data=data, test=test, classes=["cell", "mitosis"], slide_mpp=MPP, validation_share=0.5, object_um=12.5
+    )
     source = OwnSource.open(settings, VariantSettings(mpp=MPP, steps=1))
     assert {one.kind for one in source.shown("validation")} == {data.name}
     assert {one.kind for one in source.shown("test")} == {test.name}
@@ -136,7 +140,7 @@ def test_each_split_is_measured_as_what_it_is(tmp_path: Path, pictures_first: bo
     assert areas == grey_is_tissue * 2
 
 
-def annotated_picture(folder: Path, *, seed: int = 0, edge_px: int = 8) -> Path:
+def annotated_picture(folder: Path, *, seed: int = 0, edge_px: int = 24) -> Path:
     """Write a picture of noise with two objects, of two patients' slides."""
     rng = np.random.default_rng(seed)
     images, annotations = [], []
@@ -154,7 +158,7 @@ def test_one_picture_under_two_names_is_no_test(tmp_path: Path) -> None:
     data, test = annotated_picture(tmp_path / "a"), annotated_picture(tmp_path / "b")
     variant = VariantSettings(mpp=0.25, steps=1)
     settings = TrainSettings(data=data, test=test, classes=["cell"], variants=[variant])
-    with pytest.raises(ConfigError, match=r"expected no slide in both, found a\d\.png and b\d\.png, which are one"):
+    with pytest.raises(ConfigError, match=r"expected no slide twice, found a\d\.png and b\d\.png, which are one"):
         OwnSource.open(settings, variant)
     other = annotated_picture(tmp_path / "c", seed=1)
     assert OwnSource.open(settings.model_copy(update={"test": other}), variant)
@@ -186,3 +190,69 @@ def test_tiles_that_objects_do_not_fit_into_are_refused(tmp_path: Path) -> None:
         else:
             with pytest.raises(ConfigError, match=r"tile_px: .* got 32 px, where half of the objects have 40 px"):
                 OwnSource.open(settings, variant)
+
+
+@pytest.mark.parametrize(("mpp", "um"), [(0.1, "2.4"), (0.25, None), (2.0, "48")])
+def test_objects_of_another_size_than_was_assumed(tmp_path: Path, mpp: float, um: str | None) -> None:
+    """Matching, anchors and margins would all be of another's; who says it knows it."""
+    told = {"data": annotated_picture(tmp_path / "a"), "classes": ["cell"], "slide_mpp": mpp}
+    variant = VariantSettings(mpp=mpp, steps=1)
+    assert OwnSource.open(TrainSettings(**told, object_um=12.5), variant)
+    if um is None:
+        assert OwnSource.open(TrainSettings(**told), variant)
+        return
+    with pytest.raises(ConfigError, match=rf"object_um: .* half have {um} µm or more, got its default 12\.5"):
+        OwnSource.open(TrainSettings(**told), variant)
+
+
+def test_what_was_read_is_told(tmp_path: Path) -> None:
+    """A scale that nobody gave, and what is missing, show before hours of training."""
+    variant = VariantSettings(mpp=0.5, steps=1)
+    settings = TrainSettings(
+        data=annotated_picture(tmp_path / "a"),
+        test=coco(tmp_path / "b", lambda t: t["annotations"][0].update(iscrowd=1)),
+        classes=["cell", "mitosis"],
+        attributes=["atypical"],
+        variants=[variant],
+    )
+    train, validation, test = OwnSource.open(settings, variant).told()
+    guess = "at 0.5 µm/px (1 of them do not say it: the detector's; else give slide_mpp)"
+    assert train == validation.replace("validation", "train")
+    assert train == f"train: 1 picture of 1 patient {guess}: 1 cell, 0 mitosis, 0 atypical of 0 that say"
+    assert test == f"test: 1 picture of 1 patient {guess}: 0 cell, 1 mitosis, 1 atypical of 1 that say, 1 boxes ignored"
+    known = settings.model_copy(update={"slide_mpp": 0.25, "crowds": "objects"})
+    test = OwnSource.open(known, variant).told()[2]
+    assert test == "test: 1 picture of 1 patient at 0.25 µm/px: 1 cell, 1 mitosis, 1 atypical of 1 that say"
+
+
+def test_settings_that_say_nothing_of_ones_own_data(tmp_path: Path) -> None:
+    """Whoever sets one would wait for what it does."""
+    variant = VariantSettings(mpp=0.25, steps=1)
+    settings = TrainSettings(data=annotated_picture(tmp_path / "a"), classes=["cell"], share_phantom=0.5)
+    with pytest.raises(ConfigError, match="share_phantom: expected only with the crops of midog21"):
+        OwnSource.open(settings, variant)
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_the_share_of_mosaics_is_heeded(tmp_path: Path, share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = TrainSettings(data=annotated_picture(tmp_path / "a"), classes=["cell"], share_mosaic=share)
+    source = OwnSource.open(settings, VariantSettings(mpp=0.25, steps=1))
+    drawn: list[str] = []
+    for name in ("mosaic", "window"):
+        draw = getattr(Windows, name)
+        monkeypatch.setattr(Windows, name, lambda *a, name=name, draw=draw: (drawn.append(name), draw(*a))[1])
+    for i in range(4):
+        source.example(np.random.default_rng(i), 64)
+    assert drawn == ["mosaic" if share else "window"] * 4
+
+
+def test_one_picture_twice_in_a_split_is_refused(tmp_path: Path) -> None:
+    """Before the training, not after it, when the validation patients are halved."""
+    data = annotated_picture(tmp_path / "a")
+    (data / "a1.png").write_bytes((data / "a0.png").read_bytes())
+    one = OwnSource.open(
+        TrainSettings(data=annotated_picture(tmp_path / "b", seed=1), classes=["cell"]), VariantSettings(steps=1)
+    )
+    pair = load_annotated(data, TrainSettings(classes=["cell"]), 0.25)
+    with pytest.raises(ConfigError, match=r"validation: expected no slide twice, found a0\.png and a1\.png"):
+        OwnSource({"train": list(one.annotated("train")), "validation": pair}, VariantSettings(steps=1), kinds={})

@@ -89,8 +89,8 @@ def test_qupath_files_of_all_forms(tmp_path: Path, name: str, wrap: Callable[[An
         (feature("Polygon", [SQUARE]), [[10, 20, 30, 50]]),
         (feature("MultiPolygon", [[SQUARE], [[[5, 21], [7, 21], [7, 25], [5, 21]]]]), [[5, 20, 30, 50]]),
         (feature("Point", [40, 60], classification="cell"), [[35, 55, 45, 65]]),
-        (feature("Point", [40, 60], classification={"names": ["cell", "typical"]}), [[35, 55, 45, 65]]),
-        (feature("Point", [40, 60], classification={"name": "cell: typical"}), [[35, 55, 45, 65]]),
+        (feature("Point", [40, 60], classification={"names": ["cell", "atypical"]}), [[35, 55, 45, 65]]),
+        (feature("Point", [40, 60], classification={"name": "cell: Atypical"}), [[35, 55, 45, 65]]),
         (feature("Point", [40, 60], childObjects=[feature("Polygon", [SQUARE])]), [[35, 55, 45, 65], [10, 20, 30, 50]]),
         ([], []),
     ],
@@ -102,7 +102,7 @@ def test_qupath_shapes_and_classes(tmp_path: Path, item: Any, boxes: list[list[f
     assert (found.label == 1).all()
 
 
-@pytest.mark.parametrize("name", ["Ignore*", "ignore", "Region*", "cell: Ignore*"])
+@pytest.mark.parametrize("name", ["Ignore*", "ignore", "Necrosis*", "cell: Ignore*"])
 def test_qupath_ignores_what_it_says(tmp_path: Path, name: str) -> None:
     """QuPath's own ignored classes, by name or star."""
     (found,) = load_qupath(slides(tmp_path, [POINT, feature("Polygon", [SQUARE], classification={"name": name})]))
@@ -126,15 +126,50 @@ def test_qupath_attributes_are_measurements(tmp_path: Path, measurements: Any, e
 
 
 def test_what_a_class_is_derived_by_is_an_attribute(tmp_path: Path) -> None:
-    """Where some are marked so, the others are not; a measurement says otherwise."""
-    names = {"names": ["mitosis", "atypical"]}, {"name": "mitosis"}, {"name": "mitosis: other"}
+    """Where some are marked so, the others are not; a measurement says otherwise. Nobody asked for what is skipped."""
+    names = {"names": ["mitosis", "Atypical"]}, {"name": "mitosis"}, {"name": "mitosis: other"}
     items = [feature("Point", [10 * (i + 1), 20], classification=name) for i, name in enumerate(names)]
     items.append(feature("Point", [90, 20], classification=names[1], measurements={"atypical": 0.3}))
-    (found,) = load_qupath(slides(tmp_path, items))
+    (found,) = load_qupath(slides(tmp_path, items), skip=["other"])
     assert found.label.tolist() == [0, 0, 0, 0]
     assert found.attributes[:, 0].tolist() == [1, 0, 0, 0.3]
-    (found,) = load_qupath(slides(tmp_path, items[1:3]))
+    (found,) = load_qupath(slides(tmp_path, items[1:3]), skip=["other"])
     assert np.isnan(found.attributes).all()
+    with pytest.raises(ConfigError, match=r"feature 2: .* got 'mitosis: other'; add 'other' to the `attributes`"):
+        load_qupath(slides(tmp_path, items))
+
+
+def test_what_is_skipped_says_nothing(tmp_path: Path) -> None:
+    """A tumour's outline, of whatever size, and figures that are none; anything else of the class still does."""
+    square = [[0, 0], [200, 0], [200, 100], [0, 100], [0, 0]]
+    items = [feature("Polygon", [square], classification={"name": name}) for name in ("Tumor", "Tumor: necrotic")]
+    items += [feature("Point", [20, 20], classification={"name": "mitosis: imposter"}), POINT]
+    (found,) = load_qupath(slides(tmp_path, items), skip=["Tumor", "mitosis: imposter"])
+    assert found.xyxy_l0.tolist() == [[35, 55, 45, 65]]
+    assert len(found.ignored_xyxy_l0) == 0
+    with pytest.raises(ConfigError, match=r"feature 0: expected one of the classes mitosis, cell, got 'Tumor'.*`skip`"):
+        load_qupath(slides(tmp_path, items))
+
+
+def test_what_is_outside_of_the_regions_was_not_annotated(tmp_path: Path) -> None:
+    """QuPath's Region* is where objects are annotated: here three, one of them slanting; Ignore* inside of one."""
+    classes = [{"classification": {"name": name}} for name in ("Region*", "region*", "Ignore*")]
+    slanting = [[80, 10], [160, 10], [120, 70], [80, 10]]
+    other = [[100, 40], [190, 40], [190, 90], [100, 90], [100, 40]]
+    shapes = ([SQUARE], [slanting], [other], [[[150, 60], [170, 60], [170, 80], [150, 80], [150, 60]]])
+    items = [feature("Polygon", at, **classes[i]) for at, i in zip(shapes, (0, 0, 1, 2), strict=True)]
+    (found,) = load_qupath(slides(tmp_path, [*items, POINT]))
+    assert found.xyxy_l0.tolist() == [[35, 55, 45, 65]]  # whoever marked it outside meant it
+    ignored = np.zeros((100, 200), bool)
+    for x0, y0, x1, y1 in np.rint(found.ignored_xyxy_l0).astype(int).tolist():
+        ignored[y0:y1, x0:x1] = True
+    y, x = np.mgrid[:100, :200] + 0.5
+    within = ((x > 10) & (x < 30) & (y > 20) & (y < 50)) | ((x > 100) & (x < 190) & (y > 40) & (y < 90))
+    in_slanting = (y > 10) & (np.abs(x - 120) < 40 * (70 - y) / 60)
+    outside = ~(within | in_slanting) | ((x > 150) & (x < 170) & (y > 60) & (y < 80))
+    assert (ignored != outside).mean() < 0.01
+    assert not ignored[20:50, 10:30].any()
+    assert ignored[90:].all()
 
 
 def test_holes_and_gaps_of_an_ignored_region_are_not_ignored(tmp_path: Path) -> None:

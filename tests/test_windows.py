@@ -94,6 +94,20 @@ def test_leaks_are_refused() -> None:
         split(a, 1.0, 0)
 
 
+def test_background_is_drawn_where_it_counts() -> None:
+    """Of a slide of which a corner was annotated, not the rest, where nothing is right or wrong."""
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(60, 200, (4200, 4200, 3), np.uint8)  # 4.4 mm² of tissue
+    rest = [(400, 0, 4200, 4200), (0, 400, 400, 4200)]
+    slide = one(memory_slide(pixels, 0.5), [(100, 100, 120, 120)], ignored_xyxy_l0=np.array(rest, np.float64))
+    windows = Windows([slide], 0.5)
+    shares = []
+    for i in range(40):
+        ignored = windows.window(np.random.default_rng(i), 64).ignored_xyxy_px
+        shares.append(float(((ignored[:, 2:] - ignored[:, :2]).prod(1)).sum()) / 64**2)
+    assert np.mean(shares) < 0.3
+
+
 def painted(seed: int, size_wh: tuple[int, int], holes: tuple[Box, ...] = ()) -> Annotated:
     """Squares of 16 px, each of its own colour, which its attribute names, on grey; the last one is ignored."""
     rng = np.random.default_rng(seed)

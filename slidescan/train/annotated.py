@@ -2,7 +2,7 @@
 
 After `slidescan.train.coco` and `slidescan.train.qupath` an object is a box in level-0 px of the uncropped slide, a
 label and what is known of its attributes, and what must count neither way is an ignored box. Invariant: nothing is
-dropped silently; what has no class, or a class nobody asked for, is an error.
+dropped silently; what has no class, or a class (or part of one) that nobody asked for, is an error.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from slidescan.errors import ConfigError
 from slidescan.export.jsonstream import JsonStream, Unreadable, open_text
 from slidescan.slides import Slide
 
-__all__ = ["SEEN", "Annotated", "Objects", "read_json", "refuse_leaks", "seen_by", "seen_in", "split"]
+__all__ = ["SEEN", "Annotated", "Objects", "described", "read_json", "refuse_leaks", "seen_by", "seen_in", "split"]
 
 SEEN = "seen"  # in a card's `training`: what `seen_in` said of all that was trained on and chosen by
 _SEEN_DIGITS = 16  # of a fingerprint: two of a million pictures that share them are one chance in 40 million
@@ -49,6 +49,8 @@ class Annotated:
     whole : bool
         Whether all objects are annotated, so that any other tissue is background. If not, nothing is known but what is
         around objects and rejected places.
+    mpp_assumed : bool
+        Whether nothing says its µm/px, and the detector's was taken for it.
     """
 
     slide: Slide
@@ -60,6 +62,40 @@ class Annotated:
     scanner: str = ""
     rejected_xyxy_l0: NDArray[np.float64] = field(default_factory=lambda: np.empty((0, 4)))
     whole: bool = True
+    mpp_assumed: bool = False
+
+
+def described(annotated: Sequence[Annotated], what: str, classes: Sequence[str], attributes: Sequence[str] = ()) -> str:
+    """Return in a line what was read: a scale that is wrong, or objects that are missing, show here or nowhere.
+
+    Examples
+    --------
+    >>> from slidescan.slides import memory_slide
+    >>> slide, none = memory_slide(np.zeros((8, 8, 3), np.uint8), 0.25), np.empty((0, 4))
+    >>> described([Annotated(slide, none, np.empty(0, np.int64), np.empty((0, 0)), none, "p")], "slide", ["cell"])
+    '1 slide of 1 patient at 0.25 µm/px: 0 cell'
+    """
+    if not annotated:
+        return f"no {what}s"
+    scales = sorted({f"{one.slide.frame.mpp:.3g}" for one in annotated}, key=float)
+    scale = scales[0] if len(scales) == 1 else f"{scales[0]} to {scales[-1]}"
+    label = np.concatenate([one.label for one in annotated])
+    answers = np.concatenate([one.attributes.reshape(len(one.label), -1) for one in annotated])
+    parts = [f"{int((label == i).sum()):,} {name}" for i, name in enumerate(classes)]
+    for name, column in zip(attributes, answers.T, strict=False):
+        parts.append(f"{int((column >= 0.5).sum()):,} {name} of {int(np.isfinite(column).sum()):,} that say")
+    if ignored := sum(len(one.ignored_xyxy_l0) for one in annotated):
+        parts.append(f"{ignored:,} boxes ignored")
+    assumed = sum(one.mpp_assumed for one in annotated)
+    guess = f" ({assumed:,} of them do not say it: the detector's; else give slide_mpp)" if assumed else ""
+    return (
+        f"{_number(len(annotated), what)} of {_number(len({one.patient for one in annotated}), 'patient')} "
+        f"at {scale} µm/px{guess}: {', '.join(parts)}"
+    )
+
+
+def _number(n: int, what: str) -> str:
+    return f"{n:,} {what}{'' if n == 1 else 's'}"
 
 
 def split(annotated: Sequence[Annotated], share: float, seed: int) -> tuple[list[Annotated], list[Annotated]]:
@@ -116,10 +152,11 @@ def refuse_leaks(**splits: Sequence[Annotated]) -> None:
                 f"{one} and {other}: expected no patient in both, found {len(shared)}, the first {shared[0]!r}; "
                 f"move all slides of a patient into one of them"
             )
+    for one, other in itertools.combinations_with_replacement(patients, 2):
         for same in _one_file(splits[one], splits[other]):
             raise ConfigError(
-                f"{one} and {other}: expected no slide in both, found {same[0].slide.path.name} and "
-                f"{same[1].slide.path.name}, which are one; leave out either"
+                f"{one if one == other else f'{one} and {other}'}: expected no slide twice, found "
+                f"{same[0].slide.path.name} and {same[1].slide.path.name}, which are one; leave out either"
             )
 
 
@@ -147,6 +184,8 @@ def _one_file(some: Sequence[Annotated], others: Sequence[Annotated]) -> Iterato
             known.setdefault(key, []).append(one)
     for other in others:
         for one in known.get(size(other) or (), ()):
+            if one is other:  # each pair of a split once
+                break
             if one.slide.fingerprint == other.slide.fingerprint:
                 yield one, other
 
@@ -158,12 +197,18 @@ class Objects:
     slide: Slide
     classes: tuple[str, ...]
     attributes: tuple[str, ...]
+    skip: tuple[str, ...] = ()
+    """Classes, or what classes are derived by, that say nothing."""
     boxes: list[NDArray[np.float64]] = field(default_factory=lambda: [np.empty((0, 4))])
     labels: list[int] = field(default_factory=list)
     answers: list[list[float]] = field(default_factory=list)
     ignored: list[NDArray[np.float64]] = field(default_factory=lambda: [np.empty((0, 4))])
     derived: set[str] = field(default_factory=set)
     """Attributes that some class of the slide is derived by."""
+
+    def skips(self, name: str) -> bool:
+        """Return whether what is of the class `name` says nothing."""
+        return name not in self.classes and (name in self.skip or name.partition(":")[0].strip() in self.skip)
 
     def ignores(self, where: str, name: str) -> bool:
         """Return whether objects of the class `name` count neither way."""
@@ -173,6 +218,8 @@ class Objects:
         self, where: str, name: str, xyxy_l0: NDArray[np.float64], said: Mapping[str, Any], *, ignored: bool = False
     ) -> None:
         """Add boxes (k, 4) of the class `name`; `said` may hold attributes; `where` begins what is raised."""
+        if self.skips(name):
+            return
         label = self._label(where, name)
         if not np.isfinite(xyxy_l0).all() or (xyxy_l0[:, 2:] <= xyxy_l0[:, :2]).any():
             raise ConfigError(
@@ -191,9 +238,9 @@ class Objects:
             )
         self.boxes.append(xyxy_l0)
         self.labels.extend([label] * len(xyxy_l0))
-        more = [] if name in self.classes else [part.strip() for part in name.split(":")[1:]]
-        self.derived.update(key for key in self.attributes if key in more)
-        said = dict.fromkeys((key for key in self.attributes if key in more), 1) | dict(said)
+        yes = self._derived_by(where, name)
+        self.derived.update(yes)
+        said = dict.fromkeys(yes, 1) | dict(said)
         answers = [_answer(f"{where}: {key}", said.get(key)) for key in self.attributes]
         self.answers.extend([answers] * len(xyxy_l0))
 
@@ -206,6 +253,18 @@ class Objects:
         boxes, ignored = np.concatenate(self.boxes), np.concatenate(self.ignored)
         return Annotated(self.slide, boxes, np.array(self.labels, np.int64), answers, ignored, patient, scanner)
 
+    def _derived_by(self, where: str, name: str) -> list[str]:
+        """Return the attributes that a class is derived by; QuPath's users write them in either case."""
+        parts = [] if name in self.classes else [part.strip() for part in name.split(":")[1:]]
+        known = {key.casefold(): key for key in self.attributes}
+        for part in parts:
+            if part.casefold() not in known and part not in self.skip:
+                raise ConfigError(
+                    f"{where}: expected a class, or one derived by an attribute, got {name!r}; add {part!r} to the "
+                    f"`attributes`, {name!r} to the `classes`, or either to what to `skip`"
+                )
+        return [known[part.casefold()] for part in parts if part.casefold() in known]
+
     def _label(self, where: str, name: str) -> int | None:
         """Return the index of a class, None for one whose objects are ignored."""
         if name not in self.classes:
@@ -215,7 +274,7 @@ class Objects:
             if first not in self.classes:
                 raise ConfigError(
                     f"{where}: expected one of the classes {', '.join(self.classes)}, got {name!r}; "
-                    f"add it to the `classes` of the training, or end its name with * to ignore its objects"
+                    "add it to the `classes`, or, if it says nothing of them, to what to `skip`"
                 )
             name = first
         return self.classes.index(name)

@@ -75,7 +75,8 @@ def digest_of(annotated: Iterable[Annotated]) -> str:
     """Return a digest of slides, their µm/px, patients and annotations; in any order, wherever they lie."""
     told = []
     for one in annotated:
-        digest = hashlib.sha256(json.dumps([one.slide.path.name, one.patient, one.slide.mpp]).encode())
+        whose = [one.slide.fingerprint, one.slide.path.name, one.patient, one.slide.mpp]
+        digest = hashlib.sha256(json.dumps(whose).encode())
         for column in (one.xyxy_l0, one.label, one.attributes, one.ignored_xyxy_l0):
             digest.update(repr(column.shape).encode() + np.ascontiguousarray(column).tobytes())
         told.append(digest.hexdigest())

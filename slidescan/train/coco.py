@@ -10,9 +10,9 @@ import math
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,26 +37,40 @@ _YES = (True, 1, "1", "true", "yes")
 
 
 def load_coco(
-    path: str | Path, classes: Sequence[str], *, mpp: float | None, attributes: Sequence[str] = ()
+    path: str | Path,
+    classes: Sequence[str],
+    *,
+    mpp: float | None,
+    attributes: Sequence[str] = (),
+    assumed_mpp: float | None = None,
+    skip: Sequence[str] = (),
+    crowds: Literal["ignored", "objects"] = "ignored",
 ) -> list[Annotated]:
     """Load pictures annotated in COCO's format.
 
-    Categories must be `classes`; boxes of a category whose name begins with "ignore" or ends with "*", of a crowd
-    (``iscrowd``) or ``difficult`` are ignored regions. An annotation may say its attributes, as
+    Categories must be `classes`, or of `skip`; boxes of a category whose name begins with "ignore" or ends with "*", of
+    a crowd (``iscrowd``), ``ignore`` or ``difficult`` are ignored regions. An annotation may say its attributes, as
     ``{"attributes": {"atypical": true}}`` or ``{"atypical": true}``, an image its ``mpp``, ``scanner`` and ``patient``
-    (or ``case``, or ``slide``). Else ``patients.csv`` beside the JSON says whose it is, with the columns slide, patient
-    and perhaps scanner. Without it a patient is what a name of TCGA begins with, or the folder that file_name names if
-    there are several, or the picture.
+    (or ``case``, or ``slide``). Else ``patients.csv`` beside the JSON, or in the directory, says whose it is, with the
+    columns slide, patient and perhaps scanner. Without it a patient is what a name of TCGA begins with, or the folder
+    in file_name, the outermost by which pictures differ, or the picture.
 
     Parameters
     ----------
     path : path
         The JSON, or the directory of one named annotations.json, annotations.coco.json, _annotations.coco.json or
-        instances_*.json, or of ``annotations`` with it. Pictures lie beside it, or in ``images``.
+        instances_*.json, or of ``annotations`` with it. Pictures lie beside it, or in ``images``; of
+        instances_train.json also in ``images/train`` or ``train``.
     classes : sequence of str
     mpp : float, optional
-        µm/px of images of which neither the JSON nor the file says it; None: all must.
+        µm/px of images of which neither the JSON nor the file says it.
     attributes : sequence of str
+    assumed_mpp : float, optional
+        What else is taken for it; None: all must say it.
+    skip : sequence of str
+        As of `slidescan.train.qupath.load_slides`.
+    crowds : {"ignored", "objects"}
+        What an annotation of a crowd is: CVAT writes every mask as one.
 
     Raises
     ------
@@ -96,23 +110,25 @@ def load_coco(
         of_image[key].append(row)
 
     known, found, files = read_patients(index.parent), [], dict[Any, Any]()
-    folders = {folder for row in images if (folder := _folder(row))}
+    known = read_patients(Path(path)) if known is None and Path(path).is_dir() else known
+    flags = ("difficult", "ignore") if crowds == "objects" else ("difficult", "ignore", "iscrowd")
+    folders = _apart(images)
     for row in images:
-        slide = _coco_slide(index, row, mpp)
+        slide, is_assumed = _coco_slide(index, row, mpp, assumed_mpp)
         if (first := files.setdefault(slide.path, row["id"])) != row["id"]:
             raise ConfigError(
                 f"{index.name}: images {first!r} and {row['id']!r} are one file, {row['file_name']}; each would take "
                 "the other's objects for background: merge them"
             )
-        objects = Objects(slide, tuple(classes), tuple(attributes))
+        objects = Objects(slide, tuple(classes), tuple(attributes), tuple(skip))
         for item in of_image[row["id"]]:
             where = f"{index.name}: annotation {item.get('id')!r}"
             inner = item.get("attributes")
             said = item | (inner if isinstance(inner, dict) else {})
-            ignored = _flag(where, said, "iscrowd") or _flag(where, said, "difficult")
+            ignored = True in [_flag(where, said, key) for key in flags]  # all are looked at
             objects.add(where, str(names[item["category_id"]]), _box(where, item), said, ignored=ignored)
-        patient, scanner = _whose(row, known, by_folder=len(folders) > 1)
-        found.append(objects.annotated(patient, scanner))
+        patient, scanner = _whose(row, known, folders.get(row["file_name"], ""))
+        found.append(replace(objects.annotated(patient, scanner), mpp_assumed=is_assumed))
     return found
 
 
@@ -144,8 +160,8 @@ def _box(where: str, item: Mapping[str, Any]) -> NDArray[np.float64]:
     return np.array([[x, y, x + width, y + height]])
 
 
-def _whose(row: Mapping[str, Any], known: Mapping[str, Whose] | None, *, by_folder: bool) -> Whose:
-    """Return patient and scanner of an image."""
+def _whose(row: Mapping[str, Any], known: Mapping[str, Whose] | None, folder: str) -> Whose:
+    """Return patient and scanner of an image; without any other word the folder is the patient."""
     told = {key: _text(row.get(key)) for key in ("patient", "case", "slide", "scanner")}
     patient, scanner = told["patient"] or told["case"], told["scanner"]
     if known is not None and not (patient and scanner):
@@ -162,7 +178,7 @@ def _whose(row: Mapping[str, Any], known: Mapping[str, Whose] | None, *, by_fold
         return patient_in(told["slide"]), scanner
     stem = Path(row["file_name"]).stem
     named = patient_in(stem)
-    return (_folder(row) or stem if by_folder and named == stem else named), scanner
+    return (folder or stem if named == stem else named), scanner
 
 
 def _text(said: Any) -> str:
@@ -172,10 +188,18 @@ def _text(said: Any) -> str:
     return str(int(said) if isinstance(said, float) and said.is_integer() else said).strip()
 
 
-def _folder(row: Mapping[str, Any]) -> str:
-    """Return the folder that an image's file_name names, or nothing."""
-    folders = [name for name in str(row.get("file_name")).split("/")[:-1] if name not in ("", ".", "images")]
-    return folders[-1] if folders else ""
+def _apart(images: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Return of each file_name in a folder the outermost one by which they differ: that is the patient's, if any is."""
+    folders = {
+        name: [part for part in name.split("/")[:-1] if part not in ("", ".", "images")]
+        for row in images
+        if isinstance(name := row.get("file_name"), str)
+    }
+    inner = [parts for parts in folders.values() if parts]
+    for level in range(max(map(len, inner), default=0)):
+        if len({parts[level] if level < len(parts) else "" for parts in inner}) > 1:
+            return {name: parts[min(level, len(parts) - 1)] for name, parts in folders.items() if parts}
+    return {}
 
 
 def _flag(where: str, said: Mapping[str, Any], key: str) -> bool:
@@ -197,27 +221,32 @@ def _id(index: Path, row: Mapping[str, Any], key: str, kind: str) -> int | str:
     return value
 
 
-def _coco_slide(index: Path, row: Mapping[str, Any], mpp: float | None) -> Slide:
-    """Open the picture of an image, and check what is said of it."""
+def _coco_slide(
+    index: Path, row: Mapping[str, Any], mpp: float | None, assumed_mpp: float | None
+) -> tuple[Slide, bool]:
+    """Open the picture of an image, and check what is said of it; return whether its µm/px is assumed, too."""
     where, name = f"{index.name}: image {row['id']!r}", row.get("file_name")
     roots = [index.parent, index.parent.parent] if index.parent.name == _FOLDER else [index.parent]
-    folders = [folder for root in roots for folder in (root, root / "images")]
+    subset = index.stem.partition("_")[2] if index.stem.startswith("instances_") else ""
+    within = ["", "images", *([f"images/{subset}", subset] if subset else [])]
+    folders = [root / folder for root in roots for folder in within]
     file = next((f / name for f in folders if (f / name).is_file()), None) if isinstance(name, str) and name else None
     if file is None:
         raise ConfigError(f"{where}: expected its file_name beside {index.name} or in images/, found no {name!r}")
     slide = _picture(file, None if row.get("mpp") is None else _mpp(where, row["mpp"]))
+    is_assumed = slide.mpp is None and mpp is None
     if slide.mpp is None:
-        if mpp is None:
+        if (known := assumed_mpp if mpp is None else mpp) is None:
             raise ConfigError(
                 f"{where}: expected its mpp, for detectors of several µm/px; write it there, or as slide_mpp (--mpp)"
             )
-        slide = _picture(file, _mpp(where, mpp))
+        slide = _picture(file, _mpp(where, known))
     for key, size in zip(("width", "height"), slide.size_wh, strict=True):
         if row.get(key) not in (None, size):
             raise ConfigError(
                 f"{where}: expected the {key} of {file.name}, {size} px, got {row[key]!r}; annotate the file as it is"
             )
-    return slide
+    return slide, is_assumed
 
 
 def _mpp(where: str, said: Any) -> float:

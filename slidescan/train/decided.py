@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -34,7 +34,7 @@ from slidescan.reviews.decisions import Decision, Verdict
 from slidescan.reviews.start import Slides, decided_cases, open_runs
 from slidescan.saved import load_result
 from slidescan.train.annotated import Annotated, Objects, refuse_leaks
-from slidescan.train.patients import patient_in
+from slidescan.train.patients import Whose, patient_of, read_all
 from slidescan.train.settings import TrainSettings
 
 __all__ = ["Decided", "keep_decided", "load_decided"]
@@ -145,9 +145,10 @@ def load_decided(runs: Path, slides: Slides | None, settings: TrainSettings) -> 
         If a slide cannot be opened.
     """
     cases = decided_cases(open_runs(runs), slides)
+    known = read_all((settings.data, settings.validation, settings.test))
     annotated, counts = [], Counter[str]()
     for case in cases:
-        told = _told(case, load_result(case.path, verify=False), settings, counts)
+        told = _told(case, load_result(case.path, verify=False), settings, known, counts)
         if told is not None:
             annotated.append(told)
     decided = Decided(annotated, counts)
@@ -191,7 +192,9 @@ def _digest(decided: Decided) -> str:
     return json.dumps({**told, "slides": [one.slide.fingerprint for one in decided.annotated]}, indent=1) + "\n"
 
 
-def _told(case: Case, result: ScanResult, settings: TrainSettings, counts: Counter[str]) -> Annotated | None:
+def _told(
+    case: Case, result: ScanResult, settings: TrainSettings, known: Mapping[str, Whose], counts: Counter[str]
+) -> Annotated | None:
     """Return what was decided on one slide, None where that teaches nothing; count what is left out."""
     parts, wholes = _words(case, result, settings.classes)
     places = _places(parts, result.detections.xyxy)
@@ -212,7 +215,7 @@ def _told(case: Case, result: ScanResult, settings: TrainSettings, counts: Count
         objects.add(f"decisions on {case.slide_id!r}", word.name or "", _boxes([word.xyxy_l0]), {})
     left_out = [word.xyxy_l0 for words in by_ruling.values() for word in words]
     objects.ignored.extend((_undecided(result, places), _boxes(left_out)))
-    told = objects.annotated(case.group or patient_in(case.slide_id), "")
+    told = objects.annotated(case.group or patient_of(known, slide.path.name, case.slide_id), "")
     slide.close()  # opened again when a window is read
     return replace(told, rejected_xyxy_l0=_boxes([word.xyxy_l0 for word in rejected]), whole=False)
 

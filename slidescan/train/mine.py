@@ -7,7 +7,7 @@ and a window around it is kept, the highest scored first.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -21,6 +21,7 @@ from slidescan.errors import ConfigError
 from slidescan.scan_slide import scan
 from slidescan.slides import Slide
 from slidescan.train.augment import Rgb
+from slidescan.train.patients import Whose, patient_of
 from slidescan.train.source import Source, Split
 
 __all__ = ["mine", "refuse_annotated", "refuse_others"]
@@ -30,13 +31,15 @@ _MOST = 2000  # windows a slide: 100 MB of pixels
 _DONE = "mined.json"
 
 
-def refuse_annotated(slides: Sequence[Slide], source: Source) -> None:
-    """Refuse slides to mine that are measured on, or that have objects: these would be taught to be none.
+def refuse_annotated(slides: Sequence[Slide], source: Source, known: Mapping[str, Whose] | None = None) -> None:
+    """Refuse slides to mine that are measured on, or of whose patient one is, as the tables of `known` patients say.
+
+    And those that have objects: these would be taught to be none.
 
     Raises
     ------
     ConfigError
-        If one is among the validation or test slides, or its objects are trained on.
+        If one, or its patient, is among the validation or test slides, or its objects are trained on.
     ResolutionError
         If the µm/px of one is not known.
     """
@@ -49,6 +52,12 @@ def refuse_annotated(slides: Sequence[Slide], source: Source) -> None:
                     "mine: expected slides free of objects that nothing is measured on, got "
                     f"{mined[one.slide.fingerprint].path.name}, which is a {split} slide; leave it out"
                 )
+            for slide in mined.values() if split != "train" else ():
+                if patient_of(known or {}, slide.path.name) == one.patient:
+                    raise ConfigError(
+                        f"mine: expected slides of patients that nothing is measured on, got {slide.path.name}, of "
+                        f"whose patient {one.slide.path.name} is a {split} slide; leave it out"
+                    )
 
 
 def refuse_others(slides: Sequence[Slide], folder: Path) -> None:

@@ -146,6 +146,10 @@ class CropSource:
         """Digest of the crops' index; how it is split, the settings say."""
         return index_digest(self._data)
 
+    def told(self) -> list[str]:
+        """Return nothing: the crops are always the same."""
+        return []
+
     def example(self, rng: np.random.Generator, size: int) -> Example:
         """Draw one training image: a field, a mosaic, glass, a phantom or tissue from elsewhere."""
         if self._training is None:  # made when first needed: measuring does without

@@ -106,23 +106,36 @@ def build_network(
 
 
 @torch.no_grad()
-def relabel(network: nn.Module, names: Sequence[str]) -> nn.Module:
-    """Return a D-FINE with `names` for its classes and attributes: what keeps its name keeps its weights.
+def relabel(
+    network: nn.Module, classes: Sequence[str], attributes: Sequence[str] = (), *, known_classes: int | None = None
+) -> nn.Module:
+    """Return a D-FINE with other classes and attributes: what keeps its name keeps its weights.
 
-    Where there are as many as before, new names take the weights of those that are gone, in their order: an object of
-    another name may look much the same.
+    Where there are as many classes as before, new ones take the weights of those that are gone, in their order: an
+    object of another name may look much the same. So do attributes.
+
+    Parameters
+    ----------
+    network : nn.Module
+    classes, attributes : sequence of str
+    known_classes : int, optional
+        How many of the network's names are of classes, the first; the others are of attributes. Default: all.
 
     Examples
     --------
-    >>> relabel(build_network(["figure"], ["odd"], width=0.25), ["figure"]).config.id2label
-    {0: 'figure'}
+    >>> network = build_network(["figure"], ["odd"], width=0.25)
+    >>> relabel(network, ["mitosis"], known_classes=1).config.id2label
+    {0: 'mitosis'}
     """
     old: Any = network
-    known = list(old.config.id2label.values())
-    row_of = {name: known.index(name) for name in names if name in known}
-    if len(known) == len(names):
-        gone = [row for row, name in enumerate(known) if name not in names]
-        row_of |= dict(zip([name for name in names if name not in known], gone, strict=True))
+    known, names = list(old.config.id2label.values()), [*classes, *attributes]
+    ends = len(known) if known_classes is None else known_classes
+    row_of: dict[str, int] = {}
+    for first, before, after in ((0, known[:ends], classes), (ends, known[ends:], attributes)):
+        row_of |= {name: first + before.index(name) for name in after if name in before}
+        if len(before) == len(after):
+            gone = [first + row for row, name in enumerate(before) if name not in after]
+            row_of |= dict(zip([name for name in after if name not in before], gone, strict=True))
     config = _labelled(old.config, names)
     if [row_of.get(name) for name in names] == list(range(len(known))):
         old.config = config

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import shapely
@@ -21,7 +21,7 @@ from slidescan.detections import Detections, Detector
 from slidescan.errors import ConfigError
 from slidescan.picture import detect_image
 from slidescan.scan_slide import scan
-from slidescan.train.annotated import Annotated, refuse_leaks, split
+from slidescan.train.annotated import Annotated, described, refuse_leaks, split
 from slidescan.train.augment import Rgb
 from slidescan.train.begun import digest_of
 from slidescan.train.coco import load_coco
@@ -35,7 +35,8 @@ from slidescan.train.windows import Example, Windows
 __all__ = ["OwnSource", "ShownSlide", "kind_of", "load_annotated"]
 
 _ASSEMBLED = 4  # slides to shift the grid on
-_MOSAICS = 0.25  # share of the training images made of four windows
+_CROPS_ONLY = ("share_bare", "share_phantom", "share_negative", "figures_per_mpx")  # settings that say nothing here
+_OTHER_SIZE = 3.0  # times `object_um`, or less: nuclei of 6 to 25 µm go with the default
 _REACH = RADIUS_UM / OBJECT_UM  # how near a detection must be, in edges of an object: MIDOG's for figures
 
 
@@ -100,9 +101,8 @@ class OwnSource:
     variant : VariantSettings
     kinds : mapping of str to str
         ``pictures`` or ``slides``, of each split. Pictures are taken to be tissue all over.
-    object_um : float
-        Edge of an object's nominal box: a detection within 0.6 of it finds the object, within 7.5 µm a figure.
-    seed : int
+    settings : TrainSettings, optional
+        A detection within 0.6 of their `object_um` finds an object, within 7.5 µm a figure.
 
     Raises
     ------
@@ -116,14 +116,13 @@ class OwnSource:
         variant: VariantSettings,
         *,
         kinds: Mapping[str, str],
-        object_um: float = OBJECT_UM,
-        seed: int = 0,
+        settings: TrainSettings | None = None,
     ) -> None:
         refuse_leaks(**splits)
         # In one order, whatever the files': a run that goes on must draw the same.
         splits = {name: sorted(members, key=lambda one: one.slide.path.name) for name, members in splits.items()}
-        self._splits, self._variant, self._kinds, self._seed = splits, variant, kinds, seed
-        self._object_um = object_um
+        self._splits, self._variant, self._kinds = splits, variant, kinds
+        self._settings = settings or TrainSettings()
 
     @classmethod
     def open(cls, settings: TrainSettings, variant: VariantSettings) -> OwnSource:
@@ -134,6 +133,9 @@ class OwnSource:
         ConfigError
             If data are missing or damaged, or a patient is in two splits.
         """
+        for key in _CROPS_ONLY:
+            if key in settings.model_fields_set:
+                raise ConfigError(f"{key}: expected only with the crops of midog21, got it with other data; remove it")
         own = variant.mpp if len(settings.variants) == 1 else None  # of several, one would learn at a wrong scale
         train = load_annotated(settings.data, settings, own)
         if settings.validation is None:
@@ -147,10 +149,16 @@ class OwnSource:
                 "slides; set slides with objects apart, of at least two patients"
             )
         splits = {"train": train, "validation": validation, "test": test}
-        places = {"validation": settings.validation or settings.data, "test": settings.test or settings.data}
-        kinds = {name: kind_of(path) for name, path in places.items()}
-        _refuse_too_large(train, variant)
-        return cls(splits, variant, kinds=kinds, object_um=settings.object_um, seed=settings.seed)
+        places = {"train": None, "validation": settings.validation, "test": settings.test}
+        kinds = {name: kind_of(path or settings.data) for name, path in places.items()}
+        _refuse_size(train, settings, variant)
+        return cls(splits, variant, kinds=kinds, settings=settings)
+
+    def told(self) -> list[str]:
+        """Return what was read, a line each split."""
+        said = self._settings.classes, self._settings.attributes
+        what = {name: self._kinds.get(name, "slides").removesuffix("s") for name in self._splits}
+        return [f"{name}: {described(members, what[name], *said)}" for name, members in self._splits.items()]
 
     @property
     def identity(self) -> str:
@@ -159,11 +167,12 @@ class OwnSource:
 
     @cached_property
     def _windows(self) -> Windows:
-        return Windows(self._splits["train"], self._variant.mpp, seed=self._seed)
+        return Windows(self._splits["train"], self._variant.mpp, seed=self._settings.seed)
 
     def example(self, rng: np.random.Generator, size: int) -> Example:
         """Draw one window, or four side by side."""
-        return self._windows.mosaic(rng, size) if rng.random() < _MOSAICS else self._windows.window(rng, size)
+        is_mosaic = rng.random() < self._settings.share_mosaic
+        return self._windows.mosaic(rng, size) if is_mosaic else self._windows.window(rng, size)
 
     def whole(self) -> OwnSource:
         """Return the source whose windows show the validation patients as well."""
@@ -177,7 +186,7 @@ class OwnSource:
         validation = self._splits.get("validation", [])
         if len({one.patient for one in validation if len(one.label)}) < 2:
             return ()
-        some, others = split(validation, 0.5, self._seed)
+        some, others = split(validation, 0.5, self._settings.seed)
         return self._with(some, others), self._with(others, some)
 
     def _with(self, trained: list[Annotated], shown: list[Annotated]) -> OwnSource:
@@ -187,7 +196,7 @@ class OwnSource:
             "validation": shown,
             "test": self._splits.get("test", []),
         }
-        return OwnSource(splits, self._variant, kinds=self._kinds, object_um=self._object_um, seed=self._seed)
+        return OwnSource(splits, self._variant, kinds=self._kinds, settings=self._settings)
 
     def assembled(self, split: Split) -> Iterator[Rgb]:
         """Yield a square around an object of the first few slides."""
@@ -204,7 +213,7 @@ class OwnSource:
 
     def shown(self, split: Split) -> Iterator[ShownSlide]:
         """Yield the slides and pictures of a split."""
-        radius_um = _REACH * self._object_um
+        radius_um = _REACH * self._settings.object_um
         return (ShownSlide(one, self._kinds[split], radius_um) for one in self._splits.get(split, ()))
 
     def annotated(self, split: Literal["train"] | Split) -> Sequence[Annotated]:
@@ -220,7 +229,7 @@ def load_annotated(path: Path, settings: TrainSettings, mpp: float | None) -> li
     path : Path
     settings : TrainSettings
     mpp : float, optional
-        µm/px of pictures that do not say theirs, where the settings do not.
+        µm/px of pictures of which neither they nor the settings say it.
 
     Raises
     ------
@@ -229,15 +238,11 @@ def load_annotated(path: Path, settings: TrainSettings, mpp: float | None) -> li
     """
     if not path.exists():
         raise ConfigError(f"{path}: expected a directory of training data, found none; check `data` or --data")
+    asked: dict[str, Any] = {key: getattr(settings, key) for key in ("classes", "attributes", "skip")}
+    asked["mpp"] = settings.slide_mpp
     if kind_of(path) == "pictures":
-        return load_coco(path, settings.classes, mpp=settings.slide_mpp or mpp, attributes=settings.attributes)
-    return load_slides(
-        path,
-        settings.classes,
-        object_um=settings.object_um,
-        attributes=settings.attributes,
-        mpp=settings.slide_mpp,
-    )
+        return load_coco(path, **asked, assumed_mpp=mpp, crowds=settings.crowds)
+    return load_slides(path, **asked, object_um=settings.object_um)
 
 
 def kind_of(path: Path) -> str:
@@ -256,12 +261,20 @@ def _within(points: NDArray[np.float64], boxes: NDArray[np.float64]) -> NDArray[
     return inside
 
 
-def _refuse_too_large(train: Sequence[Annotated], variant: VariantSettings) -> None:
-    """Refuse objects of which most are seen whole in no tile: nothing would be taught."""
+def _refuse_size(train: Sequence[Annotated], settings: TrainSettings, variant: VariantSettings) -> None:
+    """Refuse objects of which most are seen whole in no tile, or that are not what all lengths are chosen for."""
     edges_um = [np.ptp(one.xyxy_l0.reshape(-1, 2, 2), axis=1).max(1) * one.slide.frame.mpp for one in train]
-    edges_px = np.concatenate([np.empty(0), *edges_um]) / variant.mpp
-    if len(edges_px) and np.median(edges_px) > max(variant.tile_px):
+    if not sum(map(len, edges_um)):
+        return
+    um = float(np.median(np.concatenate(edges_um)))
+    if um / variant.mpp > max(variant.tile_px):
         raise ConfigError(
             f"tile_px: expected tiles that objects fit into, got {max(variant.tile_px)} px, where half of the objects "
-            f"have {np.median(edges_px):.0f} px or more at {variant.mpp:g} µm/px; give larger tile_px, or a coarser mpp"
+            f"have {um / variant.mpp:.0f} px or more at {variant.mpp:g} µm/px; give larger tile_px, or a coarser mpp"
+        )
+    share = um / settings.object_um
+    if "object_um" not in settings.model_fields_set and not 1 / _OTHER_SIZE <= share <= _OTHER_SIZE:
+        raise ConfigError(
+            f"object_um: expected about the size of the objects, of which half have {um:.3g} µm or more, got its "
+            f"default {settings.object_um:g}; set it, or correct the µm/px (slide_mpp)"
         )

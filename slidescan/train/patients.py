@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from slidescan.errors import ConfigError
 
-__all__ = ["Whose", "names_of", "patient_in", "read_patients", "whose"]
+__all__ = ["Whose", "names_of", "patient_in", "patient_of", "read_all", "read_patients", "whose"]
 
 Whose = tuple[str, str]  # patient and scanner
 _TABLE = "patients.csv"
@@ -39,6 +39,18 @@ def read_patients(folder: Path) -> dict[str, Whose] | None:
     except (OSError, UnicodeDecodeError, csv.Error) as exc:
         raise ConfigError(f"{path}: expected a CSV table in UTF-8, {exc}") from exc
     return found
+
+
+def read_all(places: Iterable[Path | None]) -> dict[str, Whose]:
+    """Return what the tables in several directories, or beside several files, say together."""
+    folders = [place if place.is_dir() else place.parent for place in places if place is not None]
+    return {slide: said for folder in folders for slide, said in (read_patients(folder) or {}).items()}
+
+
+def patient_of(known: Mapping[str, Whose], file: str, name: str | None = None) -> str:
+    """Return the patient of a slide as a table says it, else as its name does (default: the file's)."""
+    names = names_of(file)
+    return next((known[each][0] for each in (file, *names) if each in known), patient_in(name or names[0]))
 
 
 def whose(known: Mapping[str, Whose], file: str) -> Whose:

@@ -29,6 +29,7 @@ _NO_OBJECTS = ("root", "tmaCore")  # the slide, and its cores
 _FOUND = ("detection", "cell", "tile")  # by a program: without a class, every nucleus of the slide
 _FULL, _MOST_STRIPS = 0.98, 256  # share of its box that a rectangle fills; boxes that any other outline becomes
 _HUGE = 8  # times the edge of an object: what is larger and has no class is a tumour's outline, say
+_REGION = "region*"  # QuPath's class of what is to be annotated, in lower case
 _REGION_KEYS = {"rank", "evidence"}  # measurements by which a flagged region that slidescan exported is known
 
 
@@ -39,13 +40,17 @@ def load_slides(
     object_um: float,
     attributes: Sequence[str] = (),
     mpp: float | None = None,
+    skip: Sequence[str] = (),
 ) -> list[Annotated]:
     """Load slides with the annotations that QuPath exported of them.
 
     Beside each slide, or in ``annotations``, lies ``<its stem>.geojson`` or ``.geojson.gz``. Points become boxes of
-    `object_um`, outlines the boxes around them. Classes must be `classes`, or derived from one ("Mitosis: atypical");
-    those whose name begins with "ignore" or ends with "*" are ignored regions, holes in them are not. An attribute is a
-    measurement of its name, or what a class is derived by: on a slide where one is, others of that attribute are not.
+    `object_um`, outlines the boxes around them. Classes must be `classes`, or derived from one by an attribute
+    ("Mitosis: atypical"), or of `skip`. An attribute is a measurement of its name, or what a class is derived by: on a
+    slide where one is, others of that attribute are not.
+
+    Of a slide with outlines of the class "Region*" only what is inside of them was annotated: all else is ignored. So
+    is what lies in outlines of any other class whose name begins with "ignore" or ends with "*", but for holes in them.
     Coordinates count from the slide's scanned bounds, as QuPath's do, unless slidescan wrote the file, which then
     says from where; the flagged regions it wrote are left out.
 
@@ -63,6 +68,8 @@ def load_slides(
     attributes : sequence of str
     mpp : float, optional
         µm per level-0 px of all the slides; default: what their files say.
+    skip : sequence of str
+        Classes, such as of a tumour's outline, or what classes are derived by, that say nothing of objects.
 
     Raises
     ------
@@ -117,7 +124,7 @@ def load_slides(
 
     found = []
     for stem, slide in slides.items():
-        objects = Objects(slide, tuple(classes), tuple(attributes))
+        objects = Objects(slide, tuple(classes), tuple(attributes), tuple(skip))
         _add_features(objects, geojson[stem], object_um / slide.frame.mpp / 2)
         patient, scanner = (patient_in(slide.name), "") if known is None else whose(known, slide.path.name)
         found.append(objects.annotated(patient, scanner))
@@ -156,7 +163,7 @@ def _add_features(objects: Objects, path: Path, half_px: float) -> None:
             origin = float(x), float(y)
         except (TypeError, ValueError) as exc:
             raise ConfigError(f"{path.name}: expected slidescan.offset_l0 as two numbers; export it again") from exc
-    unnamed = 0
+    unnamed, regions = 0, list[shapely.Geometry]()
     for i, feature in enumerate(_features(path, document)):
         where = f"{path.name}: feature {i}"
         properties = feature.get("properties")
@@ -170,12 +177,18 @@ def _add_features(objects: Objects, path: Path, half_px: float) -> None:
         if not name and (len(objects.classes) != 1 or kind_of(feature) in _FOUND):
             unnamed += 1
             continue
+        if name and objects.skips(name):
+            continue
+        geometry = feature.get("geometry")
+        if name.lower() == _REGION and name not in objects.classes and not _is_points(geometry):
+            regions.append(shapely.transform(_outline(where, geometry), lambda xy: xy + origin))
+            continue
         of = _strips if name and objects.ignores(where, name) else _boxes
-        boxes = of(where, feature.get("geometry"), half_px) + np.array(origin * 2)
+        boxes = of(where, geometry, half_px) + np.array(origin * 2)
         if not name and len(boxes) and (boxes[:, 2:] - boxes[:, :2]).max() > _HUGE * 2 * half_px:
             raise ConfigError(
                 f"{where}: expected a class, or an object, got an outline without class {_HUGE} times as large as one; "
-                "give it a class, such as Ignore*, or delete it"
+                "give it a class, Region* where all objects in it are annotated, Ignore* where none are, or delete it"
             )
         objects.add(where, name or objects.classes[0], boxes, measured)
     if unnamed:
@@ -183,6 +196,8 @@ def _add_features(objects: Objects, path: Path, half_px: float) -> None:
             f"{path.name}: expected a class for every object, found {unnamed} without; set it in QuPath to one of "
             f"{', '.join(objects.classes)}, or delete them"
         )
+    if regions:
+        objects.ignored.append(_outside(shapely.union_all(regions), objects.slide.size_wh, half_px))
 
 
 def _features(path: Path, document: Any) -> Iterator[dict[str, Any]]:
@@ -217,23 +232,49 @@ def _boxes(where: str, geometry: Any, half_px: float) -> NDArray[np.float64]:
 
 def _strips(where: str, geometry: Any, half_px: float) -> NDArray[np.float64]:
     """Return boxes (k, 4) that together are the outline less its holes, to `half_px`; of points those of `_boxes`."""
-    if isinstance(geometry, dict) and str(geometry.get("type")).endswith("Point"):
-        return _boxes(where, geometry, half_px)
-    found = [np.empty((0, 4))]
+    return _boxes(where, geometry, half_px) if _is_points(geometry) else _cut(_outline(where, geometry), half_px)
+
+
+def _is_points(geometry: Any) -> bool:
+    return isinstance(geometry, dict) and str(geometry.get("type")).endswith("Point")
+
+
+def _outline(where: str, geometry: Any) -> shapely.Geometry:
+    """Return the area of a geometry, in its own px."""
     with _coordinates(where, geometry) as (_, parts):
         outlines = [shapely.Polygon(_points(part[0]), [_points(hole) for hole in part[1:]]) for part in parts]
-        for outline in shapely.get_parts(shapely.make_valid(np.array(outlines, object))):
-            x0, y0, x1, y1 = outline.bounds
-            if outline.area >= _FULL * (x1 - x0) * (y1 - y0):
-                found.append(np.array([[x0, y0, x1, y1]]))
-                continue
+        return shapely.union_all(shapely.make_valid(np.array(outlines, object)))
+
+
+def _outside(regions: shapely.Geometry, size_wh: tuple[int, int], half_px: float) -> NDArray[np.float64]:
+    """Return boxes (k, 4) that together are a slide less its regions."""
+    around = shapely.union_all(shapely.box(*shapely.bounds(shapely.get_parts(regions)).T))
+    slide = shapely.box(0, 0, *size_wh)
+    # First what is exact: the strips of a whole slide would be higher than a region.
+    return np.concatenate((_cut(slide - around, half_px), _cut((around & slide) - regions, half_px)))
+
+
+def _cut(area: shapely.Geometry, half_px: float) -> NDArray[np.float64]:
+    """Return boxes (k, 4) that together are an area: exactly, if its sides are upright and level, or to `half_px`."""
+    found = [np.empty((0, 4))]
+    for outline in shapely.get_parts(area):
+        if not outline.area:  # a line, where two only touch
+            continue
+        x0, y0, x1, y1 = outline.bounds
+        if outline.area >= _FULL * (x1 - x0) * (y1 - y0):
+            found.append(np.array([[x0, y0, x1, y1]]))
+            continue
+        sides = np.concatenate([np.diff(shapely.get_coordinates(ring), axis=0) for ring in shapely.get_rings(outline)])
+        if (sides == 0).any(1).all():
+            edges = np.unique(shapely.get_coordinates(outline)[:, 1])
+        else:
             edges = np.linspace(y0, y1, 1 + min(_MOST_STRIPS, max(1, math.ceil((y1 - y0) / half_px))))
-            middles = (edges[:-1] + edges[1:]) / 2
-            lines = shapely.linestrings([[(x0, y), (x1, y)] for y in middles])
-            crossed, row = shapely.get_parts(shapely.intersection(outline, lines), return_index=True)
-            bounds = shapely.bounds(crossed)
-            strips = np.stack((bounds[:, 0], edges[row], bounds[:, 2], edges[row + 1]), 1)
-            found.append(strips[strips[:, 2] > strips[:, 0]])
+        middles = (edges[:-1] + edges[1:]) / 2
+        lines = shapely.linestrings([[(x0, y), (x1, y)] for y in middles])
+        crossed, row = shapely.get_parts(shapely.intersection(outline, lines), return_index=True)
+        bounds = shapely.bounds(crossed)
+        strips = np.stack((bounds[:, 0], edges[row], bounds[:, 2], edges[row + 1]), 1)
+        found.append(strips[strips[:, 2] > strips[:, 0]])
     return np.concatenate(found)
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from slidescan.commit import commit, made, sweep
-from slidescan.detect.card import Card, write_model
+from slidescan.detect.card import Card, read_card, write_model
 from slidescan.detect.load import load_detector
 from slidescan.detect.model import Model
 from slidescan.detect.surgery import channels_last, lower_precision, set_anchors
@@ -39,6 +39,7 @@ from slidescan.train.mitosis import CropSource
 from slidescan.train.network import build_network, pin, relabel
 from slidescan.train.operating_point import choose_operating_point
 from slidescan.train.own import OwnSource, kind_of, load_annotated
+from slidescan.train.patients import read_all
 from slidescan.train.report import draw_losses
 from slidescan.train.settings import TrainSettings, VariantSettings
 from slidescan.train.source import Batches, Source
@@ -52,6 +53,8 @@ _MINE_LR, _FINISH_LR = 0.1, 0.2
 _DRAFTS, _MINED = "drafts", "mined-"  # in a run's directory: variants that are not finished, and windows of one
 # What the seed begins with: steps are added to it.
 _STAGES = {"mined": 1 << 20, "finish": 2 << 20, "half-1": 3 << 20, "half-2": 4 << 20}
+# Settings by which annotations are read, told in the card: a measurement reads them so, too.
+_READ_WITH = ("slide_mpp", "skip", "crowds")
 # Two boxes of 12.5 µm overlap so when their centres are 4 µm apart: nearer than two figures are, and farther than what
 # two queries say of one.
 _MERGE_IOU = 0.5
@@ -226,7 +229,9 @@ def train_detector(
     run, learned = _Run(settings, out, log), []
     for variant in settings.variants:
         source = open_source(settings, variant)
-        refuse_annotated(mine_slides, source)
+        for line in source.told() if variant is settings.variants[0] else ():
+            log(line)
+        refuse_annotated(mine_slides, source, read_all((settings.data, settings.validation, settings.test)))
         refuse_others(mine_slides, out / f"{_MINED}{variant.mpp:g}")
         keep_begun(settings, variant, source.identity, out)
         if decided is not None:
@@ -273,7 +278,9 @@ def open_test(data: Path, model: Model, images: int, mpp: float | None = None, a
     taken to be at, or `assumed`.
     """
     variant = VariantSettings(mpp=model.mpp, input_px=model.input_px)
+    told = {key: model.training[key] for key in _READ_WITH[1:] if key in model.training}
     settings = TrainSettings(
+        **told,
         data=data,
         classes=list(model.classes),
         attributes=list(model.attributes),
@@ -289,7 +296,7 @@ def open_test(data: Path, model: Model, images: int, mpp: float | None = None, a
         return CropSource(data, settings, variant)
     test = load_annotated(data, settings, model.training.get("slide_mpp", assumed))
     kinds = {"test": kind_of(data)}
-    return OwnSource({"test": test}, variant, kinds=kinds, object_um=settings.object_um)
+    return OwnSource({"test": test}, variant, kinds=kinds, settings=settings)
 
 
 def _network(settings: TrainSettings, variant: VariantSettings, start: Path | None) -> torch.nn.Module:
@@ -302,7 +309,8 @@ def _network(settings: TrainSettings, variant: VariantSettings, start: Path | No
         config: Any = network.config
         if config.model_type != "d_fine":
             raise ModelError(f"{start.name}: expected a D-FINE to start from, got {config.model_type}")
-        network = relabel(network, [*settings.classes, *settings.attributes])
+        known = len(read_card(start, config.to_dict(), variant.mpp).classes)
+        network = relabel(network, settings.classes, settings.attributes, known_classes=known)
         pin(network)
     accelerate(network)
     set_anchors(network, settings.object_um / variant.mpp)
@@ -322,7 +330,7 @@ def _trained(start: Path) -> Path:
 
 
 def _card(settings: TrainSettings, variant: VariantSettings, **training: Any) -> Card:
-    scale = {} if settings.slide_mpp is None else {"slide_mpp": settings.slide_mpp}
+    told = {key: value for key in _READ_WITH if (value := getattr(settings, key)) not in (None, [])}
     return Card(
         f"{settings.name}-{variant.mpp:g}",
         tuple(settings.classes),
@@ -333,7 +341,7 @@ def _card(settings: TrainSettings, variant: VariantSettings, **training: Any) ->
         merge_iou=_MERGE_IOU,
         halo_um=_HALO_PX * variant.mpp,
         attributes=tuple(settings.attributes),
-        training={"steps": variant.steps, "minutes": variant.minutes, "seed": settings.seed, **scale, **training},
+        training={"steps": variant.steps, "minutes": variant.minutes, "seed": settings.seed, **told, **training},
     )
 
 

@@ -40,8 +40,8 @@ class TrainSettings(_Strict):
     """Everything a run depends on besides the data.
 
     Shares are of the training images; what they leave is realistic fields. Tile sizes are drawn with equal probability
-    and batches hold `batch_mpx` million px whatever the size. Settings of fields and mosaics serve the crops that
-    `mitosis` is trained on and nothing else.
+    and batches hold `batch_mpx` million px whatever the size. Figures per px, and all shares but those of mosaics,
+    mined and decided windows, serve the crops that `mitosis` is trained on and nothing else.
 
     Examples
     --------
@@ -60,6 +60,8 @@ class TrainSettings(_Strict):
     name: str = "mitosis"
     classes: Annotated[list[str], Field(min_length=1)] = ["mitotic figure"]
     attributes: list[str] = []
+    skip: list[str] = []  # of your own data: classes, or what classes are derived by, that say nothing of objects
+    crowds: Literal["ignored", "objects"] = "ignored"  # what COCO's iscrowd is; CVAT's masks are objects
     object_um: Annotated[float, Field(gt=0)] = 12.5  # edge of the box around an annotated point; of anchors, too
     seed: Annotated[int, Field(ge=0)] = 0
     device: str | None = None  # None takes a GPU if there is one
@@ -93,6 +95,11 @@ class TrainSettings(_Strict):
         names = [f"{variant.mpp:g}" for variant in self.variants]
         if len(set(names)) < len(names):
             raise ValueError(f"expected variants of different mpp, each has a directory of its own, got {names}")
+        for variant in self.variants:
+            if variant.start is not None and variant.start_mpp is not None:
+                raise ValueError(f"expected start or start_mpp for {variant.mpp:g} µm/px, got both")
+            if variant.start is not None and "width" in self.model_fields_set:
+                raise ValueError("expected no width for a variant that starts with the weights of a model, got one")
         return self
 
     def smoke(self) -> TrainSettings:

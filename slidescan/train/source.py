@@ -56,6 +56,10 @@ class Source(Protocol):
         """Digest of what is trained on and of what is chosen by."""
         ...
 
+    def told(self) -> list[str]:
+        """Return what was read, a line each split."""
+        ...
+
     def example(self, rng: np.random.Generator, size: int) -> Example:
         """Draw one training image of `size` px at the variant's µm/px."""
         ...

@@ -121,7 +121,7 @@ class Windows:
             mm2 = one.slide.frame.area_mm2 if one.whole else 0.0
             places = None
             if mm2 > _PICTURE_MM2:
-                places = _tissue(self._slide(i), rng)
+                places = _tissue(self._slide(i), one.ignored_xyxy_l0, rng)
                 mm2 *= places.share
             self._places.append(places)
             area_mm2.append(mm2)
@@ -215,9 +215,12 @@ class Windows:
         return self._annotated[i].slide
 
 
-def _tissue(slide: Slide, rng: np.random.Generator) -> _Places:
+def _tissue(slide: Slide, ignored_xyxy_l0: F64, rng: np.random.Generator) -> _Places:
+    """Return where tissue is that counts: of a slide with a small annotated region, all else would be drawn in vain."""
     pixels, frame = slide.thumbnail(_THUMBNAIL_PX)
-    mask = tissue_mask(pixels.rgb, mpp=frame.mpp).mask
+    mask = tissue_mask(pixels.rgb, mpp=frame.mpp).mask.copy()
+    for x0, y0, x1, y1 in np.rint(ignored_xyxy_l0 * slide.frame.factor_to(frame)).clip(0).astype(np.intp).tolist():
+        mask[y0:y1, x0:x1] = False
     y, x = np.nonzero(mask)
     chosen = rng.permutation(len(x))[:_PLACES]
     return _Places(np.stack((x, y), 1)[chosen], frame.factor_to(slide.frame), float(mask.mean()))

@@ -72,6 +72,20 @@ def test_a_run_goes_on_with_the_same_decisions(run: Path, slide: Slide, tmp_path
         keep_decided(first, out)
 
 
+def test_whose_a_decided_slide_is_the_tables_say(tmp_path: Path) -> None:
+    """Else a patient that is measured on was trained on, under a slide's name."""
+    write_slide(tmp_path / "A2.tif", 1)
+    ss.scan(tmp_path / "A2.tif", ORACLE, out=tmp_path / "runs" / "A2", config=APART)
+    decide(tmp_path / "runs" / "A2", "accept")
+    (tmp_path / "test").mkdir()
+    settings = SETTINGS.model_copy(update={"test": tmp_path / "test"})
+    for table, patient in ((None, "A2"), ("slide,patient\nA1,P1\nA2,P1\n", "P1")):
+        if table:
+            (tmp_path / "test" / "patients.csv").write_text(table)
+        decided = load_decided(tmp_path / "runs" / "A2", str(tmp_path / "A2.tif"), settings)
+        assert [one.patient for one in decided.annotated] == [patient]
+
+
 @pytest.fixture(scope="module")
 def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two slides of an archive, of which the discs on the left are taken for real, and two annotated ones."""
