@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -45,6 +46,7 @@ def pages(case: Path, slide: Slide, tab: Tab) -> Iterator[Callable[..., Desk]]:
         assert tab.thrown == []
         assert {re.sub(r":\d+/.*", "", url) for url in tab.asked} <= {"http://127.0.0.1", "blob:http://127.0.0.1"}
         tab.open("about:blank")
+    gc.collect()  # here, where asyncio's complaints of what the browser held open are expected
 
 
 def decided(case: Path) -> list[tuple[str, str]]:

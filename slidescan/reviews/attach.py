@@ -16,13 +16,15 @@ from slidescan.reviews.items import ReviewItem
 __all__ = ["at_one_place", "reattach"]
 
 _SAME_IOU = 0.5  # from here on two boxes mean one thing: the usual rule for detections (Pascal VOC)
+_LEAST_IOU = 0.2  # below it two boxes do not, even if one's centre is in the other: a cell and debris at its edge
 
 
 def reattach(boxes_l0: Mapping[str, Box], items: Collection[ReviewItem]) -> dict[str, str]:
     """Return, by old id, the id of the item at the same place; what finds nothing is left out.
 
-    An old box and an item belong together if the box's centre is in the item's outline, or their boxes' intersection
-    over union is 0.5 or more. Each is given away once, those that overlap most first; equal ones by id.
+    An old box and an item belong together if the box's centre is in the item's outline (of a detection, which has but a
+    box, with an intersection over union of 0.2 or more), or the intersection over union of their boxes is 0.5 or more.
+    Each is given away once, those that overlap most first; equal ones by id.
 
     Parameters
     ----------
@@ -36,7 +38,8 @@ def reattach(boxes_l0: Mapping[str, Box], items: Collection[ReviewItem]) -> dict
     old_ids, new = sorted(boxes_l0), sorted(items, key=lambda item: item.id)
     old_xyxy = np.array([astuple(boxes_l0[id_]) for id_ in old_ids], np.float64)
     new_xyxy = np.array([astuple(item.box_l0) for item in new], np.float64)
-    pairs = at_one_place(old_xyxy, new_xyxy, lambda row: new[row].polygon_l0)
+    least_iou = _LEAST_IOU if new[0].what == "detection" else 0.0
+    pairs = at_one_place(old_xyxy, new_xyxy, lambda row: new[row].polygon_l0, least_iou)
     return {old_ids[old]: new[row].id for old, row in pairs.items()}
 
 
@@ -44,6 +47,7 @@ def at_one_place(
     old_xyxy: NDArray[np.float64],
     new_xyxy: NDArray[np.float64],
     outline: Callable[[int], NDArray[np.float64] | None] = lambda row: None,
+    least_iou: float = _LEAST_IOU,
 ) -> dict[int, int]:
     """Return, by row of the old boxes (N, 4), the row of the new one (M, 4) at the same place, as `reattach` has it.
 
@@ -58,7 +62,8 @@ def at_one_place(
             outlines[row] = shapely.Polygon(polygon)
     overlap = iou_pairs(old_xyxy[a], new_xyxy[b])
     centre_x, centre_y = (old_xyxy[a, 0] + old_xyxy[a, 2]) / 2, (old_xyxy[a, 1] + old_xyxy[a, 3]) / 2
-    fits = shapely.intersects_xy(outlines[b], centre_x, centre_y) | (overlap >= _SAME_IOU)
+    inside = shapely.intersects_xy(outlines[b], centre_x, centre_y)
+    fits = (inside & (overlap >= least_iou)) | (overlap >= _SAME_IOU)
     attached: dict[int, int] = {}
     given: set[int] = set()
     for pair in np.lexsort((b, a, -overlap)).tolist():

@@ -262,12 +262,12 @@ def _events(line: bytes) -> Iterator[Decision | Undo | None]:
             if told.get("schema") != _SCHEMA or told.get("event") not in ("decide", "undo"):
                 continue  # of a later slidescan
             yield _undo(told) if told["event"] == "undo" else _decision(told)
-        except (ValueError, KeyError, TypeError, RecursionError):
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             yield None
 
 
 def _undo(told: dict[str, Any]) -> Undo:
-    return Undo(_text(told["event_id"]), float(told["at"]), _text(told["reviewer"]), _text(told["undoes"]))
+    return Undo(_text(told["event_id"]), _number(told["at"]), _text(told["reviewer"]), _text(told["undoes"]))
 
 
 def _decision(told: dict[str, Any]) -> Decision:
@@ -275,11 +275,11 @@ def _decision(told: dict[str, Any]) -> Decision:
         raise ValueError("no such decision")
     parts, detected_label = told.get("parts_l0"), told.get("detected_label")
     shown = (told.get(name) for name in ("score", "evidence"))
-    score, evidence = (None if value is None else float(value) for value in shown)
+    score, evidence = (None if value is None else _number(value) for value in shown)
     label = told.get("label")
     return Decision(
         event_id=_text(told["event_id"]),
-        at=float(told["at"]),
+        at=_number(told["at"]),
         reviewer=_text(told["reviewer"]),
         what=told["what"],
         region=_text(told["region"]),
@@ -298,10 +298,15 @@ def _decision(told: dict[str, Any]) -> Decision:
 
 
 def _box(told: Any) -> Box:
-    x0, y0, x1, y1 = map(float, told)
-    if not all(map(math.isfinite, (x0, y0, x1, y1))):
-        raise ValueError("no such box")
+    x0, y0, x1, y1 = map(_number, told)
     return Box(x0, y0, x1, y1)
+
+
+def _number(told: Any) -> float:
+    number = float(told)
+    if not math.isfinite(number):
+        raise ValueError("no such number")
+    return number
 
 
 def _text(value: object) -> str:

@@ -51,6 +51,7 @@ class Desk:
     def __init__(self, review: Review) -> None:
         self._review = review
         self._lock = threading.Lock()  # a `Review` is for one thread
+        self._layers_lock = threading.Lock()  # of a large slide they take long, and no decision waits for them
         self._slides = list(review.cases)
         self._number = {name: n for n, name in enumerate(self._slides)}
         self._listings: OrderedDict[int, list[ReviewItem]] = OrderedDict()
@@ -289,7 +290,7 @@ class Desk:
         return self._tilings[n]
 
     def _layer(self, n: int, case: Case) -> Layers:
-        with self._lock:
+        with self._layers_lock:
             if n not in self._layers:
                 try:
                     self._layers[n] = layers_of(case.path, blinded=self._review.blinded)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import astuple
 
 import numpy as np
 
 from slidescan.errors import ConfigError, ResultError
 from slidescan.result import ScanResult
+from slidescan.reviews.attach import at_one_place
 from slidescan.reviews.case import Case
 from slidescan.reviews.decisions import DECISIONS, Decision, Verdict
+from slidescan.reviews.items import ReviewItem
 
 __all__ = ["decided", "decided_ids"]
 
@@ -21,7 +24,8 @@ def decided(result: ScanResult, decisions: str, *, reviewer: str | None = None) 
 
     None stands for the detector's class. Where reviewers differ, the later decision counts. A detection that was found
     is of one region, whatever outlines it lies in; where it was decided on by itself, that counts. One that is alone in
-    its region has the region's class. Below the threshold nobody was shown any.
+    its region has the region's class. Nobody was shown any below the threshold, and of a region that was decided on in
+    an earlier scan only those that were in it then: it is decided with all of them, or they are without it.
 
     Parameters
     ----------
@@ -47,12 +51,15 @@ def decided(result: ScanResult, decisions: str, *, reviewer: str | None = None) 
     names = sorted({decision.reviewer for decision in made})
     if reviewer is not None and reviewer not in names:
         raise ConfigError(f"reviewer: expected one who decided here ({', '.join(names) or 'nobody'}), got {reviewer!r}")
-    said = {id_: last.label for id_, last in _last(regions, reviewer).items() if last.decision == wanted}
+    last_of = {id_: last for id_, last in _last(regions, reviewer).items() if last.decision == wanted}
     alone = _last(Case(result, "detection"), reviewer) if any(one.what == "detection" for one in made) else {}
+    shown = {id_: _shown(result, regions.items[id_], last) for id_, last in last_of.items()}
+    said = {id_: last.label for id_, last in last_of.items() if len(shown[id_]) == regions.items[id_].n}
     parts = {
-        id_: said[region] if regions.items[region].n == 1 else None
-        for id_, region in _homes(result, regions).items()
-        if region in said and id_ not in alone
+        id_: last_of[region].label if regions.items[region].n == 1 else None
+        for region, ids in shown.items()
+        for id_ in ids
+        if id_ not in alone
     }
     return said | parts | {id_: last.label for id_, last in alone.items() if last.decision == wanted}
 
@@ -72,7 +79,10 @@ def _last(case: Case, reviewer: str | None) -> dict[str, Decision]:
     }
 
 
-def _homes(result: ScanResult, regions: Case) -> dict[str, str]:
-    """Return by detection that was found the region it is in."""
-    found = np.flatnonzero(result.detections.score >= result.threshold).tolist()
-    return {result.ids[found[row]]: item.id for item in regions.items.values() for row in item.rows.tolist()}
+def _shown(result: ScanResult, region: ReviewItem, last: Decision) -> list[str]:
+    """Return the ids of a region's detections that were shown when it was decided on."""
+    found = np.flatnonzero(result.detections.score >= result.threshold)[region.rows]
+    if last.region != region.id and last.parts_l0:  # a line from before they were kept tells of none
+        then = np.array([astuple(part) for part in last.parts_l0], np.float64)
+        found = found[sorted(at_one_place(then, result.detections.xyxy[found]).values())]
+    return [result.ids[row] for row in found.tolist()]

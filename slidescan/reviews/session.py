@@ -216,8 +216,10 @@ class Review:
         """
         lasts = []
         for case in self._cases.values():
-            shown = ((item_id, made) for item_id, made in case.made_by(self.reviewer) if item_id in self._items)
-            if last := next(shown, None):
+            shown = [(item_id, made) for item_id, made in case.made_by(self.reviewer) if item_id in self._items]
+            # Of this review first: another window of the same reviewer may have decided since.
+            here = ((item_id, made) for item_id, made in shown if made.event_id in self._made)
+            if last := next(here, next(iter(shown), None)):
                 lasts.append((self._made.get(last[1].event_id, -1), last[1].at, case.slide_id, *last))
         if not lasts:
             return None

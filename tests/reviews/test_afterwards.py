@@ -7,6 +7,7 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -18,12 +19,11 @@ from slidescan.detections import Detections
 from slidescan.errors import ResultError
 from slidescan.flagged import flag_regions
 from slidescan.geometry import Frame
-from slidescan.reviews.case import Case
-from slidescan.reviews.selection import _homes, decided
+from slidescan.reviews.selection import decided
 from slidescan.reviews.start import open_runs
 from slidescan.slides import Slide
 from tests.discs import ORACLE, config, discs
-from tests.reviewed import lines
+from tests.reviewed import APART, lines
 
 
 def moved(result: ss.ScanResult, slide: Slide, **changed: object) -> ss.ScanResult:
@@ -64,7 +64,7 @@ def test_what_was_accepted_is_of_the_class_that_was_shown(
     ann.decide(ann.items()[0].id, "accept")
     monkeypatch.setattr(type(ORACLE), "classes", ("lymphocyte",))
     other = replace(ORACLE, jitter_px=3.0)
-    after = ss.scan(slide, other, out=result.path, config=config(), overwrite=True)
+    after = ss.scan(slide, other, out=result.path, config=APART, overwrite=True)
     looked = ss.review(after, reviewer="ann")
     (item,) = looked.items(decision="accept")
     assert (item.label, looked.decision(item.id).label) == ("lymphocyte", "disc")
@@ -113,7 +113,7 @@ def test_a_reviewers_class_is_exported(result: ss.ScanResult, monkeypatch: pytes
     for id_, label in zip(ids, ("apoptotic body", None, None), strict=True):
         ann.decide(id_, "accept", label=label)
     alone = ss.review(result, of="detections", reviewer="ann")
-    homes = {region: id_ for id_, region in _homes(result, Case(result, "region")).items()}
+    homes = {item.id: result.ids[int(item.rows[0])] for item in ann.items()}  # all were found, each alone
     alone.decide(homes[ids[2]], "accept", label="lymphocyte")
     regions, found = exported(monkeypatch, run, "--decisions", "accepted")
     assert (regions, found) == (set(ids), {homes[id_] for id_ in ids})
@@ -131,11 +131,49 @@ def test_a_reviewers_class_is_exported(result: ss.ScanResult, monkeypatch: pytes
 
 def test_what_nobody_was_shown_is_not_accepted(result: ss.ScanResult) -> None:
     """A region is of what was found; below the threshold there may be more within its outline."""
-    regions = Case(result, "region")
-    assert len(_homes(result, regions)) == len(result.found) > 0
+    ann = ss.review(result, reviewer="ann")
+    for item in ann.items():
+        ann.decide(item.id, "accept")
+    found = [result.ids[row] for row in np.flatnonzero(result.detections.score >= result.threshold)]
+    assert set(decided(result, "accepted")) == {item.id for item in ann.items()} | set(found)
     doubtful = replace(result.detections, score=np.full(len(result.detections), result.threshold / 2, np.float32))
-    changed = replace(result, detections=doubtful)
-    assert _homes(changed, Case(changed, "region")) == {}
+    assert decided(replace(result, detections=doubtful), "accepted") == {}
+
+
+@pytest.mark.parametrize("verdict", ["accept", "reject"])
+def test_what_a_later_scan_adds_to_a_region_was_not_decided(
+    result: ss.ScanResult, slide: Slide, verdict: Literal["accept", "reject"]
+) -> None:
+    """Regions that became one: what was decided on is, and neither the others nor the whole of it."""
+    ann, which = ss.review(result, reviewer="ann"), {"accept": "accepted", "reject": "rejected"}[verdict]
+    ann.decide(ann.items()[0].id, verdict)
+    box = ann.items()[0].box_l0
+    again = moved(result, slide, flagged__link_um=1000.0)
+    (id_,) = decided(again, which)
+    x, y = again.detections.centers[again.ids.index(id_)].tolist()
+    assert box.x0 < x < box.x1
+    assert box.y0 < y < box.y1
+    looked = ss.review(again, reviewer="ann")
+    region = next(item for item in looked.items() if looked.decision(item.id))
+    looked.decide(region.id, verdict)
+    assert len(decided(again, which)) == 1 + region.n > 2
+
+
+def test_a_detection_is_not_taken_for_its_neighbour(result: ss.ScanResult) -> None:
+    """Debris at the edge of a cell, in its box, was rejected; it is gone, and the cell was not decided on."""
+    ann = ss.review(result, reviewer="ann", of="detections")
+    cell, other = ann.items()[:2]
+    ann.decide(other.id, "reject", note="debris")
+    (line,) = lines(result)
+    box = cell.box_l0
+    at = [box.x0, box.y0, box.x0 + 0.3 * (box.x1 - box.x0), box.y0 + 0.3 * (box.y1 - box.y0)]
+    gone = {"region": "00000000-0000-5000-8000-000000000000", "run_key": "of another scan"}
+    assert result.path is not None
+    for box_l0, reattached in ((at, 0), ([box.x0 + 2, box.y0, box.x1 + 2, box.y1], 1)):
+        (result.path / "decisions.jsonl").write_text(json.dumps(line | gone | {"box_l0": box_l0}) + "\n")
+        looked = ss.review(result, reviewer="ann", of="detections")
+        assert looked.reattached == reattached
+        assert (looked.decision(cell.id) is None) == (reattached == 0)
 
 
 def test_where_outlines_overlap_each_detection_is_of_one_region() -> None:

@@ -147,6 +147,10 @@ def test_events_of_a_later_slidescan_are_kept_and_count_for_nothing(tmp_path: Pa
     broken = [
         {**line, "event_id": "d", "decision": "maybe"},
         {**line, "event_id": "e", "box_l0": [0, 0, math.inf, 1]},
+        {**line, "event_id": "g", "box_l0": [0, 0, 10**400, 1]},
+        {**line, "event_id": "h", "at": 10**400},
+        {**line, "event_id": "i", "at": math.nan},
+        {**line, "event_id": "j", "score": math.inf},
         {**line, "event_id": 7},
         {"schema": 1, "event": "decide"},
         [],

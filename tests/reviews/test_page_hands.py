@@ -116,3 +116,75 @@ def test_a_key_after_a_choice_is_the_reviews(opened: Callable[..., Desk], tab: T
     at(tab, 2)
     assert tab.run("document.activeElement.className") == "ss-card"
     assert desk.answer("state", {})["left"] == N - 1
+
+
+def test_a_key_after_a_choice_is_the_reviews_beside_the_slide_too(opened: Callable[..., Desk], tab: Tab) -> None:
+    """There no card can take the focus, and an arrow would change the class of the item that came."""
+    opened(change=lambda desk: setattr(desk, "_classes", ["disc", "other"]))
+    press(tab, "f")
+    tab.run("document.querySelector('.ss-panel [type=radio]').focus()")
+    press(tab, "a")
+    at(tab, 2)
+    assert tab.run("document.activeElement.type ?? null") is None
+    press(tab, "ArrowRight")
+    at(tab, 3)
+
+
+def second_page(tab: Tab, request: str) -> None:
+    """Make another review in the page, `early`, over a transport whose requests are answered by `request`."""
+    tab.run(
+        f"""(() => {{
+          const {{ transport, state, constructor }} = {REVIEW}, root = document.createElement('div');
+          const ask = transport.request.bind(transport);
+          document.body.append(root);
+          window.early = new constructor(root, {{ request: {request} }}, state, {{ OpenSeadragon, keysFrom: root }});
+          window.listed = window.early.list();
+        }})()"""
+    )
+
+
+@pytest.mark.parametrize("key", ["a", "z", "f", "ArrowRight"])
+def test_a_key_before_there_is_a_list(opened: Callable[..., Desk], tab: Tab, case: Path, key: str) -> None:
+    """Nothing is decided or undone, and the list comes all the same."""
+    opened()
+    press(tab, "a")
+    at(tab, 2)
+    held = "new Promise((go) => { window.answer = () => go(ask(kind, ...rest)); })"
+    second_page(tab, f"(kind, ...rest) => kind === 'items' && !window.answer ? {held} : ask(kind, ...rest)")
+    tab.wait("window.answer !== undefined")
+    tab.run(f"early.root.dispatchEvent(new KeyboardEvent('keydown', {{ key: '{key}' }}))")
+    tab.run("answer()")
+    tab.wait(f"early.total === {N} && early.panel.seen && !early.busy")
+    assert tab.run("early.panel.alert.textContent") == ""
+    assert decided(case) == [("decide", "accept")]
+
+
+def test_a_double_click_decides_once(opened: Callable[..., Desk], tab: Tab, case: Path) -> None:
+    """The second one comes when the next picture is there, which nobody has seen; a click in one's own time counts."""
+    opened()
+    field = "document.getElementById('review').review.panel.field"
+    click = "document.querySelector('.ss-verdict').dispatchEvent(new MouseEvent('click', {{ detail: {} }}))"
+    tab.run(click.format(1))
+    at(tab, 2)
+    tab.run(f"{field}.shownAt = performance.now(); {click.format(2)}")
+    at(tab, 2)
+    assert decided(case) == [("decide", "accept")]
+    tab.run(f"{field}.shownAt -= 1000; {click.format(2)}")
+    at(tab, 3)
+    assert decided(case) == [("decide", "accept")] * 2
+
+
+def test_pictures_of_a_page_leave_room_for_a_decision(opened: Callable[..., Desk], tab: Tab) -> None:
+    """A browser asks a server six things at once; what is wanted of a page that was left is not fetched any more."""
+    opened()
+    tab.run("window.crops = []")
+    later = "new Promise((go) => { crops.push({ id: rest[0].id, answer: () => go(ask(kind, ...rest)) }); })"
+    second_page(tab, f"(kind, ...rest) => kind === 'crop' ? {later} : ask(kind, ...rest)")
+    tab.wait("early.shownPage === 0")
+    first = tab.run("crops.length")
+    assert 0 < first <= 4
+    tab.run("early.turn('last')")
+    tab.wait("early.shownPage === 1")
+    assert tab.run("crops.length") <= first + 1  # the one in question
+    tab.wait("early.panel.seen && early.crops.running === 0 || (crops.forEach((each) => each.answer()), false)")
+    assert tab.run("crops.length") <= first + 1 + 6  # of the second page

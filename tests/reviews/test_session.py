@@ -132,6 +132,16 @@ def test_the_next_is_the_first_that_is_left(result: ss.ScanResult) -> None:
             looked.decide(item.id, "accept")
 
 
+def test_undo_takes_back_what_this_window_did_last(result: ss.ScanResult) -> None:
+    """Another one of the same reviewer, a shared account's, has decided on other items since."""
+    first, second = (ss.review(result, reviewer="ann") for _ in range(2))
+    ids = [item.id for item in first.items()]
+    for window, id_ in ((first, ids[0]), (first, ids[1]), (second, ids[2])):
+        window.decide(id_, "accept")
+    first.refresh()
+    assert [first.undo() for _ in range(3)] == [ids[1], ids[0], ids[2]]  # and then what is the last of all
+
+
 def test_a_blinded_review_tells_no_scores(result: ss.ScanResult, slide: Slide) -> None:
     """Neither items, table, text, figure nor log hold a score, and no order tells one; not even another's decision."""
     open_ = ss.review(result, reviewer="ann")

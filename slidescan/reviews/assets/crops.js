@@ -1,14 +1,15 @@
 /* Pictures of items, fetched ahead of need and kept for a while. */
 
 const MOST_PICTURES = 300; // pictures of about 60 kB
-const MOST_AHEAD = 3; // at once; what is looked at now never waits for them
+const MOST_AT_ONCE = 3; // of a browser's six for a server: what is looked at now, and decisions, never wait for them
 
 export class Crops {
   constructor(transport, fovUm) {
     this.transport = transport;
     this.fovUm = fovUm;
     this.kept = new Map(); // by item and field, the promise of an object URL; the one used last at the end
-    this.waiting = [];
+    this.turns = []; // what fetches the pictures of a page
+    this.waiting = []; // items to come
     this.running = 0;
   }
 
@@ -28,15 +29,40 @@ export class Crops {
     return promise;
   }
 
-  /* Fetch these, in order, in place of what was to be fetched before. */
+  /* The picture of an item when it is its turn among those asked for so; of a page that was left, never. */
+  inTurn(item) {
+    if (this.kept.has(`${item.id} ${this.fovUm}`)) return this.picture(item);
+    return new Promise((resolve, reject) => {
+      this.turns.push(() => this.picture(item).then(resolve, reject));
+      this.#work();
+    });
+  }
+
+  /* Another page is shown. */
+  turnsOver() {
+    this.turns = [];
+  }
+
+  /* Fetch these, in order, after those of the page, in place of what was to be fetched before. */
   ahead(items) {
     this.waiting = [...items];
-    while (this.running < MOST_AHEAD && this.waiting.length) this.#run();
+    this.#work();
+  }
+
+  #work() {
+    while (this.running < MOST_AT_ONCE && (this.turns.length || this.waiting.length)) this.#run();
   }
 
   async #run() {
     this.running += 1;
-    while (this.waiting.length) await this.picture(this.waiting.shift()).catch(() => {});
+    while (this.turns.length || this.waiting.length) {
+      const turn = this.turns.shift() ?? this.#ahead(this.waiting.shift());
+      await turn();
+    }
     this.running -= 1;
+  }
+
+  #ahead(item) {
+    return () => this.picture(item).catch(() => {});
   }
 }

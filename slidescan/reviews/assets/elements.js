@@ -47,10 +47,11 @@ export class Field {
     this.parts = element("div", { className: "ss-parts" });
     this.root = element("div", { className: `ss-field ${className}` }, this.image, this.parts, this.box, this.bar, this.why);
     this.state = "empty";
+    this.shownAt = 0; // ms of the page's clock
   }
 
-  /* Returns whether it came to show this item: another may have been wanted meanwhile. */
-  async fill(item, crops) {
+  /* Returns whether it came to show this item: another may have been wanted meanwhile; `inTurn`, after others. */
+  async fill(item, crops, { inTurn = false } = {}) {
     const fovUm = crops.fovUm;
     this.wanted = `${item.id} ${fovUm}`;
     const wanted = this.wanted;
@@ -59,7 +60,7 @@ export class Field {
     let url = null;
     let why = "";
     try {
-      url = await crops.picture(item);
+      url = await (inTurn ? crops.inTurn(item) : crops.picture(item));
     } catch (error) {
       why = error.message;
     }
@@ -71,6 +72,7 @@ export class Field {
     }
     this.why.textContent = why;
     this.state = why ? "failed" : "shown";
+    this.shownAt = performance.now();
     this.root.dataset.state = this.state;
     this.root.dataset.item = item.id;
     this.place(item, fovUm);

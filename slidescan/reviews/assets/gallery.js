@@ -18,6 +18,7 @@ export class Gallery {
   /* Show items, the first of which is the list's number `first` from 0. */
   show(items, first, total, crops) {
     this.shown = new Map();
+    crops.turnsOver();
     this.cards.replaceChildren(...items.map((item, i) => {
       const field = new Field("ss-small");
       const mark = element("span", { className: "ss-mark", aria: { hidden: "true" } });
@@ -26,7 +27,7 @@ export class Gallery {
       card.append(field.root, caption, mark);
       this.shown.set(item.id, { card, field, mark, caption, number: first + i + 1 });
       this.update(item);
-      field.fill(item, crops);
+      field.fill(item, crops, { inTurn: true });
       return card;
     }));
     const last = first + items.length;

@@ -30,12 +30,15 @@ class Page {
   constructor(root, transport, state, { OpenSeadragon, keysFrom }) {
     Object.assign(this, { root, transport, state });
     this.left = state.left;
+    Object.assign(this, { listing: null, total: 0, pages: new Map(), index: 0 }); // until there is a list
     this.asked = 0; // lists
     this.acting = null; // what is being written, and the move that follows it
     this.crops = new Crops(transport, state.of === "detection" ? 64 : 128);
     const say = (...said) => this.panel.say(...said);
     const acts = {
-      ...Object.fromEntries(Object.keys(VERDICTS).map((verdict) => [verdict, () => this.#act(() => this.decide(verdict))])),
+      ...Object.fromEntries(Object.keys(VERDICTS).map((verdict) => [verdict, (by) => {
+        if (!this.panel.doubled(by)) this.#act(() => this.decide(verdict));
+      }])),
       label: (key) => this.panel.choose(Number(key)),
       previous: () => this.go(this.index - 1),
       next: () => this.go(this.index + 1),
@@ -110,9 +113,10 @@ class Page {
     }
   }
 
-  /* Decide or undo, one at a time. */
+  /* Decide or undo, one at a time, of what is listed; what goes wrong is said and keeps no list from coming. */
   #act(act) {
-    if (!this.busy) this.acting = act();
+    if (this.busy || this.listing === null) return;
+    this.acting = act().catch((error) => this.panel.say(error.message, { wrong: true }));
   }
 
   /* Take the keys back from a field. */
@@ -154,6 +158,8 @@ class Page {
       this.shownPage = number;
     }
     this.gallery.select(item.id, { focus: focus || focused?.disabled }); // it was on the button to a page beyond the last
+    // Of the slide's view no card can have it, and the arrows must not choose a class there either.
+    if (focus && !this.gallery.root.contains(document.activeElement)) this.root.focus({ preventScroll: true });
     if (!this.context.root.hidden) this.context.show(item, { stay });
     this.#ahead(index);
     await shown;

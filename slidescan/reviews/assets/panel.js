@@ -1,6 +1,8 @@
 /* The item in question, large, with what is known of it and what can be said of it. */
 import { Field, VERDICTS, button, counted, element, scored } from "./elements.js";
 
+const DOUBLE_MS = 400; // within which systems take two clicks for one double click, most of them
+
 const known = ({ decided, label }) => ({ note: decided?.note ?? "", label: decided?.label ?? label });
 
 export class Panel {
@@ -113,6 +115,11 @@ export class Panel {
   /* Whether its picture is there, or cannot be had: before that there is nothing to decide on. */
   get seen() {
     return this.field.root.dataset.item === this.item?.id && ["shown", "failed"].includes(this.field.state);
+  }
+
+  /* Whether an act is the second click of two in haste: it was meant for the picture before. */
+  doubled(by) {
+    return by?.detail > 1 && performance.now() - this.field.shownAt < DOUBLE_MS;
   }
 
   choose(number) {
