@@ -19,7 +19,7 @@ PrecisionOpt = Annotated[
     Literal["auto", "fp32", "bf16"],
     typer.Option(
         help="Of the network's convolutions. bf16 is faster on a GPU, and on a CPU that has it (AVX-512, AMX); auto: "
-        "bf16 on a GPU and fp32 on a CPU."
+        "bf16 for D-FINE and RT-DETR on a GPU that has it, fp32 otherwise."
     ),
 ]
 ModelMppOpt = Annotated[

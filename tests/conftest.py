@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -37,3 +38,17 @@ def shared() -> Path:
     if not (root / "slides").is_dir():
         pytest.skip(f"real slides not found at {root}; set SLIDESCAN_TEST_DATA")
     return root
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model directory with a small random network."""
+    from tests.tiny import write_tiny  # torch takes seconds, which tests of slides do without
+
+    return write_tiny(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture
+def copied(tiny: Path, tmp_path: Path) -> Path:
+    """A copy of the small model that a test may break."""
+    return Path(shutil.copytree(tiny, tmp_path / "broken"))

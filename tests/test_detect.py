@@ -28,26 +28,9 @@ from slidescan.train.agreement import grid_shift_agreement
 from slidescan.train.crops import load_crops
 from slidescan.train.fields import FieldMaker
 from slidescan.train.network import build_network
-from tests.tiny import write_tiny
+from tests.tiny import noise
 
 BUNDLED = Path(sys.modules[load_detector.__module__].__file__ or "").parent / "models" / "mitosis"
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model directory with a small random network."""
-    return write_tiny(tmp_path_factory.mktemp("models") / "tiny")
-
-
-@pytest.fixture
-def copied(tiny: Path, tmp_path: Path) -> Path:
-    """A copy of the small model that a test may break."""
-    return Path(shutil.copytree(tiny, tmp_path / "broken"))
-
-
-def noise(n: int, height: int, width: int) -> NDArray[np.uint8]:
-    """Random tiles."""
-    return np.random.default_rng(0).integers(0, 256, (n, height, width, 3), dtype=np.uint8)
 
 
 def test_a_model_directory_is_a_detector(tiny: Path) -> None:
@@ -356,34 +339,6 @@ def test_damage_is_one_clear_error(copied: Path) -> None:
     config.write_text("{")
     with pytest.raises(ModelError, match=r"config\.json: expected a JSON file"):
         load_detector(copied)
-
-
-@pytest.mark.parametrize(
-    "change", [{"mpp": 0}, {"mpp": "x"}, {"input_px": 100}, {"threshold": 2}, {"classes": 3}, {"anchor_px": -4}]
-)
-def test_a_wrong_card_is_refused(copied: Path, change: dict[str, object]) -> None:
-    """A number out of range in slidescan.json is found before a scan starts."""
-    card = copied / "slidescan.json"
-    card.write_text(json.dumps({**json.loads(card.read_text()), **change}))
-    with pytest.raises(ModelError, match=r"slidescan\.json"):
-        load_detector(copied)
-
-
-@pytest.mark.parametrize("name", ["no-such-model", "/no/such/directory", "../mitosis", "a/b/c", ""])
-def test_an_unknown_name_is_refused_without_the_network(name: str) -> None:
-    """What is neither a directory, nor bundled, nor of the form owner/name raises at once."""
-    with pytest.raises(ModelError):
-        load_detector(name)
-
-
-def test_an_empty_directory_and_a_missing_device_are_refused(tmp_path: Path, tiny: Path) -> None:
-    """Both errors say what was expected."""
-    with pytest.raises(ModelError, match="found neither"):
-        load_detector(tmp_path)
-    with pytest.raises(ModelError, match="device"):
-        load_detector(tiny, device="cuda:99").detect(noise(1, 64, 64), 0.0)
-    with pytest.raises(ModelError, match="precision"):
-        load_detector(tiny, precision="fp8")  # type: ignore[arg-type]
 
 
 def test_bundled_models_are_small_and_complete() -> None:

@@ -186,6 +186,8 @@ def test_anchors_of_one_size_of_image_serve_others(tmp_path: Path) -> None:
         ({"image_processor_type": "DetrImageProcessor"}, 1 / 255, True),
         ({"feature_extractor_type": "DetrFeatureExtractor", "rescale_factor": 0.5}, 0.5, True),
         ({"image_processor_type": "RTDetrImageProcessor"}, 1 / 255, False),
+        ({"image_processor_type": "PPDocLayoutV3ImageProcessor"}, 1 / 255, False),
+        ({"image_processor_type": "PPDocLayoutV2ImageProcessor", "do_normalize": True}, 1 / 255, False),
         ({"image_processor_type": "DetrImageProcessor", "do_normalize": False}, 1 / 255, False),
         ({"size": {"shortest_edge": 800}}, 1 / 255, False),
     ],
@@ -201,7 +203,14 @@ def test_what_a_processor_leaves_out_is_its_classes_default(
 
 @pytest.mark.parametrize(
     ("kind", "normalised"),
-    [("deformable_detr", True), ("conditional_detr", True), ("d_fine", False), ("rt_detr_v2", False), (None, False)],
+    [
+        ("deformable_detr", True),
+        ("conditional_detr", True),
+        ("d_fine", False),
+        ("rt_detr_v2", False),
+        ("pp_doclayout_v3", False),
+        (None, False),
+    ],
 )
 def test_without_a_processor_it_is_that_of_the_kind(tmp_path: Path, kind: str | None, normalised: bool) -> None:
     """A model saved alone is prepared for as transformers would; a processor for texts, too, holds one for pictures."""

@@ -12,13 +12,6 @@ import torch
 from slidescan.detect import load_detector
 from slidescan.detect.device import resolve
 from slidescan.detect.network import Network
-from tests.tiny import write_tiny
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model directory with a small random network."""
-    return write_tiny(tmp_path_factory.mktemp("models") / "tiny")
 
 
 @pytest.mark.parametrize("way", ["planes first", "Fortran", "turned", "every other", "read-only"])

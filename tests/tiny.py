@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from slidescan.detect.card import Card, write_model
 from slidescan.train.network import build_network
@@ -16,3 +18,8 @@ def write_tiny(path: Path) -> Path:
     card = Card("tiny", ("cell", "other"), 0.5, input_px=128, object_um=10.0, threshold=0.3, anchor_px=24.0)
     write_model(build_network(["cell", "other"], width=0.25, queries=12), card, path)
     return path
+
+
+def noise(n: int, height: int, width: int) -> NDArray[np.uint8]:
+    """Random tiles."""
+    return np.random.default_rng(0).integers(0, 256, (n, height, width, 3), dtype=np.uint8)

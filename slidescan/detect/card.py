@@ -19,16 +19,29 @@ from slidescan.errors import ModelError
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["MODEL_FILES", "Card", "Colours", "digest", "read_card", "read_json", "write_card", "write_model"]
+__all__ = [
+    "MODEL_FILES",
+    "SHARDS",
+    "Card",
+    "Colours",
+    "digest",
+    "read_card",
+    "read_json",
+    "title",
+    "write_card",
+    "write_model",
+]
 
 MODEL_FILES = (
     "config.json", "model.safetensors", "slidescan.json", "preprocessor_config.json", "processor_config.json"
 )  # fmt: skip
-# transformers' defaults where a processor's file leaves them out; all of DETR's kin normalise but these.
+SHARDS = "model.safetensors.index.json"  # of weights in several files, which are not read
+# transformers' defaults where a processor's file leaves them out; all of DETR's kin normalise but these, of which some
+# subtract nothing where they do.
 _IMAGENET = {"image_mean": (0.485, 0.456, 0.406), "image_std": (0.229, 0.224, 0.225)}
-_PLAIN = ("RTDetr",)
-# Kinds of models that transformers gives that processor.
-_PLAIN_MODELS = frozenset({"rt_detr", "rt_detr_v2", "d_fine", "deimv2"})
+_PLAIN, _NOTHING = ("RTDetr", "PPDocLayout"), {"image_mean": (0.0, 0.0, 0.0), "image_std": (1.0, 1.0, 1.0)}
+# Kinds of models that transformers gives such a processor.
+_PLAIN_MODELS = frozenset({"rt_detr", "rt_detr_v2", "d_fine", "deimv2", "pp_doclayout_v2", "pp_doclayout_v3"})
 _PHOTO_PX = 640  # edge of the images most DETR-type models are trained on, where nothing says so
 
 
@@ -65,7 +78,7 @@ class Card:
     attribute_cuts : tuple of float
         Probability from which each attribute is best said, chosen on validation data.
     training : dict
-        How it was trained: steps, seed, windows mined, ``slide_mpp`` where its pictures were taken to be at one.
+        How it was trained: steps, seed, windows mined, and by which of the settings its annotations were read.
     """
 
     name: str
@@ -116,7 +129,8 @@ class Colours:
             # Left out of the file, it is what the processor's class has.
             if not table.get("do_normalize", bool(told) and not told.startswith(_PLAIN)):
                 return cls(scale)
-            mean, spread = (tuple(map(float, table.get(key, usual))) for key, usual in _IMAGENET.items())
+            defaults = _NOTHING if told.startswith(_PLAIN[1]) else _IMAGENET
+            mean, spread = (tuple(map(float, table.get(key, usual))) for key, usual in defaults.items())
             if len(mean) != 3 or len(spread) != 3 or min(spread) <= 0:
                 raise ValueError("three channels, and a scale and spread above 0")
         except (KeyError, TypeError, ValueError) as exc:
@@ -165,18 +179,7 @@ def read_card(path: Path, config: dict[str, Any], mpp: float | Literal["px"] | N
                 raise TypeError(f"classes must be a list of names, got {table['classes']!r}")
             table = {**table, "classes": tuple(table["classes"]), **lists}
             card = Card(**{key: value for key, value in table.items() if key in known})
-            numbers = card.mpp, card.input_px, card.object_um, card.temperature
-            if not (
-                all(0 < float(n) < math.inf for n in numbers)
-                and card.classes
-                and 0 <= card.threshold <= 1
-                and card.input_px % 32 == 0
-                and math.isfinite(card.offset)
-                and (card.merge_iou is None or 0 < card.merge_iou < 1)
-                and (card.halo_um is None or 0 < float(card.halo_um) < math.inf)
-                and (card.anchor_px is None or 0 < float(card.anchor_px) < math.inf)
-            ):
-                raise ValueError("a number is out of range")
+            _check(card)
             said, logits = (*card.classes, *card.attributes), _labels(config)
             if "architectures" in config and len(said) != len(logits):
                 raise ValueError(f"config.json has {len(logits)} classes, classes and attributes are {len(said)}")
@@ -185,19 +188,58 @@ def read_card(path: Path, config: dict[str, Any], mpp: float | Literal["px"] | N
         except (KeyError, TypeError, ValueError) as exc:
             raise ModelError(
                 f"{path.name}/slidescan.json: expected name, classes, mpp and numbers above 0, input_px a multiple of "
-                f"32, threshold from 0 to 1, merge_iou between them, halo_um and anchor_px above 0: {exc}"
+                "32, threshold and attribute_cuts from 0 to 1, merge_iou between them, halo_um and anchor_px above 0: "
+                f"{exc}"
             ) from exc
         return card
     if mpp is None:
         raise ModelError(
-            f"{path.name}: expected slidescan.json or the model's resolution, found neither; say what µm/px it was "
+            f"{title(path)}: expected slidescan.json or the model's resolution, found neither; say what µm/px it was "
             "trained at: --model-mpp, load_detector(…, mpp=…)"
         )
     if mpp == "px":
         mpp = 1.0
     elif not 0 < mpp < math.inf:
-        raise ModelError(f"{path.name}: expected the µm/px it was trained at, above 0, got {mpp:g}")
-    return Card(path.name, _labels(config), mpp, input_px=_trained_px(path))
+        raise ModelError(f"{title(path)}: expected the µm/px it was trained at, above 0, got {mpp:g}")
+    return Card(title(path), _labels(config), mpp, input_px=_trained_px(path))
+
+
+def title(path: Path) -> str:
+    """Return what a model directory is called; in the Hugging Face cache, where it is a hash, the repository's id.
+
+    Examples
+    --------
+    >>> title(Path("models--acme--detr/snapshots/0123456789abcdef"))
+    'acme/detr'
+    """
+    repository = path.parent.parent.name
+    is_cached = path.parent.name == "snapshots" and repository.startswith("models--")
+    return repository.removeprefix("models--").replace("--", "/") if is_cached else path.name
+
+
+def _check(card: Any) -> None:
+    """Refuse what is of another type or out of range: a number written as text would fail in the middle of a scan."""
+    whole = card.input_px, card.mpp, card.object_um, card.temperature
+    maybe = [value for value in (card.merge_iou, card.halo_um, card.anchor_px) if value is not None]
+    numbers = [*whole, *maybe, card.threshold, card.offset, *card.attribute_cuts]
+    if any(isinstance(value, bool) or not isinstance(value, int | float) for value in numbers):
+        raise TypeError("a number is none")
+    if not (isinstance(card.name, str) and card.name.strip() and card.name.isprintable()):
+        raise TypeError(f"name must be a line of text, got {card.name!r}")
+    if not isinstance(card.training, dict) or not all(isinstance(name, str) for name in card.attributes):
+        raise TypeError("training must be an object and attributes names")
+    if not (
+        all(math.isfinite(value) for value in numbers)
+        and min(*whole, *maybe) > 0
+        and card.classes
+        and 0 <= card.threshold <= 1
+        and isinstance(card.input_px, int)
+        and card.input_px % 32 == 0
+        and (card.merge_iou is None or card.merge_iou < 1)
+        and all(0 <= cut <= 1 for cut in card.attribute_cuts)
+        and len(card.attribute_cuts) in (0, len(card.attributes))
+    ):
+        raise ValueError("a number is out of range")
 
 
 def _labels(config: dict[str, Any]) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import Literal
 
-from slidescan.detect.card import MODEL_FILES
+from slidescan.detect.card import MODEL_FILES, SHARDS, title
 from slidescan.detect.model import Family, Model, Precision
 from slidescan.detect.yolo import Yolo
 from slidescan.errors import ModelError
@@ -20,6 +20,7 @@ __all__ = ["load_detector"]
 
 _BUNDLED = Path(__file__).parent / "models"
 _ULTRALYTICS = "ultralytics:"
+_MOST_NAME = 80  # characters of a name that cannot be one
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
@@ -42,7 +43,7 @@ def load_detector(
     device : str, optional
         Such as ``cpu`` or ``cuda:1``; None takes a GPU if there is one.
     precision : {"auto", "fp32", "bf16"}
-        Of the convolutions. auto is bf16 on a GPU and fp32 on a CPU.
+        Of the convolutions. auto is bf16 for a D-FINE or RT-DETR on a GPU that has it, and fp32 otherwise.
     mpp : float or "px", optional
         µm/px the model was trained at, for a directory without ``slidescan.json``; "px" where pictures are to be read
         as they are.
@@ -61,7 +62,19 @@ def load_detector(
     if precision not in ("auto", "fp32", "bf16"):
         raise ModelError(f"{name_or_path}: expected precision auto, fp32 or bf16, got {precision}")
     name = os.fspath(name_or_path)
+    if not name:
+        raise ModelError("model: expected a name or a directory, got an empty text; . is the directory you are in")
     kind: type[Model] = Yolo if name.startswith(_ULTRALYTICS) else Model
+    try:
+        return _found(name, kind, device, precision, mpp)
+    except OSError as exc:
+        why = exc.strerror or type(exc).__name__
+        raise ModelError(f"{name[:_MOST_NAME]}: expected a model directory, cannot read it ({why})") from exc
+
+
+def _found(
+    name: str, kind: type[Model], device: str | None, precision: Precision, mpp: float | Literal["px"] | None
+) -> Model | Family:
     path = Path(name.removeprefix(_ULTRALYTICS))
     if path.suffix == ".pt" and not path.is_dir():
         raise ModelError(
@@ -70,7 +83,7 @@ def load_detector(
         )
     if not path.is_dir():
         path = _elsewhere(name)
-    directories = [path, *sorted(path.iterdir())]
+    directories = [path, *sorted(sub for sub in path.iterdir() if os.access(sub, os.R_OK | os.X_OK))]
     if (path / kind.files[0]).is_file():
         return kind(path.resolve(), device, precision, mpp)
     below = [sub for sub in directories if (sub / kind.files[0]).is_file()]
@@ -79,7 +92,7 @@ def load_detector(
     except ModelError as exc:
         raise ModelError(f"{name}: of those below it, {exc}") from exc
     if models:
-        return Family(path.name, tuple(sorted(models, key=lambda model: model.mpp)))
+        return Family(title(path.resolve()), tuple(sorted(models, key=lambda model: model.mpp)))
     if kind is Model and any((sub / Yolo.files[0]).is_file() for sub in directories):
         raise ModelError(
             f"{name}: expected a model of transformers, found one of ultralytics; write {_ULTRALYTICS}{name} to load "
@@ -107,11 +120,12 @@ def _elsewhere(name: str) -> Path:
 def _from_hub(repository: str) -> Path:
     from huggingface_hub import snapshot_download
 
+    wanted = [name for file in (*MODEL_FILES, SHARDS) for name in (file, f"*/{file}")]
     try:
-        return Path(
-            snapshot_download(repository, allow_patterns=[name for file in MODEL_FILES for name in (file, f"*/{file}")])
-        )
-    except (OSError, ValueError) as exc:  # its own errors, and those of the network, derive from these
+        return Path(snapshot_download(repository, allow_patterns=wanted))
+    except MemoryError:
+        raise
+    except Exception as exc:  # its own errors, and those of its HTTP library, which has been changed
         raise ModelError(
             f"{repository}: expected a directory or a model on the Hugging Face hub, cannot fetch it "
             f"({type(exc).__name__}); check the name and the connection"

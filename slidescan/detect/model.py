@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from slidescan.detect.card import MODEL_FILES, Card, Colours, digest, read_card, read_json
+from slidescan.detect.card import MODEL_FILES, SHARDS, Card, Colours, digest, read_card, read_json, title
 from slidescan.detections import Detections
 from slidescan.errors import ModelError, ResolutionError
 from slidescan.heap import keep_freed, without_collecting
@@ -91,29 +91,29 @@ class Model:
         for key, kind in _KINDS.items():
             if not isinstance(config.get(key), kind | None):
                 raise ModelError(
-                    f"{self.path.name}/config.json: expected {key} to be of type {kind.__name__}, got {config[key]!r}"
+                    f"{title(self.path)}/config.json: expected {key} to be of type {kind.__name__}, got {config[key]!r}"
                 )
         kinds = [str(kind) for kind in config.get("architectures") or ()]
         if not any(kind.endswith("ForObjectDetection") for kind in kinds):
             raise ModelError(
-                f"{self.path.name}: expected an object-detection model of transformers in config.json, found "
+                f"{title(self.path)}: expected an object-detection model of transformers in config.json, found "
                 f"architectures {', '.join(kinds) or 'not named'}"
             )
         if "text_config" in config:
             raise ModelError(
-                f"{self.path.name}: expected a model that needs nothing but an image, found one of type "
+                f"{title(self.path)}: expected a model that needs nothing but an image, found one of type "
                 f"{config.get('model_type')}, which needs a text prompt, too; choose one without text_config in "
                 "config.json"
             )
-        if (self.path / "model.safetensors.index.json").is_file():
+        if (self.path / SHARDS).is_file():
             raise ModelError(
-                f"{self.path.name}: expected all weights in model.safetensors, found them in several files; save the "
+                f"{title(self.path)}: expected all weights in model.safetensors, found them in several files; save the "
                 "model again with a larger max_shard_size"
             )
         if not (self.path / "model.safetensors").is_file():
             raise ModelError(
-                f"{self.path.name}: expected model.safetensors beside config.json, found none; pickled weights are not "
-                "read, convert them with safetensors"
+                f"{title(self.path)}: expected model.safetensors beside config.json, found none; pickled weights are "
+                "not read, convert them with safetensors"
             )
         return config
 

@@ -12,8 +12,8 @@ Only what they say of colours is: scale, mean and spread. Invariants:
 - With `anchor_px` set, anchors are that many px whatever the tile's size. transformers makes them a share of the tile,
   which would make the same figure look different to the decoder on a 512 px and a 1024 px tile, and drops those within
   1 % of the border.
-- A tile that is not whole windows of a network, or has fewer cells than it has queries, is padded with zeros, as
-  transformers pads; boxes stay in tile px.
+- A tile that is not whole windows of a network, or has fewer cells than it has queries, is padded with zeros; boxes
+  stay in tile px. transformers masks its padding where a model takes a mask; here the network sees it as black.
 """
 
 from __future__ import annotations

@@ -141,7 +141,6 @@ def _rectangular(
     value: Tensor, shapes: Sequence[tuple[int, int]], locations: Tensor, weights: Tensor, backend: Backend
 ) -> Tensor:
     """Levels and points as two axes: (B, Q, M, L, K, 2)."""
-    shapes = [(int(height), int(width)) for height, width in shapes]
     points = [locations.shape[4]] * len(shapes)
     return deform_attn(value, shapes, locations.flatten(3, 4), weights.flatten(3), points, backend=backend)
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers.models.rt_detr.modeling_rt_detr import MultiScaleDeformableAttention
 
-from slidescan.ops import deform_attn
+from slidescan.ops import accelerate, deform_attn
 from tests.ops.cases import OURS, inputs
 
 of_the_compiler = pytest.mark.filterwarnings("ignore")  # inductor warns of its own deprecations, and of TF32
@@ -98,6 +99,33 @@ def test_export_keeps_the_node() -> None:
     file.seek(0)
     again = torch.export.load(file).module()
     torch.testing.assert_close(again(value, locations, weights), layer(value, locations, weights))
+
+
+class _Attention(torch.nn.Module):
+    """RT-DETR's own module on a map of any size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = MultiScaleDeformableAttention()
+
+    def forward(self, features: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
+        batch, channels, height, width = features.shape
+        value = features.flatten(2).transpose(1, 2).reshape(batch, height * width, 2, channels // 2)
+        rest = torch.zeros(1, 2), [(height, width)], torch.zeros(1)
+        attended: Tensor = self.attention(value, *rest, locations.unsqueeze(3), weights.unsqueeze(3), 64)
+        return attended
+
+
+def test_an_exported_layer_takes_maps_of_other_sizes() -> None:
+    """As the module does that is exchanged."""
+    torch.manual_seed(0)
+    arguments = torch.randn(2, 8, 6, 5), torch.rand(2, 4, 2, 3, 2), torch.rand(2, 4, 2, 3)
+    layer = _Attention()
+    expected = layer(torch.ones(2, 8, 9, 7), *arguments[1:])
+    assert accelerate(layer) == 1
+    sides = {2: torch.export.Dim("height", min=2, max=64), 3: torch.export.Dim("width", min=2, max=64)}
+    program = torch.export.export(layer, arguments, dynamic_shapes=(sides, None, None))
+    torch.testing.assert_close(program.module()(torch.ones(2, 8, 9, 7), *arguments[1:]), expected)
 
 
 @pytest.mark.filterwarnings("ignore:.*LeafSpec.* is deprecated:FutureWarning")  # torch's exporter itself
