@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from dataclasses import astuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from slidescan.errors import ConfigError, ResultError
 from slidescan.result import ScanResult
 from slidescan.reviews.attach import at_one_place
 from slidescan.reviews.case import Case
 from slidescan.reviews.decisions import DECISIONS, Decision, Verdict
-from slidescan.reviews.items import ReviewItem
 
 __all__ = ["decided", "decided_ids"]
 
@@ -53,7 +53,8 @@ def decided(result: ScanResult, decisions: str, *, reviewer: str | None = None) 
         raise ConfigError(f"reviewer: expected one who decided here ({', '.join(names) or 'nobody'}), got {reviewer!r}")
     last_of = {id_: last for id_, last in _last(regions, reviewer).items() if last.decision == wanted}
     alone = _last(Case(result, "detection"), reviewer) if any(one.what == "detection" for one in made) else {}
-    shown = {id_: _shown(result, regions.items[id_], last) for id_, last in last_of.items()}
+    found = np.flatnonzero(result.detections.score >= result.threshold)
+    shown = {id_: _shown(result, found[regions.items[id_].rows], id_, last) for id_, last in last_of.items()}
     said = {id_: last.label for id_, last in last_of.items() if len(shown[id_]) == regions.items[id_].n}
     parts = {
         id_: last_of[region].label if regions.items[region].n == 1 else None
@@ -79,10 +80,9 @@ def _last(case: Case, reviewer: str | None) -> dict[str, Decision]:
     }
 
 
-def _shown(result: ScanResult, region: ReviewItem, last: Decision) -> list[str]:
-    """Return the ids of a region's detections that were shown when it was decided on."""
-    found = np.flatnonzero(result.detections.score >= result.threshold)[region.rows]
-    if last.region != region.id and last.parts_l0:  # a line from before they were kept tells of none
+def _shown(result: ScanResult, rows: NDArray[np.intp], region: str, last: Decision) -> list[str]:
+    """Return the ids of those detections in a region, given by row, that were shown when it was decided on."""
+    if last.region != region and last.parts_l0:  # a line from before they were kept tells of none
         then = np.array([astuple(part) for part in last.parts_l0], np.float64)
-        found = found[sorted(at_one_place(then, result.detections.xyxy[found]).values())]
-    return [result.ids[row] for row in found.tolist()]
+        rows = rows[sorted(at_one_place(then, result.detections.xyxy[rows]).values())]
+    return [result.ids[row] for row in rows.tolist()]

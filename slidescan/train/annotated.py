@@ -80,9 +80,9 @@ def described(annotated: Sequence[Annotated], what: str, classes: Sequence[str],
     scales = sorted({f"{one.slide.frame.mpp:.3g}" for one in annotated}, key=float)
     scale = scales[0] if len(scales) == 1 else f"{scales[0]} to {scales[-1]}"
     label = np.concatenate([one.label for one in annotated])
-    answers = np.concatenate([one.attributes.reshape(len(one.label), -1) for one in annotated])
+    answers = np.concatenate([one.attributes for one in annotated])
     parts = [f"{int((label == i).sum()):,} {name}" for i, name in enumerate(classes)]
-    for name, column in zip(attributes, answers.T, strict=False):
+    for name, column in zip(attributes, answers.T, strict=True):
         parts.append(f"{int((column >= 0.5).sum()):,} {name} of {int(np.isfinite(column).sum()):,} that say")
     if ignored := sum(len(one.ignored_xyxy_l0) for one in annotated):
         parts.append(f"{ignored:,} boxes ignored")

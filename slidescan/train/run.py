@@ -330,7 +330,8 @@ def _trained(start: Path) -> Path:
 
 
 def _card(settings: TrainSettings, variant: VariantSettings, **training: Any) -> Card:
-    told = {key: value for key in _READ_WITH if (value := getattr(settings, key)) not in (None, [])}
+    usual = TrainSettings.model_fields
+    told = {key: value for key in _READ_WITH if (value := getattr(settings, key)) != usual[key].default}
     return Card(
         f"{settings.name}-{variant.mpp:g}",
         tuple(settings.classes),
