@@ -33,7 +33,8 @@ def archive(
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Directory for all results and records.")] = Path("runs"),
     model: Annotated[
-        str, typer.Option("--model", "-m", help="Detector: `mitosis`, a directory, or a Hugging Face id.")
+        str,
+        typer.Option("--model", "-m", help="Detector: `mitosis`, a directory, a Hugging Face id, or ultralytics:DIR."),
     ] = "mitosis",
     model_mpp: ModelMppOpt = None,
     precision: PrecisionOpt = "auto",

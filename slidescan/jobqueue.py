@@ -167,7 +167,7 @@ def prepared(queue: Queue) -> Iterator[Any]:
     options = {"processes": 1, **queue.options}
     options["worker_extra_args"] = [*_WORKER, *options.get("worker_extra_args", [])]
     options["scheduler_options"] = {"dashboard_address": f"{LOOPBACK}:0", **options.get("scheduler_options", {})}
-    shared = Path(options.pop("shared_temp_directory", "~")).expanduser()
+    shared = Path(options.pop("shared_temp_directory", None) or "~").expanduser()
     with (
         _folder(shared) as folder,
         config.set({"distributed.scheduler.allowed-failures": DEATHS}),

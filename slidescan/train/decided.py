@@ -215,7 +215,7 @@ def _told(
         objects.add(f"decisions on {case.slide_id!r}", word.name or "", _boxes([word.xyxy_l0]), {})
     left_out = [word.xyxy_l0 for words in by_ruling.values() for word in words]
     objects.ignored.extend((_undecided(result, places), _boxes(left_out)))
-    told = objects.annotated(case.group or patient_of(known, slide.path.name, case.slide_id), "")
+    told = objects.annotated(patient_of(known, slide.path.name, case.group or case.slide_id), "")
     slide.close()  # opened again when a window is read
     return replace(told, rejected_xyxy_l0=_boxes([word.xyxy_l0 for word in rejected]), whole=False)
 
