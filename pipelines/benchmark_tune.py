@@ -12,12 +12,15 @@ import os
 import statistics
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from benchmark_ops import DECODER, ENCODER, timed
+
+from slidescan.commit import commit
 
 if TYPE_CHECKING:
     from slidescan.ops.fused import Launch
@@ -46,10 +49,19 @@ def tune(smoke: bool) -> str:
         dtype, depth, way = kind
         key = fused.launch_key(way, depth, dtype.itemsize)
         times: dict[Launch, list[float]] = {}
+        refused: set[Launch] = set()
         for call in _calls(kind):
             for candidate in _candidates(way):
                 fused.launch_table()[key] = candidate
-                call()
+                if candidate in refused:
+                    continue
+                try:
+                    call()
+                except fused.TritonError as exc:  # too many registers, say
+                    print(f"tune: {key}: {candidate} is left out: {exc}", flush=True)
+                    refused.add(candidate)
+                    times.pop(candidate, None)
+                    continue
                 times.setdefault(candidate, []).append(statistics.median(timed(call, "cuda") for _ in range(9)))
         least = [min(each) for each in zip(*times.values(), strict=True)]
         # The launch that loses least over both cases.
@@ -64,7 +76,7 @@ def tune(smoke: bool) -> str:
         if not smoke:  # after each: what was measured stays, whatever ends this
             told_by = {"measured on": torch.cuda.get_device_name(), "made by": "python pipelines/benchmark.py tune"}
             text = json.dumps({**told_by, "warps, blocks, unroll": tuned}, indent=1)
-            fused.TABLE.write_text(text + "\n", encoding="utf-8")
+            commit(fused.TABLE, lambda partial, text=text: partial.write_text(text + "\n", encoding="utf-8"))  # type: ignore[misc]
     return f"tune: {len(tuned)} launches chosen, each for a decoder and an encoder (best to worst launch in brackets)"
 
 
@@ -99,4 +111,5 @@ def _compile(kind: Kind, warps: int) -> None:
     for call in _calls(kind):
         for candidate in _candidates(way, (warps,)):
             fused.launch_table()[fused.launch_key(way, depth, dtype.itemsize)] = candidate
-            call()
+            with suppress(fused.TritonError):  # said when it is timed
+                call()

@@ -9,12 +9,14 @@ models      whole detectors, accelerated or not
 
 A step that takes longer than its share is ended; what it printed until then is kept, and the report says so. Beside the
 report is launch.json, the table to commit. Name steps to run these alone. Needs a CUDA build of torch, and
-slidescan[test]; rivals are measured where they are installed. ``gpu.py case`` is what the sanitizer looks at.
+pytest, pytest-xdist, hypothesis and transformers; slidescan need not be installed, rivals are measured where they are.
+Without git, $SLIDESCAN_COMMIT says what was measured. ``gpu.py case`` is what the sanitizer looks at.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shutil
 import signal
@@ -25,9 +27,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from benchmark_ops import where
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # also where it is not installed
+from benchmark_ops import where  # noqa: E402
+
+_SUMMARY_S = 8
 
 
 @dataclass(frozen=True)
@@ -43,10 +48,11 @@ def steps(smoke: bool) -> list[Step]:
     """Return the steps in the order in which each profits of those before."""
     python, here = sys.executable, Path(__file__).resolve()
     benchmark = [python, str(here.with_name("benchmark.py")), *(["--smoke"] if smoke else [])]
-    sanitizer = [shutil.which("compute-sanitizer") or "compute-sanitizer", "--error-exitcode", "1", "--tool"]
+    sanitizer = [shutil.which("compute-sanitizer") or "compute-sanitizer", "--error-exitcode", "1"]
+    sanitizer += ["--report-api-errors", "no", "--tool"]  # what torch and Triton ask for and do without is no access
     tests = [
         str(ROOT / "tests" / "ops"),
-        *(["-k", "definition"] if smoke else ["-n", "logical", "--maxprocesses", "12"]),
+        *(["-k", "definition"] if smoke else ["-n", "logical", "--maxprocesses", "12", "--dist", "loadfile"]),
     ]
     case = [python, str(here), "case"]
     return [
@@ -80,7 +86,6 @@ def main() -> int:
     report = arguments.out / "report.md"
     report.write_text(f"# {where()}\n", encoding="utf-8")
     ended = {step.name: ran(step, report) for step in known if step.name in (arguments.which or names)}
-    shutil.copy(ROOT / "slidescan" / "ops" / "launch.json", arguments.out)
     problems = [f"{name} {outcome}" for name, outcome in ended.items() if not outcome.startswith("passed")]
     print(f"gpu: {report}; " + ("; ".join(problems) or "all steps passed"))
     return 1 if any(outcome.startswith(("failed", "ended")) for outcome in ended.values()) else 0
@@ -94,6 +99,7 @@ def ran(step: Step, report: Path) -> str:
         log, started = report.with_name(f"{step.name}.log"), time.monotonic()
         # Without torch's cache of memory each tensor is an allocation of its own, whose end the sanitizer knows.
         environment = {**os.environ, **({"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if step.name.endswith("check") else {})}
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), environment.get("PYTHONPATH"))))
         with log.open("w", encoding="utf-8") as file:
             process = subprocess.Popen(
                 step.command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
@@ -102,10 +108,15 @@ def ran(step: Step, report: Path) -> str:
                 code = process.wait(step.limit_s)
                 ended = "passed" if code == 0 else f"failed, exit {code}"
             except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)  # with its workers, which would disturb the next step
+                process.send_signal(signal.SIGINT)  # pytest then says what failed until now
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(_SUMMARY_S)
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)  # with its workers, which would disturb the next step
                 process.wait()
                 ended = "ended before it was through"
         outcome, text = f"{ended} ({time.monotonic() - started:.0f} s)", log.read_text(encoding="utf-8")
+    shutil.copy(ROOT / "slidescan" / "ops" / "launch.json", report.parent)  # now: the next step may be the last
     with report.open("a", encoding="utf-8") as file:
         file.write(f"\n## {step.name}: {outcome}\n\n{text}")
     print(f"{text}{step.name}: {outcome}\n", flush=True)

@@ -214,10 +214,11 @@ DETECTORS: dict[str, Callable[[], Case]] = {
         mask_feature_channels=[8, 8],
         num_prototypes=4,
     ),
-    "PP-DocLayoutV4": partial(hybrid, hf.PPDocLayoutV4ForObjectDetection, hf.PPDocLayoutV4Config),
     "LW-DETR": lw_detr,
     "RF-DETR": partial(rf_detr, hf.RfDetrForObjectDetection),
 }
+if hasattr(hf, "PPDocLayoutV4Config"):  # since transformers 5.2x
+    DETECTORS["PP-DocLayoutV4"] = partial(hybrid, hf.PPDocLayoutV4ForObjectDetection, hf.PPDocLayoutV4Config)
 
 
 def randomised(make: Callable[[], Case], seed: int = 0, spread: float = 0.1) -> Case:

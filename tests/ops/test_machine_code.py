@@ -36,7 +36,8 @@ UNUSUAL = [
 @pytest.fixture(scope="module")
 def compiled() -> list[dict[str, Any]]:
     """What the machine code of every case holds, forward and backward."""
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(HERE.parents[1])}
+    paths = filter(None, (str(HERE.parents[1]), os.environ.get("PYTHONPATH")))
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(paths)}
     command = [sys.executable, HERE / "machine_code.py", *(json.dumps(case) for case in USUAL + UNUSUAL)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600, env=environment)
     assert done.returncode == 0, done.stderr
