@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import astuple
 
 import numpy as np
@@ -13,7 +13,7 @@ from slidescan.detections import iou_pairs
 from slidescan.geometry import Box
 from slidescan.reviews.items import ReviewItem
 
-__all__ = ["at_one_place", "reattach"]
+__all__ = ["at_one_place", "boxes_of", "found_of", "reattach"]
 
 _SAME_IOU = 0.5  # from here on two boxes mean one thing: the usual rule for detections (Pascal VOC)
 _LEAST_IOU = 0.2  # below it two boxes do not, even if one's centre is in the other: a cell and debris at its edge
@@ -41,6 +41,16 @@ def reattach(boxes_l0: Mapping[str, Box], items: Collection[ReviewItem]) -> dict
     least_iou = _LEAST_IOU if new[0].what == "detection" else 0.0
     pairs = at_one_place(old_xyxy, new_xyxy, lambda row: new[row].polygon_l0, least_iou)
     return {old_ids[old]: new[row].id for old, row in pairs.items()}
+
+
+def found_of(parts_l0: Sequence[Box], found_xyxy: NDArray[np.floating]) -> list[int]:
+    """Return the rows of detections (N, 4) that a decision was made on, whose boxes were `parts_l0` then."""
+    return sorted(at_one_place(boxes_of(parts_l0), found_xyxy.astype(np.float64)).values())
+
+
+def boxes_of(parts_l0: Sequence[Box]) -> NDArray[np.float64]:
+    """Return boxes as rows (N, 4)."""
+    return np.array([astuple(part) for part in parts_l0], np.float64).reshape(-1, 4)
 
 
 def at_one_place(

@@ -17,7 +17,7 @@ from slidescan.errors import ConfigError
 from slidescan.geometry import Box
 from slidescan.provenance import as_scanned
 from slidescan.result import ScanResult
-from slidescan.reviews.attach import reattach
+from slidescan.reviews.attach import found_of, reattach
 from slidescan.reviews.decisions import DECISIONS, Decision, DecisionLog, Undo, Verdict, What
 from slidescan.reviews.items import ReviewItem, items_of
 from slidescan.slides import Slide, pooled
@@ -32,8 +32,9 @@ MOST_PARTS = 200  # boxes of a region that a page shows and a line of the log ho
 class Case:
     """A saved result with its decision log; of the result only what a review needs is kept.
 
-    Decisions made on another scan of the slide count here for what they were re-attached to. Where a reviewer has
-    decided on one place more than once, under whatever ids, the last decision counts.
+    Decisions made on another scan of the slide count here for what they were re-attached to: a region that holds what
+    was not in it then is another, and is to be decided on. Where a reviewer has decided on one place more than once,
+    under whatever ids, the last decision counts.
     """
 
     def __init__(self, result: ScanResult, what: What, *, slide_id: str = "", group: str = "") -> None:
@@ -82,9 +83,11 @@ class Case:
                 own[decision.run_key].add(region)
         for run, boxes_l0 in by_run.items():
             free = [item for item in self.items.values() if item.id not in own[run]]
-            self._attached |= reattach(boxes_l0, free)
-        for old, item_id in self._attached.items():
-            self._former[item_id].append(old)
+            for old, item_id in reattach(boxes_l0, free).items():
+                parts = next(standing.of(old)).parts_l0
+                if not parts or len(found_of(parts, self._found_l0[self.items[item_id].rows])) == self.items[item_id].n:
+                    self._attached[old] = item_id
+                    self._former[item_id].append(old)
 
     def decisions(self, item_id: str) -> dict[str, Decision]:
         """Return what stands for an item by reviewer, who decided last at the end.
@@ -103,6 +106,12 @@ class Case:
             last[decision.reviewer] = decision
         return last
 
+    def loose(self) -> list[Decision]:
+        """Return the decisions on this slide that stand for no item, in order: what they were on may be in another."""
+        standing = self.log.standing
+        made = [d for region in self._strangers - self._attached.keys() for d in standing.of(region)]
+        return sorted((d for d in made if d.slide_fingerprint == self._fingerprint), key=lambda d: d.order)
+
     def made_by(self, reviewer: str) -> Iterator[tuple[str, Decision]]:
         """Yield a reviewer's decisions that were not undone with the item each is on, the last one first."""
         for decision in self.log.standing.latest_first():
@@ -117,7 +126,7 @@ class Case:
 
     @property
     def orphaned(self) -> int:
-        """Decisions whose place holds nothing any more, or that were made on another slide."""
+        """Decisions whose place holds nothing any more, or more than it did, or that were made on another slide."""
         return self.moved()[1]
 
     def moved(self, reviewer: str | None = None) -> tuple[int, int]:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import astuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from slidescan.errors import ConfigError, ResultError
 from slidescan.result import ScanResult
-from slidescan.reviews.attach import at_one_place
+from slidescan.reviews.attach import at_one_place, boxes_of
 from slidescan.reviews.case import Case
 from slidescan.reviews.decisions import DECISIONS, Decision, Verdict
 
@@ -24,8 +23,8 @@ def decided(result: ScanResult, decisions: str, *, reviewer: str | None = None) 
 
     None stands for the detector's class. Where reviewers differ, the later decision counts. A detection that was found
     is of one region, whatever outlines it lies in; where it was decided on by itself, that counts. One that is alone in
-    its region has the region's class. Nobody was shown any below the threshold, and of a region that was decided on in
-    an earlier scan only those that were in it then: it is decided with all of them, or they are without it.
+    its region has the region's class. Below the threshold nobody was shown any. Of a region that holds more than it did
+    when it was decided on, in an earlier scan, those that were in it then are decided, and it is not.
 
     Parameters
     ----------
@@ -51,18 +50,19 @@ def decided(result: ScanResult, decisions: str, *, reviewer: str | None = None) 
     names = sorted({decision.reviewer for decision in made})
     if reviewer is not None and reviewer not in names:
         raise ConfigError(f"reviewer: expected one who decided here ({', '.join(names) or 'nobody'}), got {reviewer!r}")
-    last_of = {id_: last for id_, last in _last(regions, reviewer).items() if last.decision == wanted}
+    last = _last(regions, reviewer)
+    said = {id_: one.label for id_, one in last.items() if one.decision == wanted}
     alone = _last(Case(result, "detection"), reviewer) if any(one.what == "detection" for one in made) else {}
     found = np.flatnonzero(result.detections.score >= result.threshold)
-    shown = {id_: _shown(result, found[regions.items[id_].rows], id_, last) for id_, last in last_of.items()}
-    said = {id_: last.label for id_, last in last_of.items() if len(shown[id_]) == regions.items[id_].n}
-    parts = {
-        id_: last_of[region].label if regions.items[region].n == 1 else None
-        for region, ids in shown.items()
-        for id_ in ids
-        if id_ not in alone
-    }
-    return said | parts | {id_: last.label for id_, last in alone.items() if last.decision == wanted}
+    parts = _in_others(result, found, [one for one in regions.loose() if reviewer in (None, one.reviewer)], wanted)
+    for item in regions.items.values():
+        ids = [result.ids[row] for row in found[item.rows].tolist()]
+        if item.id in said:
+            parts |= dict.fromkeys(ids, said[item.id] if item.n == 1 else None)
+        for id_ in ids:
+            if id_ in alone or (item.id in last and item.id not in said):
+                parts.pop(id_, None)
+    return said | parts | {id_: one.label for id_, one in alone.items() if one.decision == wanted}
 
 
 def decided_ids(result: ScanResult, decisions: str, *, reviewer: str | None = None) -> frozenset[str]:
@@ -80,9 +80,21 @@ def _last(case: Case, reviewer: str | None) -> dict[str, Decision]:
     }
 
 
-def _shown(result: ScanResult, rows: NDArray[np.intp], region: str, last: Decision) -> list[str]:
-    """Return the ids of those detections in a region, given by row, that were shown when it was decided on."""
-    if last.region != region and last.parts_l0:  # a line from before they were kept tells of none
-        then = np.array([astuple(part) for part in last.parts_l0], np.float64)
-        rows = rows[sorted(at_one_place(then, result.detections.xyxy[rows]).values())]
-    return [result.ids[row] for row in rows.tolist()]
+def _in_others(
+    result: ScanResult, found: NDArray[np.intp], made: list[Decision], wanted: Verdict
+) -> dict[str, str | None]:
+    """Return by id what was decided so in regions that are parts of others now; `found` are rows of the detections."""
+    last: dict[int, Decision] = {}
+    for run in dict.fromkeys(decision.run_key for decision in made):
+        of_run = [decision for decision in made if decision.run_key == run]
+        latest = {decision.region: decision for decision in of_run}  # of each region, whose parts are the same
+        whose = [decision for decision in latest.values() for _ in decision.parts_l0 or ()]
+        parts = [part for decision in latest.values() for part in decision.parts_l0 or ()]
+        for old, row in at_one_place(boxes_of(parts), result.detections.xyxy[found]).items():
+            if row not in last or last[row].order < whose[old].order:
+                last[row] = whose[old]
+    return {
+        result.ids[found[row]]: decision.label if len(decision.parts_l0 or ()) == 1 else None
+        for row, decision in last.items()
+        if decision.decision == wanted
+    }
