@@ -135,7 +135,7 @@ def test_what_a_class_is_derived_by_is_an_attribute(tmp_path: Path) -> None:
     assert found.attributes[:, 0].tolist() == [1, 0, 0, 0.3]
     (found,) = load_qupath(slides(tmp_path, items[1:3]), skip=["other"])
     assert np.isnan(found.attributes).all()
-    with pytest.raises(ConfigError, match=r"feature 2: .* got 'mitosis: other'; add 'other' to the `attributes`"):
+    with pytest.raises(ConfigError, match=r"feature 2: .* got 'mitosis: other'; add 'other' to `attributes`"):
         load_qupath(slides(tmp_path, items))
 
 

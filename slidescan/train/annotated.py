@@ -260,8 +260,8 @@ class Objects:
         for part in parts:
             if part.casefold() not in known and part not in self.skip:
                 raise ConfigError(
-                    f"{where}: expected a class, or one derived by an attribute, got {name!r}; add {part!r} to the "
-                    f"`attributes`, {name!r} to the `classes`, or either to what to `skip`"
+                    f"{where}: expected a class, or one derived by an attribute, got {name!r}; add {part!r} to "
+                    f"`attributes`, {name!r} to `classes`, or either to `skip`"
                 )
         return [known[part.casefold()] for part in parts if part.casefold() in known]
 
@@ -274,7 +274,7 @@ class Objects:
             if first not in self.classes:
                 raise ConfigError(
                     f"{where}: expected one of the classes {', '.join(self.classes)}, got {name!r}; "
-                    "add it to the `classes`, or, if it says nothing of them, to what to `skip`"
+                    "add it to `classes`, or, if it says nothing of objects, to `skip`"
                 )
             name = first
         return self.classes.index(name)
