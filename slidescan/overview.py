@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from slidescan.anomaly import Coverage, coarser
+from slidescan.anomaly import Coverage
 from slidescan.legend import (
     COVER_TINT,
     HOTSPOT,
@@ -129,8 +129,8 @@ def _font(px: int) -> ImageFont.FreeTypeFont:
 def _heat(slide: Image.Image, result: ScanResult) -> Image.Image:
     """Return the pale slide under the density ramp and coverage tints."""
     # No finer than twice the panel: of the map of a large slide, in colours, 1 GB.
-    n = max(1, max(result.anomaly.coverage.shape) // (2 * _PANEL_PX))
-    density, coverage = coarser(result.anomaly.density, n), coarser(result.anomaly.coverage, n)
+    anomaly = result.anomaly.fitted(2 * _PANEL_PX)
+    density, coverage = anomaly.density, anomaly.coverage
     pale = np.asarray(slide.convert("L").convert("RGB"), float) * 0.45 + 255 * 0.55
     tint = np.full((*coverage.shape, 4), 255.0)
     tint[..., 3] = 0
@@ -146,7 +146,7 @@ def _heat(slide: Image.Image, result: ScanResult) -> Image.Image:
     tint[..., 3:] = np.maximum(tint[..., 3:], alpha)
     layer = Image.fromarray((tint * [1, 1, 1, 255]).round().astype(np.uint8), "RGBA")
     # The map's last px may reach beyond the slide: cut exactly at the slide's edge instead of stretching.
-    factor = result.frame.factor_to(result.anomaly.frame) / n
+    factor = result.frame.factor_to(anomaly.frame)
     extent_wh = result.frame.size_wh[0] * factor, result.frame.size_wh[1] * factor
     layer = layer.resize(slide.size, Image.Resampling.BILINEAR, box=(0, 0, *extent_wh))
     base = Image.fromarray(pale.round().astype(np.uint8)).convert("RGBA")

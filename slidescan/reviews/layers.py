@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from slidescan.anomaly import AnomalyMap, coarser
+from slidescan.anomaly import AnomalyMap
 from slidescan.detections import Detections
 from slidescan.legend import RAMP_END_PER_MM2, ramp_rgb
 from slidescan.saved import load_result
@@ -44,13 +44,12 @@ def layers_of(path: Path, *, blinded: bool) -> Layers:
     """
     result = load_result(path, verify=False)
     detections = result.found if blinded else result.detections
-    every = max(1, -(-max(result.anomaly.frame.size_wh) // _MOST_PX))
-    factor = result.anomaly.frame.factor_to(result.frame) * every
-    heat, coverage = _heat(result.anomaly, every), coarser(result.anomaly.coverage, every)
-    height, width = coverage.shape
+    anomaly = result.anomaly.fitted(_MOST_PX)
+    factor = anomaly.frame.factor_to(result.frame)
+    height, width = anomaly.coverage.shape
     return Layers(
-        heat_png=b"" if blinded else _png(Image.fromarray(heat)),
-        coverage_png=_png(Image.fromarray(coverage)),
+        heat_png=b"" if blinded else _png(Image.fromarray(_heat(anomaly))),
+        coverage_png=_png(Image.fromarray(anomaly.coverage)),
         boxes=_packed(detections, blinded=blinded).tobytes(),
         n=len(detections),
         map_wh_l0=(width * factor, height * factor),
@@ -66,8 +65,8 @@ def _packed(detections: Detections, *, blinded: bool) -> NDArray[np.float32]:
     return packed[np.lexsort(packed[:, :4].T)] if blinded else packed
 
 
-def _heat(anomaly: AnomalyMap, every: int) -> NDArray[np.uint8]:
-    strength = coarser(np.clip(np.nan_to_num(anomaly.density) / RAMP_END_PER_MM2, 0, 1), every)
+def _heat(anomaly: AnomalyMap) -> NDArray[np.uint8]:
+    strength = np.clip(np.nan_to_num(anomaly.density) / RAMP_END_PER_MM2, 0, 1)
     alpha = np.clip((strength - _LEAST) * 4, 0, _STRONGEST) * 255
     return np.dstack([ramp_rgb(strength), alpha]).round().astype(np.uint8)
 

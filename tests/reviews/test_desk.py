@@ -147,7 +147,7 @@ def test_a_large_map_is_made_coarser_and_loses_no_pixel(desk: Desk, monkeypatch:
 def test_colours_are_those_of_the_overview(case: Path) -> None:
     anomaly = ss.load_result(case).anomaly
     for per_mm2, rgba in ((0.0, (255, 237, 160, 0)), (20.0, (160, 0, 20, 230)), (900.0, (160, 0, 20, 230))):
-        heat = layers._heat(replace(anomaly, density=np.full_like(anomaly.density, per_mm2)), 1)
+        heat = layers._heat(replace(anomaly, density=np.full_like(anomaly.density, per_mm2)))
         assert np.array_equal(np.unique(heat.reshape(-1, 4), axis=0), [rgba])
 
 
