@@ -9,6 +9,7 @@ python pipelines/benchmark.py models      whole detectors, accelerated or not
 python pipelines/benchmark.py detector    px per second of the bundled detector against RT-DETRv2-R18, CPU
 python pipelines/benchmark.py heap        the bundled detector with what it frees kept, and with glibc's defaults, CPU
 python pipelines/benchmark.py grid        the same slide under shifted tile grids, bundled detector
+python pipelines/benchmark.py archive     an archive of small slides with two worker processes against one, CPU
 python pipelines/benchmark.py             all of these; --smoke for tiny sizes
 python pipelines/benchmark.py tune        write the launches of the kernels that are best on this GPU
 """
@@ -32,6 +33,7 @@ BENCHES = {
     "detector": "benchmark_detector.bench_detector",
     "heap": "benchmark_scan.bench_heap",
     "grid": "benchmark_scan.bench_grid",
+    "archive": "benchmark_archive.bench_archive",
     "tune": "benchmark_tune.tune",
 }
 

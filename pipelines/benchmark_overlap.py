@@ -1,6 +1,7 @@
 """Whether a scan is as fast as the slower of reading and scoring: real reading, and a stand-in for a GPU that waits.
 
-The stand-in lets go of the interpreter for as long as a GPU of a given rate would take, one batch at a time. What it
+The stand-in lets go of the interpreter for as long as a GPU of a given rate would take. It does one batch after the
+other, and where the next was handed to it meanwhile it begins that at once, as a GPU does with what is queued. What it
 cannot show is what a real GPU adds: copies to it, and the launch of kernels.
 """
 
@@ -30,6 +31,7 @@ _SETTINGS = {"tissue.enabled": False}  # the assembled slide has no glass
 # The one GPU of this process, and what it was busy: every region has a detector of its own, a copy.
 _gpu = threading.Lock()
 _busy_s: list[float] = []
+_free_at = 0.0  # when it will have done all it was handed
 
 
 @dataclass
@@ -56,11 +58,14 @@ class Waiting:
         return self
 
     def detect(self, tiles: NDArray[np.uint8], min_score: float) -> list[ss.Detections]:
-        """Wait."""
+        """Wait until it has done what it had, and these."""
+        global _free_at
+        seconds = len(tiles) * self.core_px**2 / 1e6 / self.mp_s
         with _gpu:
-            started = time.perf_counter()
-            time.sleep(len(tiles) * self.core_px**2 / 1e6 / self.mp_s)
-            _busy_s.append(time.perf_counter() - started)
+            now = time.perf_counter()
+            done_at = _free_at = max(_free_at, now) + seconds
+            _busy_s.append(seconds)
+        time.sleep(done_at - now)
         return [ss.Detections.empty()] * len(tiles)
 
 

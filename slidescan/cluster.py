@@ -21,6 +21,7 @@ __all__ = [
     "DEATHS",
     "LOOPBACK",
     "OURS",
+    "UNWATCHED",
     "cluster",
     "cores",
     "from_within",
@@ -37,6 +38,10 @@ R = TypeVar("R")
 LOOPBACK = "127.0.0.1"
 # Worker processes that a task may take with it before it counts as their killer.
 DEATHS = 1
+# Dask's: a hundred times a second it looks at what every thread of a worker does, for a dashboard that nobody is shown,
+# and fifty times at whether a process still answers. An archive of small slides took a sixth longer for the first, and
+# two idle workers and their scheduler a sixth of a core for the second.
+UNWATCHED: dict[str, Any] = {"distributed.worker.profile.enabled": False, "distributed.admin.tick.interval": "1s"}
 _WORKERS_TIMEOUT_S = 5  # for the first of a scheduler's to come
 OURS = "SLIDESCAN_WORKER"  # in the environment of worker processes that are slidescan's own
 _MOST_READERS = 16  # threads that read beside a GPU, a core each; every one holds a region of 50 MB
@@ -56,7 +61,7 @@ def cluster(client: Client | None, threads: int) -> Iterator[tuple[Client, int, 
     # flight, so Dask's own memory limits (which would restart our only worker) are off.
     with (
         # A picture in memory goes with each task; it is not sent anywhere.
-        config.set({"distributed.admin.large-graph-warning-threshold": "1 TB"}),
+        config.set({"distributed.admin.large-graph-warning-threshold": "1 TB", **UNWATCHED}),
         LocalCluster(
             n_workers=1,
             threads_per_worker=threads,

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from slidescan.cluster import DEATHS, LOOPBACK
+from slidescan.cluster import DEATHS, LOOPBACK, UNWATCHED
 from slidescan.config import ScanConfig
 from slidescan.errors import ConfigError, MissingExtraError
 
@@ -166,6 +166,7 @@ def prepared(queue: Queue) -> Iterator[Any]:
         raise MissingExtraError(f'{_SECTION}: needs dask-jobqueue ({exc}); pip install "slidescan[slurm]"') from exc
     options = {"processes": 1, **queue.options}
     options["worker_extra_args"] = [*_WORKER, *options.get("worker_extra_args", [])]
+    options["job_script_prologue"] = [*_exports(UNWATCHED), *options.get("job_script_prologue", [])]
     options["scheduler_options"] = {"dashboard_address": f"{LOOPBACK}:0", **options.get("scheduler_options", {})}
     shared = Path(options.pop("shared_temp_directory", None) or "~").expanduser()
     with (
@@ -184,6 +185,15 @@ def prepared(queue: Queue) -> Iterator[Any]:
             raise ConfigError(f"{_SECTION}.options: {str(exc).partition('. ')[0]}") from exc
         with cluster:
             yield cluster
+
+
+def _exports(settings: Mapping[str, Any]) -> list[str]:
+    """Return the lines of shell after which a Dask worker has these settings.
+
+    >>> _exports({"distributed.worker.daemon": False})
+    ['export DASK_DISTRIBUTED__WORKER__DAEMON=False']
+    """
+    return [f"export DASK_{key.upper().replace('.', '__')}={value}" for key, value in settings.items()]
 
 
 def _ended(job: Any) -> Any:

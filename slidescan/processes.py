@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from multiprocessing import forkserver, resource_tracker
 from typing import TYPE_CHECKING, Any
 
-from slidescan.cluster import DEATHS, LOOPBACK, OURS, cores, hush, readers_beside_gpu, workers_of
+from slidescan.cluster import DEATHS, LOOPBACK, OURS, UNWATCHED, cores, hush, readers_beside_gpu, workers_of
 from slidescan.errors import WorkerError
 
 if TYPE_CHECKING:
@@ -80,6 +80,7 @@ def processes(
         "distributed.scheduler.no-workers-timeout": _RESTART_S,
         "distributed.deploy.lost-worker-timeout": _RESTART_S,
         "distributed.worker.daemon": False,
+        **UNWATCHED,
         "distributed.scheduler.http.routes": [],  # its status pages name tasks and show logs
         "distributed.worker.http.routes": [],
     }

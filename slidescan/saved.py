@@ -36,7 +36,8 @@ def save_result(result: ScanResult, out: Path, draw: Callable[[], Image]) -> Sca
         write_table(out / "detections.parquet", result.table())
         write_map(out / "anomaly.ome.zarr", result.anomaly, result.frame)
         result.to_geojson(out / "flagged.geojson", what="regions")
-        commit(out / "overview.png", lambda partial: draw().save(partial, format="PNG"))
+        # Packed hard it is 8 % smaller and takes twice as long: of a small slide's scan 3 %.
+        commit(out / "overview.png", lambda partial: draw().save(partial, format="PNG", compress_level=1))
         files = listed(out)
         write_s, seconds = round(time.perf_counter() - started, 3), result.provenance["seconds"]
         seconds = {**seconds, "write": write_s, "total": round(seconds["total"] + write_s, 3)}

@@ -198,14 +198,16 @@ class TestQueue:
         queue = queue_of(cores=2, job_cpu=1, memory="1GiB", job_script_prologue=["export OMP_NUM_THREADS=7"])
         queue = queue.model_copy(update={"jobs": 1})
         said: list[str] = []
+        ours = "DASK_DISTRIBUTED__WORKER__PROFILE__ENABLED"
         with config.set({"distributed.deploy.lost-worker-timeout": "0.1s"}), from_queue(queue, said.append) as client:
-            seen = client.submit(seen_by_a_worker).result()
+            seen = client.submit(seen_by_a_worker, ours).result()
             first = [psutil.Process(pid) for pid in client.submit(with_its_parent, pure=False).result()]
             sockets = [each for process in first for each in process.net_connections("inet")]
             (address,) = client.scheduler_info(n_workers=-1)["workers"]
             os.killpg(os.getpgid(first[0].pid), signal.SIGKILL)
             second = [psutil.Process(pid) for pid in client.submit(with_its_parent, pure=False).result()]
-        assert seen["OMP_NUM_THREADS"] == "7"
+        assert seen["OMP_NUM_THREADS"] == "7"  # the prologue of the file is kept beside ours
+        assert seen[ours] == "False"
         opened = {each.laddr for each in sockets if each.status == psutil.CONN_LISTEN}
         # What others can reach asks for a certificate.
         assert {port for interface, port in opened if interface != "127.0.0.1"} == {int(address.rpartition(":")[2])}

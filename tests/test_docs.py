@@ -118,6 +118,7 @@ def test_benchmark_smoke() -> None:
         "detector",
         "heap",
         "grid",
+        "archive",
         "tune",
     ]
 

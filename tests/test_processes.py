@@ -9,6 +9,8 @@ import os
 import signal
 import socket
 import ssl
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import pytest
@@ -16,6 +18,9 @@ import pytest
 from slidescan import cluster
 from slidescan import processes as own
 from slidescan.processes import processes, visible_gpus
+
+if TYPE_CHECKING:
+    from distributed import Worker
 
 
 def listening() -> set[tuple[int, str, int]]:
@@ -52,6 +57,11 @@ def page(port: int, path: str) -> int | None:
 
 def seen_by_a_worker(*names: str) -> dict[str, str | None]:
     return {name: os.environ.get(name) for name in ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", *names)}
+
+
+def timers_ms(dask_worker: Worker) -> dict[str, float]:
+    """Return how often the worker this runs on does what it does by the clock."""
+    return {name: timer.callback_time for name, timer in dask_worker.periodic_callbacks.items()}
 
 
 async def left_alone(error: Exception) -> None:
@@ -141,6 +151,14 @@ class TestThisMachine:
         with cluster.cluster(None, 2) as (_, threads, n):
             assert (threads, n) == (2, 1)
             assert {interface for _, interface, _ in listening() - before} <= {"127.0.0.1"}
+
+    @pytest.mark.parametrize("started", [processes(None, 1, gpu=False), cluster.cluster(None, 1)])
+    def test_nobody_looks_at_what_threads_do(self, started: AbstractContextManager[tuple[Any, ...]]) -> None:
+        """Dask does by itself, a hundred times a second, with the interpreter held."""
+        with started as (client, *_):
+            (timers,) = client.run(timers_ms).values()
+        assert "profile" not in timers
+        assert timers["tick"] >= 1000
 
     def test_each_process_sees_one_gpu(self, monkeypatch: pytest.MonkeyPatch) -> None:
         for module in (cluster, own):
