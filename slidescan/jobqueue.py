@@ -165,8 +165,8 @@ def prepared(queue: Queue) -> Iterator[Any]:
     except ImportError as exc:
         raise MissingExtraError(f'{_SECTION}: needs dask-jobqueue ({exc}); pip install "slidescan[slurm]"') from exc
     options = {"processes": 1, **queue.options}
-    options["worker_extra_args"] = [*_WORKER, *options.get("worker_extra_args", [])]
-    options["job_script_prologue"] = [*_exports(UNWATCHED), *options.get("job_script_prologue", [])]
+    options["worker_extra_args"] = [*_WORKER, *(options.get("worker_extra_args") or [])]
+    options["job_script_prologue"] = [*_exports(UNWATCHED), *(options.get("job_script_prologue") or [])]
     options["scheduler_options"] = {"dashboard_address": f"{LOOPBACK}:0", **options.get("scheduler_options", {})}
     shared = Path(options.pop("shared_temp_directory", None) or "~").expanduser()
     with (

@@ -172,8 +172,10 @@ class TestQueue:
         lines = EXAMPLE.read_text().partition("In place of the lines above:\n")[2].splitlines()
         told = yaml.safe_load("\n".join(line.lstrip("# ") for line in lines if ":" in line))
         assert told.pop("jobs") == 64
-        with prepared(queue_of(**told)) as jobs:
+        with prepared(queue_of(**told, job_script_prologue=None)) as jobs:  # what a line taken out leaves
             script = jobs.job_script()
+        assert "export DASK_DISTRIBUTED__WORKER__PROFILE__ENABLED=False" in script
+        assert "OMP_NUM_THREADS" not in script
         assert "#SBATCH --cpus-per-task=1" in script
         assert "--nthreads 2" in script
 
