@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import statistics
 import tempfile
 from pathlib import Path
+
+from benchmark_read import small_slide
 
 import slidescan as ss
 from slidescan.archive import ArchiveProgress
@@ -14,19 +15,19 @@ from slidescan.phantom import write_phantom
 
 __all__ = ["bench_archive"]
 
-_SHARED = Path(os.environ.get("SLIDESCAN_TEST_DATA", Path(__file__).resolve().parents[2] / "shared"))
-
 
 def bench_archive(smoke: bool) -> str:
     """Scan copies of one slide with one process and with two, in turns; the start and the last slides do not count."""
-    source, copies, rounds = _SHARED / "slides" / "CMU-1-Small-Region.svs", (4 if smoke else 16), (1 if smoke else 3)
+    copies, rounds = (4, 1) if smoke else (16, 3)
     seconds: dict[int, list[float]] = {1: [], 2: []}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "slides"
         folder.mkdir()
-        if smoke or not source.is_file():
-            source = Path(scratch) / "phantom.tiff"
-            write_phantom(source, ss.Phantom((512, 512) if smoke else (2048, 2048), 0.5, n_figures=4))
+        if smoke:
+            source = Path(scratch) / "tiny.tiff"
+            write_phantom(source, ss.Phantom((512, 512), 0.5, n_figures=4))
+        else:
+            source = small_slide(Path(scratch))
         for i in range(copies):
             shutil.copyfile(source, folder / f"{i}{source.suffix}")
         for turn in range(rounds):

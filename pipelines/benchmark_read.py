@@ -36,7 +36,7 @@ from slidescan.plan import Region, plan
 from slidescan.region import batches, cut
 from slidescan.slides.codecs import Codec
 
-__all__ = ["assemble", "bench_read"]
+__all__ = ["assemble", "bench_read", "small_slide"]
 
 _SHARED = Path(os.environ.get("SLIDESCAN_TEST_DATA", Path(__file__).resolve().parents[2] / "shared"))
 _TILE_PX, _HALO_PX, _REGION_PX, _BATCH = 1024, 112, 4096, 8  # as the bundled detector is fed on a CPU
@@ -56,37 +56,41 @@ Take = Callable[[Region, Rgb], int | None]
 Reader = Callable[[int], float | None]
 
 
+def small_slide(scratch: Path) -> Path:
+    """Return a slide of 1 mm²: a real one, or where there is none a phantom written to `scratch`."""
+    path = _SHARED / "slides" / "CMU-1-Small-Region.svs"
+    if not path.is_file():
+        path = scratch / "phantom.tiff"
+        write_phantom(path, ss.Phantom((2048, 2048), 0.5, n_figures=4))
+    return path
+
+
 def assemble(path: Path, edge_px: int) -> tuple[int, int]:
     """Write a slide of `edge_px` or a little less, of one real slide's JPEG tiles; return its width and height."""
-    source = _SHARED / "slides" / "CMU-1-Small-Region.svs"
-    with tempfile.TemporaryDirectory() as scratch:
-        if not source.is_file():
-            source = Path(scratch) / "phantom.tiff"
-            write_phantom(source, ss.Phantom((2048, 2048), 0.5, n_figures=4))
-        with tifffile.TiffFile(source) as slide:
-            page: Any = slide.pages[0]
-            wide, high = page.imagewidth // page.tilewidth, page.imagelength // page.tilelength
-            columns, file = -(-page.imagewidth // page.tilewidth), slide.filehandle
-            coded = []
-            for row, column in product(range(high), range(wide)):
-                file.seek(page.dataoffsets[row * columns + column])
-                coded.append(file.read(page.databytecounts[row * columns + column]))
-            across, down = edge_px // page.tilewidth, edge_px // page.tilelength
-            places = product(range(down), range(across))
-            size = across * page.tilewidth, down * page.tilelength
-            with tifffile.TiffWriter(path, bigtiff=True) as writer:
-                writer.write(
-                    (coded[row % high * wide + column % wide] for row, column in places),
-                    shape=(size[1], size[0], 3),
-                    dtype=np.uint8,
-                    tile=(page.tilelength, page.tilewidth),
-                    photometric=page.photometric,
-                    compression=page.compression,
-                    subsampling=page.subsampling if page.photometric == 6 else None,
-                    jpegtables=page.jpegtables,
-                    description=page.description.split("|")[0] + "|MPP = 0.499" if "Aperio" in page.description else "",
-                    metadata=None,
-                )
+    with tempfile.TemporaryDirectory() as scratch, tifffile.TiffFile(small_slide(Path(scratch))) as slide:
+        page: Any = slide.pages[0]
+        wide, high = page.imagewidth // page.tilewidth, page.imagelength // page.tilelength
+        columns, file = -(-page.imagewidth // page.tilewidth), slide.filehandle
+        coded = []
+        for row, column in product(range(high), range(wide)):
+            file.seek(page.dataoffsets[row * columns + column])
+            coded.append(file.read(page.databytecounts[row * columns + column]))
+        across, down = edge_px // page.tilewidth, edge_px // page.tilelength
+        places = product(range(down), range(across))
+        size = across * page.tilewidth, down * page.tilelength
+        with tifffile.TiffWriter(path, bigtiff=True) as writer:
+            writer.write(
+                (coded[row % high * wide + column % wide] for row, column in places),
+                shape=(size[1], size[0], 3),
+                dtype=np.uint8,
+                tile=(page.tilelength, page.tilewidth),
+                photometric=page.photometric,
+                compression=page.compression,
+                subsampling=page.subsampling if page.photometric == 6 else None,
+                jpegtables=page.jpegtables,
+                description=page.description.split("|")[0] + "|MPP = 0.499" if "Aperio" in page.description else "",
+                metadata=None,
+            )
     return size
 
 

@@ -171,7 +171,7 @@ def prepared(queue: Queue) -> Iterator[Any]:
     shared = Path(options.pop("shared_temp_directory", None) or "~").expanduser()
     with (
         _folder(shared) as folder,
-        config.set({"distributed.scheduler.allowed-failures": DEATHS}),
+        config.set({"distributed.scheduler.allowed-failures": DEATHS, **UNWATCHED}),
     ):
         try:
             security = _certificates(folder)
