@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pyarrow.parquet as pq
 import pytest
@@ -252,7 +253,7 @@ def test_a_slide_that_is_cut_off_before_it_is_opened(whole: Whole, tmp_path: Pat
 
     def cut_last(_: ArchiveProgress) -> None:
         if not cut:
-            assert not (out / "slides" / last.stem).exists()  # it waits for its turn
+            assert not (out / "slides" / last.stem).exists()
             cut.extend(cut_off(last))
 
     detector = Gated(mpp=MPP, input_px=256, object_um=20.0, max_per_tile=1000, scored=calls_in(out), gate=ROOT)
@@ -260,6 +261,7 @@ def test_a_slide_that_is_cut_off_before_it_is_opened(whole: Whole, tmp_path: Pat
     with (
         LocalCluster(n_workers=1, processes=False, dashboard_address="127.0.0.1:0", silence_logs=50) as cluster,
         Client(cluster) as client,
+        mock.patch("slidescan.archive.engine._SLIDES_EACH", 1),  # so that the last waits for its turn
     ):
         ss.scan_archive(slides, detector, client=client, on_slide=cut_last, **options)
         assert what_counts_as_done_is(whole, out) == {"0", "1", "2"}

@@ -48,9 +48,12 @@ def test_all_else_takes_adamw() -> None:
 
 def test_the_layout_of_a_kernel_makes_no_difference() -> None:
     """Channels last or first, its own memory is stepped."""
+    untrained = [parameter.detach().numpy() for parameter in network(torch.contiguous_format).parameters()]
     last, first = (network(layout) for layout in (torch.channels_last, torch.contiguous_format))
-    for a, b in zip(*(steps(model, Optimiser(model, 1e-2), range(3)) for model in (last, first)), strict=True):
-        np.testing.assert_allclose(a, b, atol=2e-4)  # sums in bfloat16 differ with the order of the columns
+    two = [steps(model, Optimiser(model, 1e-2), range(3)) for model in (last, first)]
+    for start, a, b in zip(untrained, *two, strict=True):
+        # Muon sums in bfloat16 (8 bits), in the order of the columns and as the processor likes.
+        assert np.linalg.norm(a - b) < 0.02 * np.linalg.norm(a - start)
 
 
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
