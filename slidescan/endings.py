@@ -13,18 +13,43 @@ from typing import NoReturn
 
 from slidescan.errors import ResultError, SlideError, SlidescanError, WorkerError
 
-__all__ = ["OUT_OF_MEMORY", "ends_at_once", "ends_in_a_line", "heeded_signals", "is_short_of_memory"]
+__all__ = [
+    "OUT_OF_MEMORY",
+    "ends_at_once",
+    "ends_in_a_line",
+    "heeded_signals",
+    "is_short_of_memory",
+    "lost_device",
+]
 
 OUT_OF_MEMORY = "there was not enough memory; a smaller tiling.region_px, or on a GPU tiling.tile_px, may help"
 
 _AGAIN_S = 0.05  # after which a signal that was lost comes again: finalizers end sooner
 _UNSAID = 120  # Python's own exit code where its output could not be written
+# What a GPU's driver and its libraries say, torch and Triton around them: of memory, and of anything else.
+_NO_MEMORY = ("not enough memory", "out of memory", "STATUS_ALLOC_FAILED")
+_OF_DEVICE = ("CUDA error", "HIP error", "CUBLAS_STATUS", "CUDNN_STATUS", "Triton Error [")
 
 
 def is_short_of_memory(error: Exception) -> bool:
     """Return whether memory ran out: numpy's, a GPU's, or torch's on the CPU, which has no error of its own."""
-    name = type(error).__name__
-    return isinstance(error, MemoryError) or name == "OutOfMemoryError" or "not enough memory" in str(error)
+    name, said = type(error).__name__, str(error)
+    return isinstance(error, MemoryError) or name == "OutOfMemoryError" or any(text in said for text in _NO_MEMORY)
+
+
+def lost_device(error: Exception) -> str:
+    r"""Return what a GPU's driver said of an error after which it does nothing more for this process; "" if it is none.
+
+    Examples
+    --------
+    >>> lost_device(RuntimeError("CUDA error: unspecified launch failure\nCUDA kernel errors might be ..."))
+    'CUDA error: unspecified launch failure'
+    >>> lost_device(ValueError("expected a number"))
+    ''
+    """
+    said = " ".join(str(error).partition("\n")[0].split())
+    is_of_device = type(error).__name__ == "AcceleratorError" or any(text in said for text in _OF_DEVICE)
+    return said if is_of_device and not is_short_of_memory(error) else ""
 
 
 @contextmanager

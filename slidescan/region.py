@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from slidescan.commit import commit
 from slidescan.detections import Detections, Detector
+from slidescan.endings import lost_device
 from slidescan.errors import ModelError
 from slidescan.geometry import Box, Frame
 from slidescan.heap import give_back_freed, keep_freed
@@ -30,7 +31,7 @@ from slidescan.slides.fingerprint import unchanged
 from slidescan.stages import stage, taken
 from slidescan.stitch import owned
 from slidescan.suspects import being_read
-from slidescan.timeouts import within
+from slidescan.timeouts import start_anew, within
 
 __all__ = ["RegionPart", "RegionTask", "batches", "cut", "is_full", "scored_at_once", "wanted"]
 
@@ -162,6 +163,11 @@ class RegionTask:
         return self.part.with_suffix(".late")
 
     @property
+    def lost(self) -> Path:
+        """The mark of a region that lost its device, with what the driver said."""
+        return self.part.with_suffix(".lost")
+
+    @property
     def block(self) -> tuple[int, int, int, int]:
         """What is read: x, y, width and height, px of the plane."""
         x0, y0, x1, y1 = self.region.read.round_out()
@@ -232,7 +238,14 @@ class RegionTask:
             self._ask_if_wanted()
             with stage("batch"):
                 windows = cut(rgb, batch, x0, y0)
-            found = self.detector.detect(windows, self.min_score)
+            try:
+                found = self.detector.detect(windows, self.min_score)
+            except Exception as exc:
+                if not (said := lost_device(exc)):
+                    raise
+                start_anew(self.lost, said)
+                told = f"{self.detector.runs_on}: the device failed ({said}); run the same command again"
+                raise ModelError(told) from exc
             numbers = [column for each in found for column in (each.xyxy, each.score)]
             if len(found) != len(batch) or not all(np.isfinite(column).all() for column in numbers):
                 raise ModelError(f"{self.detector.name}: expected finite boxes and scores, a table of them a tile")

@@ -151,9 +151,13 @@ class _Killed:
         WorkerTimeoutError
             If its scoring took too long.
         WorkerError
-            If its scoring killed them, or dead workers keep it from being done.
+            If its scoring killed them or lost their device, or dead workers keep it from being done.
         """
         ended, reading = what_ended(task.late), is_suspect(task.part)
+        if task.lost.exists():
+            said = task.lost.read_text(encoding="utf-8")
+            task.lost.unlink()
+            raise WorkerError(f"the device failed, and with it its worker, more than once ({said})")
         if ended == "late" and reading:  # twice in vain: a third try would only wait as long
             RegionPart.given_up(task.region).save(task.part)
         elif ended == "late":

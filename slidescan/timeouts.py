@@ -1,4 +1,4 @@
-"""A limit on how long a worker process may be at one thing: what hangs in a C library ends only with its process.
+"""What ends a worker process: too long at one thing, for what hangs in a C library ends only so, or a lost GPU.
 
 Only a process that another restarts (a Dask worker with its nanny) is ended; a person's own never is.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import faulthandler
 import multiprocessing
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal, TextIO
 
-__all__ = ["LONGEST_S", "what_ended", "within"]
+__all__ = ["LONGEST_S", "start_anew", "what_ended", "within"]
 
 # Seconds an archive gives by default: a hundred times what a region takes on one core.
 LONGEST_S = 1800.0
@@ -59,6 +60,15 @@ def what_ended(mark: Path) -> Literal["late", "died"] | None:
     except OSError:
         return None
     return "late" if late else "died"
+
+
+def start_anew(mark: Path, why: str) -> None:
+    """End this worker process, for another to take its place, and say why in `mark`; a person's own goes on."""
+    if multiprocessing.parent_process() is None:
+        return
+    with suppress(OSError):
+        mark.write_text(why, encoding="utf-8")
+    os._exit(1)
 
 
 def _watch(file: TextIO, until: float | None) -> None:

@@ -107,6 +107,20 @@ class Gated(OracleDetector):
         return super().detect(tiles, min_score)
 
 
+@dataclass(frozen=True)
+class Fragile(OracleDetector):
+    """Loses its device after some calls in one process, as a GPU does: all later ones fail, too."""
+
+    calls: int = 0
+
+    def detect(self, tiles: np.ndarray, min_score: float) -> list[ss.Detections]:
+        _calls.append(self.calls)
+        if len(_calls) > self.calls:
+            raise RuntimeError("CUDA error: unspecified launch failure\nCUDA kernel errors might be told later")
+        return super().detect(tiles, min_score)
+
+
+_calls: list[int] = []  # of this process
 FORGETFUL = Forgetful(mpp=MPP, input_px=256, object_um=20.0, max_per_tile=1000)
 TROUBLED = Troubled(mpp=MPP, input_px=256, object_um=20.0, max_per_tile=1000)
 

@@ -25,8 +25,8 @@ from slidescan.archive.engine import ArchiveProgress, estimate_archive
 from slidescan.archive.record import Record, read_records
 from slidescan.errors import ConfigError, ResultError
 from slidescan.lease import claimed
-from tests.archives import DEADLY, FORGETFUL, TROUBLED, differing, write_cohort, write_slide
-from tests.discs import ORACLE, config
+from tests.archives import DEADLY, FORGETFUL, TROUBLED, Fragile, differing, write_cohort, write_slide
+from tests.discs import MPP, ORACLE, config
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -243,6 +243,19 @@ class TestAccidents:
         assert records[1].attempts == 3
         assert [record.finished_s for record in run()] == [record.finished_s for record in records]
         assert archive_status(tmp_path / "runs").quarantined == 1
+
+    @pytest.mark.parametrize("calls", [7, 0])
+    def test_a_device_that_fails_costs_its_process(self, tmp_path: Path, calls: int) -> None:
+        """All that comes after it in that process fails, too; in another one it is done, unless it fails there."""
+        for seed in range(2):
+            write_slide(tmp_path / f"in/{seed}.tiff", seed)
+        detector = Fragile(mpp=MPP, input_px=256, object_um=20.0, max_per_tile=1000, calls=calls)
+        records = ss.scan_archive(tmp_path / "in", detector, out=tmp_path / "runs", config=config(), workers=1)
+        if calls:
+            assert [record.state for record in records] == ["done", "done"]
+            return
+        assert [(record.reason, record.attempts) for record in records] == [("killed", 3), ("killed", 3)]
+        assert all("(CUDA error: unspecified launch failure)" in record.message for record in records)
 
     def test_what_may_pass_is_tried_again_later(
         self, cohort: Path, tmp_path: Path, client: Client, monkeypatch: pytest.MonkeyPatch

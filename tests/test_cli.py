@@ -150,7 +150,14 @@ def test_a_wrong_command_is_one_line(phantom: Path, tmp_path: Path, arguments: l
     assert not list(tmp_path.rglob("manifest.json"))
 
 
-@pytest.mark.parametrize("error", [MemoryError("Unable to allocate 12.9 GiB"), RuntimeError("not enough memory: 9 GB")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("Unable to allocate 12.9 GiB"),
+        RuntimeError("not enough memory: 9 GB"),
+        RuntimeError("CUDA error: out of memory"),
+    ],
+)
 def test_too_little_memory_is_one_line(
     error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

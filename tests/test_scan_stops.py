@@ -22,7 +22,7 @@ from slidescan.prepare import prepare
 from slidescan.provenance import run_key
 from slidescan.region import RegionPart, RegionTask, wanted
 from slidescan.slides import Slide
-from tests.archives import write_slide
+from tests.archives import Fragile, write_slide
 from tests.discs import MPP, ORACLE, config, discs
 
 
@@ -35,6 +35,14 @@ def stopped_after_one_region(slide: Slide, out: Path) -> None:
     """Begin a scan and press Ctrl-C when its first region is committed."""
     with pytest.raises(KeyboardInterrupt):
         ss.scan(slide, ORACLE, out=out, config=config(), workers=1, on_progress=interrupted)
+
+
+def test_a_device_that_fails_is_said_in_a_line() -> None:
+    """Here: there is no process that another would be started for."""
+    slide, _ = discs()
+    detector = Fragile(mpp=MPP, input_px=256, object_um=20.0, max_per_tile=1000)
+    with pytest.raises(ModelError, match=r"the device failed \(CUDA error: unspecified launch failure\); run the same"):
+        ss.scan(slide, detector, config=config(), workers=1)
 
 
 def test_an_interrupted_scan_continues(tmp_path: Path) -> None:

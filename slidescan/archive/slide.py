@@ -104,6 +104,8 @@ def killed(task: SlideTask) -> Record:
     """Return the record of a slide whose opening or stitching ended its workers."""
     if what_ended(task.late) == "late":
         return task.failed("timeout", f"opening it and finding its tissue took longer than {task.timeout_s:g} s, twice")
+    for mark in task.out.glob("parts-*/*.lost"):
+        return task.failed("killed", f"its device failed, and with it its worker, more than once ({mark.read_text()})")
     message = "its worker died more than once; more memory or a smaller tiling.region_px may help"
     return task.failed("killed", message)
 
