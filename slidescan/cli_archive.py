@@ -63,11 +63,11 @@ def archive(
 ) -> None:
     """Scan many slides; run it again after anything and it continues."""
     from slidescan.archive import read_listing, scan_archive
-    from slidescan.archive.record import REASONS
+    from slidescan.archive.record import FAILURES
     from slidescan.jobqueue import load_settings
 
-    if retry_failed and retry_failed not in REASONS:
-        raise ConfigError(f"--retry-failed must be one of {', '.join(REASONS)}, or nothing, got {retry_failed!r}")
+    if retry_failed and retry_failed not in FAILURES:
+        raise ConfigError(f"--retry-failed must be one of {', '.join(FAILURES)}, or nothing, got {retry_failed!r}")
     settings, queue = load_settings(config, assigned(set_ or []))
     with warnings_in_a_line():  # of what is left out
         part, entries = _shard(shard), read_listing(listing)
@@ -149,8 +149,8 @@ def _shard(shard: str | None) -> tuple[int, int] | None:
     if shard is None:
         return None
     found = re.fullmatch(r"(\d+)/(\d+)", shard)
-    if found is None:
-        raise ConfigError(f"--shard must be i/n such as 3/64, got {shard!r}")
+    if found is None or not 1 <= int(found[1]) <= int(found[2]):
+        raise ConfigError(f"--shard must be i/n such as 3/64, i from 1 to n, got {shard!r}")
     return int(found[1]), int(found[2])
 
 

@@ -21,7 +21,20 @@ from pathlib import Path
 
 from slidescan.errors import ConfigError, ResultError
 
-__all__ = ["aside", "can_be_made", "commit", "disk_error", "flush", "local", "machine", "made", "short_name", "sweep"]
+__all__ = [
+    "aside",
+    "can_be_made",
+    "commit",
+    "disk_error",
+    "flush",
+    "lives",
+    "local",
+    "machine",
+    "made",
+    "place",
+    "short_name",
+    "sweep",
+]
 
 # Seconds after which nobody writes a file any more, wherever: the largest takes a minute. Clocks differ by less.
 _ABANDONED_S = 24 * 3600
@@ -62,7 +75,7 @@ def commit(path: Path, write: Callable[[Path], object]) -> None:
 
 def aside(path: Path) -> Path:
     """Return where this thread writes what is named `path` when it is whole; a file there is of one that was killed."""
-    return path.with_name(f".{short_name(path)}.{_place()}-{os.getpid()}-{threading.get_ident()}.partial")
+    return path.with_name(f".{short_name(path)}.{place()}-{os.getpid()}-{threading.get_ident()}.partial")
 
 
 def short_name(path: Path) -> str:
@@ -137,9 +150,9 @@ def sweep(folder: Path, *, held: bool = False) -> None:
     """
     for partial in folder.glob(".*.partial*"):
         if found := _ASIDE.fullmatch(partial.name):
-            here = found[1] == _place()
+            here = found[1] == place()
             with contextlib.suppress(OSError):
-                if here and _lives(int(found[2])):
+                if here and lives(int(found[2])):
                     continue
                 if here or held or time.time() - partial.stat().st_mtime > _ABANDONED_S:
                     shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
@@ -161,14 +174,15 @@ def machine() -> str:
 
 
 @cache
-def _place() -> str:
+def place() -> str:
     """Name where a number of a process means something: containers of one machine count theirs each."""
     with contextlib.suppress(OSError):
         return f"{machine()}{Path('/proc/self/ns/pid').stat().st_ino:x}"
     return machine()
 
 
-def _lives(pid: int) -> bool:
+def lives(pid: int) -> bool:
+    """Return whether a process of this place is there."""
     try:
         with contextlib.suppress(PermissionError):  # another user's
             os.kill(pid, 0)

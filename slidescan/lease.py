@@ -2,7 +2,8 @@
 
 Two claims together. A lock of the operating system is gone the moment its holder dies, but some file systems have none,
 and some have one that other machines do not see. A lease is a file that its holder renews: any machine sees it, and it
-is void when it was not renewed for a minute. A lease of this machine whose lock is free is of a process that died.
+is void when it was not renewed for a minute. A lease of this machine is of a process that died where its lock is free
+or, where there are no locks, no process of its number is there.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from slidescan.commit import disk_error, machine
+from slidescan.commit import disk_error, lives, machine, place
 from slidescan.errors import ResultBusyError, ResultLeasedError
 
 __all__ = ["LASTS_S", "claimed"]
@@ -47,7 +48,7 @@ def claimed(out: Path) -> Iterator[None]:
         raise disk_error(out, exc) from exc
     try:
         locked = _lock(handle, out)
-        lease, ours = out / _LEASE, f"{machine()} {uuid.uuid4().hex}"
+        lease, ours = out / _LEASE, f"{place()} {os.getpid()} {uuid.uuid4().hex}"
         try:
             _take(lease, ours, locked)
         except OSError as exc:
@@ -89,8 +90,7 @@ def _take(lease: Path, ours: str, locked: bool) -> None:
             aside.write_text(ours, encoding="utf-8")
             now = aside.stat().st_mtime  # by the clock of the file system, which tells of renewals, too
             holder, renewed = lease.read_text(encoding="utf-8"), lease.stat().st_mtime
-            died_here = locked and holder.startswith(machine())
-            if not died_here and now - renewed < LASTS_S:
+            if not _died_here(holder, locked) and now - renewed < LASTS_S:
                 raise ResultLeasedError(
                     f"{lease.parent}: a scan on another machine is writing there, or did until less than {LASTS_S} s "
                     "ago; wait for it or choose another directory"
@@ -101,6 +101,14 @@ def _take(lease: Path, ours: str, locked: bool) -> None:
             continue
         finally:
             aside.unlink(missing_ok=True)
+
+
+def _died_here(holder: str, locked: bool) -> bool:
+    """Return whether the holder of a lease was a process of this machine and is no more."""
+    if locked and holder.startswith(machine()):
+        return True
+    where, _, pid = holder.rpartition(" ")[0].partition(" ")
+    return where == place() and pid.isdecimal() and not lives(int(pid))
 
 
 def _replace(lease: Path, holder: str, ours: Path, now: float) -> bool:

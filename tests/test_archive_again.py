@@ -12,14 +12,16 @@ import tifffile
 import slidescan as ss
 from slidescan.archive import Entry, archive_status, open_archive, read_listing
 from slidescan.archive.engine import estimate_archive
+from slidescan.archive.listing import tag_of
 from slidescan.archive.record import Record
 from slidescan.archive.run import Run
 from slidescan.archive.slide import scan_slide
+from slidescan.archive.unfinished import UNFINISHED, begin
 from slidescan.errors import ConfigError
 from slidescan.export.stored import read_table
 from slidescan.lease import claimed
 from tests.archives import write_slide
-from tests.discs import ORACLE, config
+from tests.discs import MPP, ORACLE, config
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -155,6 +157,33 @@ def test_lists_with_slides_of_one_name_share_an_output(tmp_path: Path, client: C
     (moved,) = scanned("moved")
     assert (moved.slide_id, moved.told["fingerprint"]) == (north.slide_id, north.told["fingerprint"])
     assert archive_status(out).slides == 2
+
+
+@pytest.mark.parametrize("state", ["failed", "killed"])
+def test_what_is_not_done_keeps_its_place_beside_another_of_its_name(
+    tmp_path: Path, client: Client, state: str
+) -> None:
+    """Of two lists: the first one's failed, or its run was killed before it was at it."""
+    write_slide(tmp_path / "north/case.tiff", 3, mpp=None if state == "failed" else MPP)
+    write_slide(tmp_path / "south/case.tiff", 8)
+    out = tmp_path / "runs"
+
+    def scanned(site: str) -> list[Record]:
+        return ss.scan_archive(tmp_path / site, ORACLE, out=out, config=config(), client=client)
+
+    if state == "failed":
+        (north,) = scanned("north")
+        assert north.reason == "no_mpp"
+    else:
+        (out / UNFINISHED).mkdir(parents=True)
+        (entry,) = read_listing(tmp_path / "north")
+        begin(out, {"case": tag_of(entry.path)}, ["case"], 1)
+    scanned("south")
+    now = archive_status(out)
+    assert (now.slides, now.done, now.left) == (2, 1, int(state == "killed"))
+    assert now.failed == ({"no_mpp": 1} if state == "failed" else {})
+    scanned("north")
+    assert (archive_status(out).slides, archive_status(out).left) == (2, 0)
 
 
 def test_a_corrected_group_is_that_of_what_is_done(two: Path, tmp_path: Path, client: Client) -> None:

@@ -64,7 +64,9 @@ class TestCommands:
         ("options", "told"),
         [
             (["--shard", "x"], "--shard must be i/n"),
+            (["--shard", "0/0", "--dry-run"], "--shard must be i/n"),
             (["--retry-failed=x"], "--retry-failed must be one of not_found"),
+            (["--retry-failed=no_tissue"], "--retry-failed must be one of not_found"),  # it did not fail
         ],
     )
     def test_usage(self, tmp_path: Path, options: list[str], told: str) -> None:

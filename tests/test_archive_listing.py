@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import os
 from pathlib import Path
 
@@ -48,6 +49,29 @@ class TestListing:
         monkeypatch.setenv("HOME", str(tmp_path / "home"))
         (tmp_path / "a.csv").write_text("slide_path\n~/case.svs\n")
         assert [entry.path for entry in read_listing(tmp_path / "a.csv")] == [str(tmp_path / "home/case.svs")]
+
+    def test_what_pandas_writes(self, tmp_path: Path) -> None:
+        """Whole numbers are floats where one is missing, what is missing is a NaN, and paths may be bytes."""
+        columns = {"slide_path": [b"a.svs", b"b.svs"], "slide_id": [1001.0, 1002.0], "group": [17.0, math.nan]}
+        pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+        read = [(Path(e.path).name, e.slide_id, e.group) for e in read_listing(tmp_path / "a.parquet")]
+        assert read == [("a.svs", "1001", "17"), ("b.svs", "1002", "")]
+        pq.write_table(pa.table({"slide_path": [b"\xff.svs"]}), tmp_path / "a.parquet")
+        with pytest.raises(ConfigError, match=r"a\.parquet, slide 1: expected UTF-8 in column slide_path"):
+            read_listing(tmp_path / "a.parquet")
+
+    def test_up_from_a_linked_folder(self, tmp_path: Path) -> None:
+        """As the system goes: from where the link leads, not from where it lies."""
+        (tmp_path / "real/lists").mkdir(parents=True)
+        (tmp_path / "lists").symlink_to(tmp_path / "real/lists")
+        (tmp_path / "lists/a.csv").write_text("slide_path\n../slides/case.svs\nnear/../b.svs\n")
+        paths = [entry.path for entry in read_listing(tmp_path / "lists/a.csv")]
+        assert paths == [str(tmp_path / "real/slides/case.svs"), str(tmp_path / "lists/b.svs")]
+
+    def test_an_id_that_is_the_name_of_another(self) -> None:
+        given, other = named([Entry("case", "/a/x.svs"), Entry("", "/b/case.svs")])
+        assert given.slide_id == "case"
+        assert other.slide_id.startswith("case-")
 
     @given(st.permutations(range(6)))
     def test_ids_do_not_depend_on_the_order(self, order: list[int]) -> None:

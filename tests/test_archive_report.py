@@ -215,7 +215,7 @@ class TestData:
 class TestHead:
     def test_numbers(self, tmp_path: Path) -> None:
         (tmp_path / UNFINISHED).mkdir()
-        begin(tmp_path, "abcdef", "def", 1)
+        begin(tmp_path, dict.fromkeys("abcdef", ""), "def", 1)
         page = written(tmp_path, done("a"), done("b", "decode_holes", analysed_fraction=0.99999), failed("c", "no_mpp"))
         said = " ".join(page.text.split())
         for part in ("6", "81.0 mm²", "99.99%", "Research use only", "Scores of all 34 detections", "Detector mitosis"):

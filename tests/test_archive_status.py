@@ -19,10 +19,12 @@ from tests.discs import ORACLE, config
 ROOT = Path(__file__).parents[1]
 
 
-def began(out: Path, at: float, share: list[str], *, to_do: list[str] | None = None) -> Path:
+def began(out: Path, at: float, share: list[str] | dict[str, str], *, to_do: list[str] | None = None) -> Path:
     """Put a run on record that began at some time."""
     (out / UNFINISHED).mkdir(exist_ok=True)
-    file = begin(out, share, share if to_do is None else to_do, 1)
+    file = begin(
+        out, share if isinstance(share, dict) else dict.fromkeys(share, ""), share if to_do is None else to_do, 1
+    )
     file.write_text(json.dumps({**json.loads(file.read_text()), "at": at}))
     return file
 
@@ -45,11 +47,12 @@ def test_a_slide_is_done_with_a_caveat(tmp_path: Path, told: dict[str, object], 
 
 
 def test_rates_are_of_the_runs_that_are_on(tmp_path: Path) -> None:
-    """Two of three jobs are on, one was killed days ago and taken up again; models scored half of the time."""
-    began(tmp_path, 0, ["500", "a"])
-    began(tmp_path, 1_000, ["500", "a"])
+    """Two of three jobs are on, one was killed days ago, one, too, and taken up again; models scored half the time."""
+    began(tmp_path, 0, ["500", "1100"])
+    began(tmp_path, 10, ["c"])
+    began(tmp_path, 1_000, ["500", "1100"])
     began(tmp_path, 1_010, ["1050", "b"])
-    end(began(tmp_path, 1_020, ["1100"]), finished=True)
+    end(began(tmp_path, 1_020, ["d"]), finished=True)
     (tmp_path / "log.jsonl").write_text('{"at": 1020, "event": "run_started", "slides": 9}\n{"event": "run_')
     told = {"stages_s": {"model": 40.0, "decode": 9.0, "batch": 10.0}, "megapixels": 30.0}
     records = [Record(str(at), "", "k", "done", finished_s=at, told=told) for at in (500, 1_050, 1_100)]
@@ -59,6 +62,15 @@ def test_rates_are_of_the_runs_that_are_on(tmp_path: Path) -> None:
     assert now.seconds_left == 50 * 7
     failed = [replace(record, state="failed", reason="not_found") for record in records]
     assert standing(failed, tmp_path).slides_per_h is None
+
+
+def test_a_slide_under_another_id_is_not_waited_for(tmp_path: Path) -> None:
+    """Its run was killed; since then another slide of its name was listed, and both have ids that tell them apart."""
+    began(tmp_path, 1_000, {"case": "here"})
+    began(tmp_path, 2_000, {"case-1": "here", "case-2": "there"})
+    records = [Record(f"case-{n}", "", "k", "done", finished_s=2_010) for n in (1, 2)]
+    now = standing(records, tmp_path)
+    assert (now.slides, now.done, now.left) == (2, 2, 0)
 
 
 @pytest.mark.parametrize("state", ["done", "failed"])

@@ -6,6 +6,8 @@ import errno
 import json
 import os
 import resource
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +21,7 @@ from slidescan import lease
 from slidescan.archive import Entry
 from slidescan.archive import slide as archive_slide
 from slidescan.commit import machine as this_machine
+from slidescan.commit import place
 from slidescan.errors import ResultBusyError, ResultError, ResultLeasedError
 from slidescan.lease import claimed
 from tests.archives import write_slide
@@ -48,7 +51,7 @@ def test_it_is_held_and_given_back(tmp_path: Path) -> None:
         with pytest.raises(ResultBusyError, match="another scan is writing there"), claimed(tmp_path / "out"):
             pass
         (held,) = (tmp_path / "out").iterdir()
-        assert held.read_text().split()[0] == this_machine()
+        assert held.read_text().startswith(this_machine())
     assert not list((tmp_path / "out").iterdir())
 
 
@@ -73,6 +76,20 @@ def test_without_locks_the_lease_holds_on_one_machine_too(tmp_path: Path) -> Non
         pass
     with claimed(tmp_path):
         pass
+
+
+@pytest.mark.usefixtures("no_locks")
+def test_without_locks_the_number_of_a_process_tells_that_it_died(tmp_path: Path) -> None:
+    """As of a worker that a slide killed: the one in its place need not wait."""
+    died = subprocess.Popen([sys.executable, "-c", ""])
+    died.wait()
+    left(tmp_path / "out", f"{place()} {died.pid}", 0)
+    with claimed(tmp_path / "out"):
+        pass
+    for lives in (f"{place()} {os.getpid()}", f"another {died.pid}"):
+        left(tmp_path / "out", lives, 0)
+        with pytest.raises(ResultLeasedError), claimed(tmp_path / "out"):
+            pass
 
 
 @pytest.mark.usefixtures("no_locks")

@@ -17,8 +17,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slidescan.archive.listing import Entry, as_recorded, named, read_listing
-from slidescan.archive.record import MOST_ATTEMPTS, REASONS, Record
+from slidescan.archive.listing import Entry, as_recorded, named, read_listing, tag_of
+from slidescan.archive.record import FAILURES, MOST_ATTEMPTS, Record
 from slidescan.archive.run import VERSION, Run, Tables
 from slidescan.archive.slide import SlideTask, estimate_slide, killed, scan_slide
 from slidescan.archive.unfinished import begin, end
@@ -131,8 +131,8 @@ def scan_archive(
     """
     if workers is not None and workers < 1:
         raise ConfigError(f"workers: expected 1 or more, got {workers}")
-    if isinstance(retry_failed, str) and retry_failed not in REASONS:
-        raise ConfigError(f"retry_failed: expected True or one of {', '.join(REASONS)}, got {retry_failed!r}")
+    if isinstance(retry_failed, str) and retry_failed not in FAILURES:
+        raise ConfigError(f"retry_failed: expected True or one of {', '.join(FAILURES)}, got {retry_failed!r}")
     listed = named(listing) if isinstance(listing, list) else read_listing(listing)
     run = Run(local(out), detector, checked(config), allow_coarse, timeout_s)
     run.open()
@@ -156,7 +156,10 @@ def scan_archive(
             scoring = scored_at_once(run.detector)
             running, n = held.enter_context(run.processes(client, workers)) if todo else (None, 0)
             begun = begin(
-                run.out, [each.slide_id for each in entries], [task.entry.slide_id for task in todo], n * scoring
+                run.out,
+                {each.slide_id: tag_of(each.path) for each in entries},
+                [task.entry.slide_id for task in todo],
+                n * scoring,
             )
             counts = {"slides": len(listed), "to_do": to_do, "again": anew["done"], "scoring": n * scoring}
             run.log("run_started", share=share, version=VERSION, **counts)

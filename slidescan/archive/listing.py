@@ -11,6 +11,8 @@ import csv
 import difflib
 import glob
 import hashlib
+import json
+import math
 import os
 import re
 from collections import Counter
@@ -25,7 +27,7 @@ from slidescan.archive.record import Record
 from slidescan.archive.search import one_a_series, slides_below, slides_like
 from slidescan.errors import ConfigError, SlideReadError
 from slidescan.export.stored import read_table
-from slidescan.slides.fingerprint import fingerprint
+from slidescan.slides.fingerprint import fingerprint, stamp
 from slidescan.slides.remote import Remote, locate
 from slidescan.slides.resolution import override
 
@@ -93,9 +95,9 @@ def read_listing(source: str | Path) -> list[Entry]:
     [('case', None, 'north'), ('case', 0.25, 'south'), ('c', None, '')]
     """
     path = Path(source).expanduser()
-    if path.is_dir():
+    if os.path.isdir(path):  # noqa: PTH112  # a Path raises where it may not look
         entries = [Entry("", str(file)) for file in slides_below(path)]
-    elif path.is_file():
+    elif os.path.isfile(path):  # noqa: PTH113
         entries = _table(path)
     elif glob.has_magic(str(source)):
         entries = [Entry("", str(file)) for file in slides_like(str(path))]
@@ -144,7 +146,7 @@ def _table(path: Path) -> list[Entry]:
 
 def _entry(table: Path, number: int, row: Mapping[str, Any]) -> Entry:
     where = f"{table.name}, slide {number}"
-    told = {name: str(row.get(name) if row.get(name) is not None else "").strip() for name in _COLUMNS}
+    told = {name: _text(row.get(name), where, name) for name in _COLUMNS}
     if not told["slide_path"]:
         raise ConfigError(f"{where}: expected a slide_path, found none")
     if row.get(None):  # type: ignore[call-overload]  # csv's, of a row that is too long
@@ -163,8 +165,26 @@ def _entry(table: Path, number: int, row: Mapping[str, Any]) -> Entry:
         at = locate(told["slide_path"]) if "://" in told["slide_path"] else _beside(table, told["slide_path"])
     except ConfigError as exc:
         raise ConfigError(f"{where}: slide_path: {exc}") from exc
-    path = at.url if isinstance(at, Remote) else os.path.abspath(at)  # noqa: PTH100
+    path = at.url if isinstance(at, Remote) else _absolute(at)
     return Entry(told["slide_id"], path, mpp, told["group"], told["sha256"].lower() or None)
+
+
+def _text(cell: Any, where: str, column: str) -> str:
+    """Return what a cell says; pandas makes floats of whole numbers where one is missing, and a NaN of what is."""
+    if isinstance(cell, bytes):
+        try:
+            cell = cell.decode()
+        except UnicodeDecodeError as exc:
+            raise ConfigError(f"{where}: expected UTF-8 in column {column}, got other bytes") from exc
+    if isinstance(cell, float) and (math.isnan(cell) or cell.is_integer()):
+        cell = None if math.isnan(cell) else int(cell)
+    return "" if cell is None else str(cell).strip()
+
+
+def _absolute(at: Path) -> str:
+    """Return an absolute path without ``..``, links kept but where ``..`` after one leads elsewhere."""
+    plain = os.path.abspath(at)  # noqa: PTH100
+    return plain if os.path.realpath(plain) == os.path.realpath(at) else os.path.realpath(at)
 
 
 def _beside(table: Path, told: str) -> Path:
@@ -192,14 +212,15 @@ def named(entries: list[Entry]) -> list[Entry]:
     given = [bool(entry.slide_id) and not entry.derived for entry in entries]
     names = [each.slide_id if is_given else stem_of(each.path) for each, is_given in zip(entries, given, strict=True)]
     times = Counter(name.casefold() for name in names)  # some file systems know one case
+    times_given = Counter(name.casefold() for name, is_given in zip(names, given, strict=True) if is_given)
     named = []
     for entry, name, is_given in zip(entries, names, given, strict=True):
         n, fits = times[name.casefold()], len(name.encode()) <= _LONGEST_BYTES
-        if is_given and n > 1:
-            raise ConfigError(f"slide_id {name!r} is given to {n} slides; each needs one of its own")
+        if is_given and (same := times_given[name.casefold()]) > 1:
+            raise ConfigError(f"slide_id {name!r} is given to {same} slides; each needs one of its own")
         if is_given and not fits:
             raise ConfigError(f"slide_id must have {_LONGEST_BYTES} bytes at most, got {len(name.encode())}: {name!r}")
-        if n > 1 or not fits or not name.strip("."):
+        if (n > 1 and not is_given) or not fits or not name.strip("."):
             short = name.encode()[:_LONGEST_BYTES].decode(errors="ignore").rstrip(".")
             name = f"{short}-{tag_of(entry.path)}"
         named.append(replace(entry, slide_id=name, derived=not is_given))
@@ -209,7 +230,7 @@ def named(entries: list[Entry]) -> list[Entry]:
 def as_recorded(entries: Sequence[Entry], records: Mapping[str, Record]) -> list[Entry]:
     """Give a slide the id under which it is on record, where another of its name was listed since, or is no longer.
 
-    One that has the name of another that is done, in another list, gets a tag: neither takes the other's place.
+    One that has the name of another on record, of another list, gets a tag: neither takes the other's place.
 
     Raises
     ------
@@ -237,14 +258,23 @@ def as_recorded(entries: Sequence[Entry], records: Mapping[str, Record]) -> list
 
 
 def _is_another(entry: Entry, record: Record) -> bool:
-    """Return whether a slide is not the one that was done under its name, which may have been moved."""
+    """Return whether a slide is not the one that is on record under its name, which may have been moved."""
     where, size_wh = locate(entry.path), record.told.get("size_wh")
+    if record.state == "failed" and entry.derived and record.reason != "not_found":
+        # Moved, a file keeps its time and size. One that was not there may have been looked for in the wrong place.
+        known = record.key.partition(":")[2]
+        return bool(known) and known != stamped(stamp(where))
     if record.state != "done" or size_wh is None or not isinstance(where, Path) or where.suffix.lower() in _PICTURES:
         return False
     try:
         return bool(fingerprint(where, tuple(size_wh)) != record.told["fingerprint"])
     except SlideReadError:  # it is not there: what is on record stays so
         return False
+
+
+def stamped(now: tuple[int, ...]) -> str:
+    """Return the part of a record's key that tells the file as it was; `now` is its stamp."""
+    return hashlib.sha256(json.dumps(now).encode()).hexdigest()
 
 
 def tag_of(path: str) -> str:

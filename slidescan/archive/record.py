@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -19,7 +20,17 @@ from slidescan.commit import commit, disk_error
 from slidescan.errors import ResultError
 from slidescan.export.stored import write_table
 
-__all__ = ["MOST_ATTEMPTS", "REASONS", "SCORE_BINS", "Record", "read_records", "records_of", "table_of", "write_tables"]
+__all__ = [
+    "FAILURES",
+    "MOST_ATTEMPTS",
+    "REASONS",
+    "SCORE_BINS",
+    "Record",
+    "read_records",
+    "records_of",
+    "table_of",
+    "write_tables",
+]
 
 Kind = Literal["retry", "next_run", "crash", "stays", "caveat"]
 
@@ -46,6 +57,7 @@ REASONS: Mapping[str, tuple[Kind, str]] = {
     "decode_holes": ("caveat", "done, but parts of its tissue could not be read"),
     "more_images": ("caveat", "done, but its file holds further images, which were not looked at"),
 }
+FAILURES = tuple(reason for reason, (kind, _) in REASONS.items() if kind != "caveat")
 SCORE_BINS = 20  # of [0, 1], in `Record.told["scores"]`
 MOST_ATTEMPTS = 3  # of one run; of all runs at what crashes
 
@@ -123,7 +135,7 @@ def records_of(out: Path) -> dict[str, Record]:
     ResultError
         If it is none.
     """
-    if not (out / "records").is_dir():
+    if not os.path.isdir(out / "records"):  # noqa: PTH112  # a Path raises where it may not look
         raise ResultError(f"{out}: expected the output directory of an archive, found no records there")
     return read_records(out / "records")
 

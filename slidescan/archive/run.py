@@ -16,8 +16,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from slidescan.archive.listing import Entry, tag_of
-from slidescan.archive.record import Record, read_records, write_tables
+from slidescan.archive.listing import Entry, stamped, tag_of
+from slidescan.archive.record import Record, read_record, read_records, write_tables
 from slidescan.archive.report import write_report
 from slidescan.archive.slide import SlideTask
 from slidescan.archive.unfinished import UNFINISHED
@@ -115,10 +115,12 @@ class Run:
     def regroup(self, entries: Iterable[Entry]) -> bool:
         """Put the groups of a list on record, where they are others; return whether any is. No group says nothing."""
         known = ((entry.group, self.records.get(entry.slide_id)) for entry in entries if entry.group)
-        moved = [replace(record, group=group) for group, record in known if record and record.group != group]
-        for record in moved:
-            self.records[record.slide_id] = record
-            record.save(self.out / "records")
+        moved = [(group, record) for group, record in known if record and record.group != group]
+        folder = self.out / "records"
+        for group, record in moved:
+            now = read_record(folder / f"{record.slide_id}.json") or record  # another run may have done it since
+            self.records[record.slide_id] = now = replace(now, group=group)
+            now.save(folder)
         return bool(moved)
 
     def rename(self, entries: Iterable[Entry]) -> None:
@@ -165,7 +167,7 @@ class Run:
     def _key(self, entry: Entry, now: tuple[int, ...]) -> str:
         """Name all that a slide's result depends on, without opening it."""
         setup = json.dumps([self._settings, entry.path, entry.mpp, entry.sha256])
-        return ":".join(hashlib.sha256(text.encode()).hexdigest() for text in (setup, json.dumps(now)))
+        return f"{hashlib.sha256(setup.encode()).hexdigest()}:{stamped(now)}"
 
 
 def _differ(former: Record, record: Record) -> bool:

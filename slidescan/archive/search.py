@@ -121,11 +121,11 @@ def _fitting(pattern: str) -> Iterator[Path]:
     above, *below = _DEEP.split(pattern, 1)
     if not below:
         for file in map(Path, glob.iglob(pattern)):  # noqa: PTH207  # it is absolute
-            if file.name != _MAP and (file.suffix.lower() == ".zarr" or not file.is_dir()):
+            if file.name != _MAP and (file.suffix.lower() == ".zarr" or not os.path.isdir(file)):  # noqa: PTH112
                 yield file
         return
     rest = below[0].lstrip(os.sep) or "*"
-    for folder in filter(Path.is_dir, map(Path, glob.iglob(above or os.sep))):  # noqa: PTH207
+    for folder in filter(os.path.isdir, map(Path, glob.iglob(above or os.sep))):  # noqa: PTH207
         for directory, zarrs, files in _folders(folder):
             if os.sep in rest:
                 yield from _fitting(os.path.join(glob.escape(directory), rest))  # noqa: PTH118

@@ -178,15 +178,17 @@ def _opened(task: SlideTask) -> Slide:
 
 
 def _sha256(where: Any) -> str:
-    if isinstance(where, Path) and not where.exists():
-        raise SlideNotFoundError(f"{where.name}: no such slide")
-    if not isinstance(where, Path) or not where.is_file():
-        raise ExplainedError("wrong_digest", f"{where.name}: only a file on a disk can be compared with a sha256")
     digest = hashlib.sha256()
     try:
+        if isinstance(where, Path) and not where.exists():
+            raise SlideNotFoundError(f"{where.name}: no such slide")
+        if not isinstance(where, Path) or not where.is_file():
+            raise ExplainedError("wrong_digest", f"{where.name}: only a file on a disk can be compared with a sha256")
         with where.open("rb") as file:
             while piece := file.read(_PIECE_BYTES):
                 digest.update(piece)
+    except SlideNotFoundError:  # which is an OSError
+        raise
     except OSError as exc:
         raise SlideReadError(f"{where.name}: cannot be read for its sha256 ({exc.strerror})") from exc
     return digest.hexdigest()

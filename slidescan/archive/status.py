@@ -6,7 +6,7 @@ import contextlib
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -95,18 +95,20 @@ def standing(records: Iterable[Record], out: Path) -> ArchiveStatus:
     known = {record.slide_id: record for record in records}
     runs, last = unfinished(out), _last_run(out / "log.jsonl")
     # What is done anew, under other settings or once more, is not done until it is done again.
-    waiting = {
-        slide_id
-        for run in runs
-        for slide_id in run.to_do
-        if slide_id not in known or known[slide_id].finished_s < run.at
-    }
+    again, first = set[str](), set[tuple[str, str]]()
+    for run in runs:
+        for slide_id in run.to_do:
+            record, place = known.get(slide_id), run.places.get(slide_id, "")
+            if record is None or (place and record.place and record.place != place):  # or another slide of that name
+                first.add((slide_id, place))
+            elif record.finished_s < run.at:
+                again.add(slide_id)
     done = [record for record in known.values() if record.state == "done"]
-    ended = [record for record in known.values() if record.slide_id not in waiting]
+    ended = [record for record in known.values() if record.slide_id not in again]
     failed = [record for record in ended if record.state == "failed"]
     n_done = sum(record.state == "done" for record in ended)
     # Jobs of an array that have not begun are to do, too.
-    slides = max(len(known.keys() | waiting), int(last.get("slides", 0)))
+    slides = max(len(known) + len(first), int(last.get("slides", 0)))
     left = slides - n_done - len(failed)
     tissue = sum(record.told.get("tissue_mm2") or 0.0 for record in done)
     seen = sum(
@@ -114,14 +116,17 @@ def standing(records: Iterable[Record], out: Path) -> ArchiveStatus:
     )
     rates: dict[str, float] = {}
     on = [run for run in runs if not run.stopped]
-    begun_s = min((run.at for run in on), default=last.get("at", math.inf))
+    latest_s = max((run.at for run in on), default=0.0)
+    # One that ended nothing since another began was most likely killed; its rate is no more.
+    rated = [run for run in on if run.at == latest_s or any(_ended(known, each, latest_s) for each in run.share)]
+    begun_s = min((run.at for run in rated), default=last.get("at", math.inf))
     now = [record for record in known.values() if record.finished_s >= begun_s]
     if any(record.state == "done" for record in now):  # a run in which all failed at once has no rate
         seconds = max(1e-3, max(record.finished_s for record in now) - begun_s)
         rates["slides_per_h"] = 3600 * len(now) / seconds
         rates["megapixels_per_s"] = sum(record.told.get("megapixels") or 0.0 for record in now) / seconds
         rates["seconds_left"] = seconds / len(now) * left
-        if scoring := sum(run.scoring for run in on) or last.get("scoring", 0):
+        if scoring := sum(run.scoring for run in rated) or last.get("scoring", 0):
             rates["busy"] = min(1.0, sum(map(_model_s, now)) / (seconds * scoring))
     return ArchiveStatus(
         slides=slides,
@@ -136,6 +141,10 @@ def standing(records: Iterable[Record], out: Path) -> ArchiveStatus:
         analysed_fraction=round(seen / tissue, 5) if tissue else None,
         **rates,
     )
+
+
+def _ended(known: Mapping[str, Record], slide_id: str, since_s: float) -> bool:
+    return slide_id in known and known[slide_id].finished_s >= since_s
 
 
 def _model_s(record: Record) -> float:

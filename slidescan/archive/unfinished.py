@@ -10,8 +10,8 @@ import contextlib
 import json
 import time
 import uuid
-from collections.abc import Collection
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from slidescan.commit import commit
@@ -35,10 +35,12 @@ class Unfinished:
     """Those of them that were to be scanned."""
     stopped: bool = False
     """Whether it said that it ends."""
+    places: dict[str, str] = field(default_factory=dict)
+    """By id, what tells a slide from others of its name (`slidescan.archive.listing.tag_of`), where that is known."""
 
 
-def begin(out: Path, share: Collection[str], to_do: Collection[str], scoring: int) -> Path:
-    """Put on record what a run is about to do; return its file.
+def begin(out: Path, share: Mapping[str, str], to_do: Collection[str], scoring: int) -> Path:
+    """Put on record what a run is about to do; return its file. `share` has each slide's place by its id.
 
     Raises
     ------
@@ -46,11 +48,14 @@ def begin(out: Path, share: Collection[str], to_do: Collection[str], scoring: in
         If `out` cannot be written.
     """
     folder = out / UNFINISHED
-    ours = set(share)
+    places = set(share.values())
     file = folder / f"{uuid.uuid4().hex}.json"
-    _write(file, Unfinished(round(time.time(), 3), scoring, list(share), list(to_do)))
+    _write(file, Unfinished(round(time.time(), 3), scoring, list(share), list(to_do), places=dict(share)))
     for earlier, told in _read(folder):
-        if earlier == file or ours.isdisjoint(told.share):
+        # By its place: another list may have another slide of that name, or the same under another id.
+        known = told.places
+        ours = {each for each in told.share if (known[each] in places if known.get(each) else each in share)}
+        if earlier == file or not ours:
             continue
         left = [slide_id for slide_id in told.to_do if slide_id not in ours]
         if left:

@@ -214,6 +214,8 @@ def read_directories(file: File | RemoteFile) -> list[Directory]:
     except SlideError:
         raise
     except Exception as exc:  # tifffile raises whatever damage leads to
+        if isinstance(exc, OSError) and exc.errno is not None:  # the disk's, which may pass
+            raise SlideReadError(f"{file.name}: its TIFF directories cannot be read ({exc.strerror})") from exc
         raise SlideFormatError(f"{file.name}: a TIFF directory is missing or cut off; copy the file again") from exc
     if not found:
         raise SlideFormatError(f"{file.name}: a TIFF without any image; the file is damaged")

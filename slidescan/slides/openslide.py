@@ -10,6 +10,7 @@ to half a level-0 px and smooths; the TIFF reader does not.
 from __future__ import annotations
 
 import os
+import re
 import threading
 from pathlib import Path
 
@@ -35,6 +36,10 @@ _WANTED = ("vendor", "mpp-x", "mpp-y", "background-color", "icc-size", *(f"bound
 _LEAF_PX = 256  # px; where the format has no tiles, the side of the smallest block given up
 _PROBES = 4  # places read at opening
 _CACHE_BYTES = 64 << 20  # bytes a process for all handles; region reads rarely meet a tile twice
+_END_BYTES = 1 << 16  # read to see whether a disk fails: headers and directories are there
+# A file's name in OpenSlide's messages: all of "open …: ", spaces, too, and elsewhere a word that has a suffix.
+_FILE = re.compile(r"(?<=\bopen ).+?(?=: |$)|[^\s'\"()]+\.[A-Za-z]\w{1,3}\b")
+_OF_MIRAX = re.compile(r"Slidedat\.ini|Index\.dat|Data\d{4}\.dat")  # in every slide
 # Where OpenSlide took its mpp from; both readers must name one source for one file.
 _SAID_BY = {"aperio": "aperio", "dicom": "dicom", "generic-tiff": "tiff-resolution"}
 
@@ -66,6 +71,7 @@ class OpenSlideSource:
             self._factors = tuple(self._handle.level_downsamples)
             icc = self._icc(said)
         except openslide.OpenSlideError as exc:
+            _see_that_it_can_be_read(path)
             raise SlideFormatError(
                 f"{path.name}: OpenSlide cannot open it ({_short(exc, path)}); expected a complete whole-slide image"
             ) from exc
@@ -247,7 +253,29 @@ def _pixels(image: Image.Image) -> NDArray[np.uint8]:
         return np.asarray(image)
 
 
+def _see_that_it_can_be_read(path: Path) -> None:
+    """Read both ends of a file: to OpenSlide a disk that fails, which may pass, is a damaged file."""
+    if not path.is_file():
+        return
+    try:
+        with path.open("rb") as file:
+            file.read(_END_BYTES)
+            file.seek(-min(_END_BYTES, path.stat().st_size), os.SEEK_END)
+            file.read(_END_BYTES)
+    except OSError as exc:
+        raise SlideReadError(f"{path.name}: cannot be read ({exc.strerror})") from exc
+
+
 def _short(exc: openslide.OpenSlideError, path: Path) -> str:
-    """Return OpenSlide's reason without a path, of the slide's other files neither, and not at length."""
+    """Return OpenSlide's reason without a path, without the names of the slide's other files, and not at length.
+
+    Their names begin with the slide's own, which may be the patient's.
+    """
     said = str(exc).replace(f"Reading {path}: ", "").replace(f"{path.parent}{os.sep}", "")
-    return said.replace(f"{path.parent.absolute()}{os.sep}", "")[:160]
+    said = said.replace(f"{path.parent.absolute()}{os.sep}", "")
+
+    def kind(found: re.Match[str]) -> str:
+        name = Path(found[0]).name
+        return name if name == path.name or _OF_MIRAX.fullmatch(name) else f"a {Path(name).suffix} file of it"
+
+    return _FILE.sub(kind, said)[:160]

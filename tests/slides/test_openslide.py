@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import pickle
 import shutil
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import openslide
@@ -153,6 +157,45 @@ def test_a_file_that_vanishes_is_an_error(fake: Slide, monkeypatch: pytest.Monke
     monkeypatch.setattr(openslide, "OpenSlide", gone)
     with pytest.raises(SlideReadError, match="can no longer be opened"):
         fake.read_level(0, 400, 200, 300, 300)
+
+
+def test_names_of_its_other_files_are_not_told(tmp_path: Path) -> None:
+    """A slide is called by its id in an archive; its parts are named as it is, after the patient."""
+    path = tmp_path / "Doe Jane_1970.vms"
+    parts = {"ImageFile": ".jpg", "MapFile": "_map2.jpg", "OptimisationFile": ".opt", "MacroImage": "_macro.jpg"}
+    said = ["NoLayers=1", "NoJpegColumns=1", "NoJpegRows=1", "SourceLens=40", "PhysicalWidth=100", "PhysicalHeight=100"]
+    said += [f"{key}={path.stem}{end}" for key, end in parts.items()]
+    path.write_text("\n".join(["[Virtual Microscope Specimen]", *said, ""]))
+    with pytest.raises(SlideFormatError, match=r"Couldn't open a \.jpg file of it: No such file") as refused:
+        open_slide(path)
+    assert "1970" not in str(refused.value).removeprefix(path.name)
+
+
+@pytest.mark.parametrize("name", ["case.tiff", "case.mrxs"])
+def test_a_disk_that_fails_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """What could not be read may be there another time: an archive tries it again."""
+    from slidescan.slides import ifd
+
+    path = tmp_path / name
+    if name == "case.mrxs":
+        mirax(path)
+    else:
+        tifffile.imwrite(path, np.zeros((64, 64, 3), np.uint8), tile=(64, 64), photometric="rgb")
+
+    whole = Path.open
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def fail_later(path: Path, *arguments: Any) -> Any:  # once OpenSlide has given up
+        if sys._getframe(1).f_globals["__name__"] == OpenSlideSource.__module__:
+            fail()
+        return whole(path, *arguments)
+
+    monkeypatch.setattr(ifd.tifffile, "TiffFile", fail)
+    monkeypatch.setattr(Path, "open", fail_later)
+    with pytest.raises(SlideReadError, match=f"{name}: .*cannot be read .Input/output error"):
+        open_slide(path)
 
 
 def test_unsafe_tiles_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
