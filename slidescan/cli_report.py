@@ -45,18 +45,21 @@ def duration(seconds: float) -> str:
 
 def report(result: ScanResult) -> None:
     """Say what was found and where it is."""
-    from slidescan.legend import counted
+    from slidescan.legend import area_text, counted, share_text
 
     summary = result.summary()
     found = counted(summary["found"], result.classes, result.threshold)
     typer.echo(f"found       {found}, in {n_of(summary['flagged_regions'], 'flagged region')}")
     if result.hotspot is not None:
-        typer.echo(f"hotspot     {result.hotspot.count} in {result.hotspot.area_mm2:.2g} mm²")
+        typer.echo(f"hotspot     {result.hotspot.count} in {area_text(result.hotspot.area_mm2)}")
     fraction = summary["analysed_fraction"]
     if fraction is None:
         typer.echo("looked at   nothing: no tissue was found on this slide")
     else:
-        typer.echo(f"looked at   {fraction:.2%} of {area(summary['tissue_mm2'])} of tissue")
+        unread = result.provenance["tiles"]["read_failed_boxes"]
+        but = f"; {n_of(unread, 'part')} of the slide could not be read" if unread else ""
+        seen = share_text(result.anomaly.analysed_fraction, 2)
+        typer.echo(f"looked at   {seen} of {area(summary['tissue_mm2'])} of tissue{but}")
     saturated = result.provenance["tiles"]["saturated"]
     if saturated:
         typer.echo(f"saturated   {n_of(saturated, 'tile')}, with more than the detector can report: counts are too low")

@@ -13,7 +13,9 @@ from typing import Literal, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Detections", "Detector", "distinct", "iou_pairs"]
+__all__ = ["COLUMNS", "Detections", "Detector", "distinct", "iou_pairs"]
+
+COLUMNS = ("id", "x0", "y0", "x1", "y1", "score", "label")  # of a table of detections; attributes have other names
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -27,14 +27,23 @@ from slidescan.errors import ConfigError
 from slidescan.flagged import FlaggedRegion
 from slidescan.geometry import Box, Frame
 from slidescan.hotspot import Hotspot
-from slidescan.legend import COVER_TINT, HOTSPOT, MARK, RAMP_END_PER_MM2, length_text, ramp_rgb, round_length_um
+from slidescan.legend import (
+    COVER_TINT,
+    HOTSPOT,
+    MARK,
+    RAMP_END_PER_MM2,
+    area_text,
+    length_text,
+    ramp_rgb,
+    round_length_um,
+)
 
 __all__ = ["THUMBNAIL_PX", "Plot", "Shown", "draw_map", "scale_bar"]
 
 Shown = Literal["density", "score", "coverage"]
 
 THUMBNAIL_PX = 2048  # longer side of the slide under the map, px: 300 a printed inch on a page
-_WIDTH_IN = (2.0, 40.0)  # of a figure: below, its text does not fit; above is a poster
+_WIDTH_IN = (2.5, 40.0)  # of a figure: below, its text does not fit; above is a poster
 _MOST_HEIGHT_IN = 9.0  # a printed page less its caption
 _LEFT_IN, _RIGHT_IN, _TOP_IN = 0.5, 0.1, 0.3  # inches around the map: ticks and their label; the last tick; title
 _BAR_IN = 0.65  # more at the right, where there is a colour bar
@@ -300,7 +309,7 @@ def _handles(anomaly: AnomalyMap, what: Shown, *, marked: bool, hotspot: Hotspot
     if marked:
         handles.append(Patch(facecolor="none", edgecolor=_share(MARK), linewidth=_LINE_PT, label="flagged region"))
     if hotspot is not None:
-        said = f"hotspot: {hotspot.count} in {hotspot.area_mm2:.2g} mm²"
+        said = f"hotspot: {hotspot.count} in {area_text(hotspot.area_mm2)}"
         handles.append(Patch(facecolor="none", edgecolor=_share(HOTSPOT), linewidth=1.4, label=said))
     for state, said in _SEEN.items():
         if (anomaly.coverage == state).any() and (what == "coverage" or state != Coverage.ANALYSED):

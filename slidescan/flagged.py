@@ -44,6 +44,8 @@ class FlaggedRegion:
     area_mm2: float
     peak_box_l0: Box
     """The detection of highest score."""
+    n_label: int = 0
+    """Those of its detections that are of `label`, which has most evidence."""
     rows: NDArray[np.intp] = field(default_factory=lambda: np.empty(0, np.intp), repr=False)
     """Of the detections at or above the threshold, those in it: outlines overlap, and each detection is of one."""
 
@@ -177,10 +179,10 @@ def _region(
     order = np.argsort(found.score, kind="stable")
     scores = found.score[order].astype(np.float64)
     nats = -np.log1p(-np.minimum(scores, MOST_CERTAIN))
-    evidence, label = nats.sum(), classes[int(np.bincount(found.label[order], nats).argmax())]
+    evidence, label = nats.sum(), int(np.bincount(found.label[order], nats).argmax())
     return FlaggedRegion(
         rank=0,
-        label=label,
+        label=classes[label],
         polygon_l0=polygon_l0,
         n=len(found),
         peak=float(scores[-1]),
@@ -188,6 +190,7 @@ def _region(
         evidence=float(evidence),
         area_mm2=area_px * frame.mm2_per_px,
         peak_box_l0=Box(*found.xyxy[int(np.lexsort((*found.xyxy.T, -found.score))[0])].tolist()),
+        n_label=int((found.label == label).sum()),
         rows=np.sort(rows),
     )
 

@@ -63,6 +63,29 @@ def length_text(um: float) -> str:
     return f"{um / 1000:g} mm" if um >= 1000 else f"{um:g} µm"
 
 
+def area_text(mm2: float) -> str:
+    """Return an area in three digits, or in all before the point.
+
+    Examples
+    --------
+    >>> area_text(2.0), area_text(1.0499), area_text(1234.5)
+    ('2 mm²', '1.05 mm²', '1,234 mm²')
+    """
+    return f"{mm2:,.0f} mm²" if mm2 >= 100 else f"{mm2:.3g} mm²"
+
+
+def share_text(share: float, digits: int) -> str:
+    """Return a share in percent, rounded down: what lacks a thousandth is not all.
+
+    Examples
+    --------
+    >>> share_text(0.99999, 2), share_text(1.0, 1)
+    ('99.99%', '100.0%')
+    """
+    steps = 10 ** (digits + 2)
+    return f"{math.floor(share * steps) / steps:.{digits}%}"
+
+
 def many(classes: tuple[str, ...]) -> str:
     """Return what is counted, in a word: figures, or objects where there are other classes than mitotic figures."""
     return "figures" if classes == ("mitotic figure",) else "objects"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 from functools import lru_cache
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,16 +17,19 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from slidescan.anomaly import Coverage
+from slidescan.geometry import Box
 from slidescan.legend import (
     COVER_TINT,
     HOTSPOT,
     MARK,
     RAMP_END_PER_MM2,
+    area_text,
     counted,
     length_text,
     many,
     ramp_rgb,
     round_length_um,
+    share_text,
 )
 
 if TYPE_CHECKING:
@@ -41,6 +45,8 @@ _LEGEND_PX = 150
 _LEAST_COLUMN_PX = 620  # a narrow slide still needs room for its heading and legend
 _ROUNDING_PX = 10  # of the page: two columns, each off by up to one px of the smallest thumbnail, which has 256
 _MOST_NUMBERS, _MOST_OUTLINES = 20, 200  # regions: more outlines would hide the slide
+
+_NUMBER_PX = 23  # height of a region's number
 
 _INK, _GREY, _PAPER = (30, 30, 36), (110, 110, 118), (255, 255, 255)
 
@@ -154,22 +160,35 @@ def _heat(slide: Image.Image, result: ScanResult) -> Image.Image:
 
 
 def _numbers(draw: ImageDraw.ImageDraw, result: ScanResult, origin: tuple[int, int], px_per_l0: float) -> None:
-    """Draw the outlines of the flagged regions, and the numbers of the first of them."""
+    """Draw the outlines of the flagged regions, and the numbers of the first of them, as far as they have room."""
     font = _font(18)
-    for region in reversed(result.regions[:_MOST_OUTLINES]):
+    boxes = []
+    for region in result.regions[:_MOST_OUTLINES]:
         box = region.box_l0.scale(px_per_l0).translate(*origin)
         # A region of a few px would vanish: 7 px around its middle is the least that is seen.
-        grow = max(0.0, 7 - min(box.width, box.height) / 2)
-        box = box.grow(grow)
+        boxes.append(box.grow(max(0.0, 7 - min(box.width, box.height) / 2)))
+    for box in reversed(boxes):
         draw.rounded_rectangle((box.x0, box.y0, box.x1, box.y1), 4, outline=MARK, width=2)
-        if region.rank > _MOST_NUMBERS:
-            continue
-        text = str(region.rank)
-        text_w = draw.textlength(text, font=font) + 10
-        x = box.x1 + 3 if box.x1 + 3 + text_w < origin[0] + result.frame.size_wh[0] * px_per_l0 else box.x0 - 3 - text_w
-        y = max(origin[1], box.y0 - 6)
-        draw.rounded_rectangle((x, y, x + text_w, y + 23), 5, fill=MARK)
-        draw.text((x + 5, y + 1), text, font=font, fill=_PAPER)
+    panel = Box(0, 0, *result.frame.size_wh).scale(px_per_l0).translate(*origin)
+    taken: list[Box] = []
+    for number, box in enumerate(boxes[:_MOST_NUMBERS], 1):
+        room = _beside(box, draw.textlength(str(number), font=font) + 10, panel, taken)
+        if room is not None:  # one half covered would read as another
+            taken.append(room)
+            draw.rounded_rectangle((room.x0, room.y0, room.x1, room.y1), 5, fill=MARK)
+            draw.text((room.x0 + 5, room.y0 + 1), str(number), font=font, fill=_PAPER)
+
+
+def _beside(box: Box, width_px: float, panel: Box, taken: list[Box]) -> Box | None:
+    """Return room for a number at a corner of a box, on the panel and free of others; None where there is none."""
+    for x, y in product((box.x1 + 3, box.x0 - 3 - width_px), (box.y0 - 6, box.y1 + 6 - _NUMBER_PX)):
+        # A slide narrower than a number has it beside itself: the margin is as wide.
+        x = min(max(x, panel.x0), max(panel.x0, panel.x1 - width_px))
+        y = min(max(y, panel.y0), max(panel.y0, panel.y1 - _NUMBER_PX))
+        room = Box(x, y, x + width_px, y + _NUMBER_PX)
+        if not any(room.intersects(other) for other in taken):
+            return room
+    return None
 
 
 def _hotspot(draw: ImageDraw.ImageDraw, result: ScanResult, origin: tuple[int, int], px_per_l0: float) -> None:
@@ -188,7 +207,9 @@ def _heading(draw: ImageDraw.ImageDraw, result: ScanResult, title: str, left: in
     _line(draw, (left, 54), (found, f" · {n:,} flagged region{'' if n == 1 else 's'}{of_which}"), column_px, 20, _INK)
     fraction = result.anomaly.analysed_fraction
     looked = (
-        "no tissue" if np.isnan(fraction) else f"{fraction:.1%} of {result.anomaly.tissue_mm2:.1f} mm² tissue analysed"
+        "no tissue"
+        if np.isnan(fraction)
+        else f"{share_text(fraction, 1)} of {area_text(result.anomaly.tissue_mm2)} tissue analysed"
     )
     name, mpp = result.provenance["detector"]["name"], result.provenance["detector"]["plane_mpp"]
     draw.text((right, 22), looked, font=_font(22), fill=_INK)
@@ -253,5 +274,5 @@ def _ramp(draw: ImageDraw.ImageDraw, result: ScanResult, x: int, y: int) -> None
         at += 30 + int(draw.textlength(text, font=font)) + 24
     hotspot = result.hotspot
     if hotspot is not None:
-        text = f"hotspot: {hotspot.count:,} {many(result.classes)} in {hotspot.area_mm2:.2g} mm²"
+        text = f"hotspot: {hotspot.count:,} {many(result.classes)} in {area_text(hotspot.area_mm2)}"
         draw.text((x, y + 82), text, font=font, fill=HOTSPOT)

@@ -9,7 +9,7 @@ and retrying.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import product
 
@@ -100,6 +100,11 @@ class Grid:
         """Rows and columns of cores needed to cover the plane."""
         (ox, oy), (width, height) = self.origin, self.plane.size_wh
         return math.ceil((height - oy) / self.core_px), math.ceil((width - ox) / self.core_px)
+
+    def n_touched(self, parts: Iterable[Box]) -> int:
+        """Return of how many tiles these are parts, or all, of the core."""
+        (ox, oy), core = self.origin, self.core_px
+        return len({((part.x0 - ox) // core, (part.y0 - oy) // core) for part in parts})
 
     def tile(self, row: int, column: int) -> Tile:
         """Return the tile at a place of the grid."""

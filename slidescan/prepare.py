@@ -17,7 +17,7 @@ from slidescan.region import scored_at_once
 from slidescan.slides import Slide
 from slidescan.slides.tissue import TissueMask, tissue_mask
 
-__all__ = ["Prepared", "estimate_s", "halo_px", "prepare", "slack_px"]
+__all__ = ["Prepared", "estimate_s", "halo_px", "prepare", "slack_px", "threshold_of"]
 
 # Tiles that are timed on a CPU, which scores one after the other.
 _PROBED_ON_CPU = 2
@@ -75,6 +75,23 @@ def prepare(slide: Slide, detector: Detector, config: ScanConfig, *, allow_coars
         shift_px=config.tiling.shift_px,
     )
     return Prepared(variant, plane, tissue, thumbnail.rgb, planned, {"tissue": time.perf_counter() - started})
+
+
+def threshold_of(detector: Detector, config: ScanConfig) -> float:
+    """Return the score from which a detection counts.
+
+    Raises
+    ------
+    ConfigError
+        If nothing is kept that is not above it.
+    """
+    threshold = detector.threshold if config.detect.threshold is None else config.detect.threshold
+    if config.detect.min_score > threshold:
+        raise ConfigError(
+            f"detect.min_score must not exceed the threshold {threshold:g}, below which nothing counts, got "
+            f"{config.detect.min_score:g}"
+        )
+    return threshold
 
 
 def slack_px(detector: Detector, plane: Frame, config: ScanConfig) -> float:

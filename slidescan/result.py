@@ -152,7 +152,8 @@ class ScanResult:
         origin : {"qupath", "level0"}
             The frame of the coordinates: QuPath's (less the slide's bounds offset) or uncropped level 0.
         min_score : float, optional
-            Lowest score of a detection written, 0 to 1; default: the threshold. Regions are flagged by the threshold.
+            Lowest score of a detection written, 0 to 1; default: the threshold. Regions are flagged by the threshold,
+            and below the scan's ``detect.min_score`` nothing was kept.
         top_k : int, optional
             At most so many detections, best first, and so many regions.
         what : {"all", "detections", "regions"}
@@ -173,7 +174,7 @@ class ScanResult:
         def features() -> Iterator[Any]:
             if what != "detections":
                 told = zip(self.region_ids, self.regions, strict=True)
-                regions = [replace(each, label=(named or {}).get(id_, each.label)) for id_, each in told]
+                regions = [_named(region, named.get(id_)) if named else region for id_, region in told]
                 all_ = region_features(regions, run_namespace=self._namespace, offset_l0=offset, classes=classes)
                 yield from islice((each for each in all_ if only is None or each.id in only), top_k)
             if what != "regions":
@@ -287,7 +288,7 @@ class ScanResult:
     def _lowest(self, min_score: float | None) -> float:
         if min_score is not None and not 0 <= min_score <= 1:
             raise ConfigError(f"min_score: expected a number from 0 to 1, got {min_score}")
-        return self.threshold if min_score is None else float(min_score)
+        return self.threshold if min_score is None else max(float(min_score), self.config.detect.min_score)
 
     @property
     def _namespace(self) -> str:
@@ -313,6 +314,11 @@ class ScanResult:
         """Return the detections as in ``detections.parquet``, best first; `named` as in `to_geojson`."""
         found, classes = self._renamed(named)
         return to_table(found, self.ids, classes, self._said)
+
+
+def _named(region: FlaggedRegion, label: str | None) -> FlaggedRegion:
+    """Return a region with the class that a person gave it, which is that of all in it."""
+    return region if label is None else replace(region, label=label, n_label=region.n)
 
 
 def _check_count(name: str, count: int | None) -> None:

@@ -29,7 +29,7 @@ from slidescan.heap import give_back_freed, give_back_pixels, keep_freed
 from slidescan.lease import claimed
 from slidescan.manifest import MANIFEST, read_manifest
 from slidescan.overview import draw_overview
-from slidescan.prepare import Prepared, prepare, slack_px
+from slidescan.prepare import Prepared, prepare, slack_px, threshold_of
 from slidescan.provenance import describe_slide, peak_rss_mb, run_key, versions
 from slidescan.region import RegionPart
 from slidescan.result import ScanResult
@@ -126,12 +126,7 @@ def scan(
     known = () if opened.backend == "memory" else stamp(opened.path)  # whose name may be that of some file here
     variant = detector.at(opened.frame.mpp, allow_coarse=allow_coarse)
     opened = opened.colored(config.color or variant.color)
-    threshold = variant.threshold if config.detect.threshold is None else config.detect.threshold
-    if config.detect.min_score > threshold:
-        raise ConfigError(
-            f"detect.min_score must not exceed the threshold {threshold:g}, below which nothing counts, got "
-            f"{config.detect.min_score:g}"
-        )
+    threshold = threshold_of(variant, config)
     key = run_key(opened, variant, config)
     with contextlib.ExitStack() as held:
         # Regions are committed to disk even where nothing is to be kept: that is what bounds the memory.
@@ -233,7 +228,7 @@ def _assemble(
             "slack_um": round(plane.um(slack), 4),
             "regions": len(prepared.plan.regions),
             "retiled": sum(p.n_retiled for p in parts),
-            "saturated": len(saturated),
+            "saturated": prepared.plan.grid.n_touched(saturated),
             "read_failed_boxes": len(failed),
             "crashed_regions": sum(p.crashed for p in parts),
         },

@@ -20,7 +20,16 @@ from tests.tiny import noise
     [
         *({"mpp": 0}, {"mpp": "x"}, {"mpp": "0.25"}, {"mpp": True}, {"object_um": "15"}, {"halo_um": "5"}),
         *({"input_px": 100}, {"input_px": 640.0}, {"threshold": 2}, {"temperature": "1.0"}, {"anchor_px": -4}),
-        *({"classes": 3}, {"training": None}, {"name": None}, {"name": 5}, {"name": "a\n"}, {"attributes": [3]}),
+        *(
+            {"classes": 3},
+            {"training": None},
+            {"name": None},
+            {"name": 5},
+            {"name": "a\n"},
+            {"attributes": [3]},
+            {"attributes": ["score"]},
+            {"attributes": ["a", "a"]},
+        ),
         *({"attribute_cuts": [2.0]}, {"attribute_cuts": ["x"]}, {"attribute_cuts": [0.5]}),
     ],
 )

@@ -238,7 +238,7 @@ def test_what_cannot_be_drawn_is_one_line(result: ss.ScanResult, slide: Slide) -
         result.plot(other)
     for options, words_ in (
         ({"what": "heat"}, "what: expected density, score or coverage, got 'heat'"),
-        ({"width_in": 0.5}, "width_in: expected 2 to 40 inches, got 0.5"),
+        ({"width_in": 0.5}, "width_in: expected 2.5 to 40 inches, got 0.5"),
         ({"width_in": float("nan")}, "width_in: expected"),
         ({"um": 0.0}, "um: expected a scale bar of up to 720 µm, got 0.0"),
         ({"um": 900.0}, "um: expected"),

@@ -14,6 +14,7 @@ from scipy.spatial import ConvexHull
 from scipy.spatial.distance import cdist
 
 from slidescan.detections import Detections
+from slidescan.export.features import region_features
 from slidescan.flagged import FlaggedRegion, flag_regions
 from slidescan.geometry import Frame
 
@@ -59,16 +60,18 @@ def test_two_sure_figures_outrank_three_doubtful_ones() -> None:
 def test_a_region_has_the_name_of_the_class_with_most_evidence() -> None:
     """One sure figure outweighs two doubtful imposters, and a tie goes to no class by its place in the list."""
     classes = ("imposter", "figure")
-    for scores, labels, name in (
-        ((0.95, 0.52), (1, 0), "figure"),
-        ((0.95, 0.55, 0.55), (1, 0, 0), "figure"),
-        ((0.7, 0.6, 0.6), (1, 0, 0), "imposter"),
+    for scores, labels, name, told in (
+        ((0.95, 0.52), (1, 0), "figure", "1: figure ×1 of 2"),
+        ((0.95, 0.55, 0.55), (1, 0, 0), "figure", "1: figure ×1 of 3"),
+        ((0.7, 0.6, 0.6), (1, 0, 0), "imposter", "1: imposter ×2 of 3"),
+        ((0.7, 0.6), (1, 1), "figure", "1: figure ×2"),
     ):
         centers = np.full((len(scores), 2), 1000.0) + 100 * np.arange(len(scores))[:, None]
         boxes = np.concatenate([centers - 25, centers + 25], 1)
         found = Detections.build(boxes, np.array(scores), np.array(labels))
         (region,) = flag_regions(found, FRAME, classes, **SETTINGS)
         assert region.label == name
+        assert [each.name for each in region_features([region], run_namespace="")] == [told]
 
 
 def test_a_long_chain_is_cut() -> None:

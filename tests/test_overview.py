@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import tracemalloc
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from PIL import ImageDraw
 
 import slidescan as ss
 from slidescan.anomaly import AnomalyMap, Coverage
-from slidescan.geometry import Frame
+from slidescan.detections import Detections
+from slidescan.geometry import Box, Frame
+from slidescan.legend import MARK
 from slidescan.overview import draw_overview, heat_panel
 from tests.archives import write_slide
 from tests.discs import ORACLE, config
@@ -40,6 +45,36 @@ def test_the_right_panel(tmp_path: Path, scanned: Path) -> None:
         assert not (inner == 255).all(-1).any(1).all()
     with pytest.raises(ValueError, match="expected an overview"):
         heat_panel(picture, (900, 900))
+
+
+@pytest.mark.parametrize("size_wh", [(900, 700), (300, 1600)])
+def test_numbers_stay_on_the_slide_and_off_each_other(
+    scanned: Path, monkeypatch: pytest.MonkeyPatch, size_wh: tuple[int, int]
+) -> None:
+    """Of one half covered by another nobody could tell which it is; the best come first."""
+    result, rooms = ss.load_result(scanned), list[Box]()
+    rng = np.random.default_rng(0)
+    xy = rng.uniform(0, np.array(size_wh) * 99, (60, 2))
+    found = Detections.build(np.concatenate((xy, xy + 50), 1), rng.uniform(0.6, 1, 60))
+    frame = Frame((100 * size_wh[0], 100 * size_wh[1]), 0.5)
+    plane = frame.at(32.0)
+    seen, nothing = np.ones(plane.size_wh[::-1], np.uint8), np.zeros(plane.size_wh[::-1], np.float32)
+    anomaly = AnomalyMap(plane, nothing, nothing, seen * Coverage.ANALYSED)
+    result = replace(result, detections=found, frame=frame, anomaly=anomaly)
+    whole = ImageDraw.ImageDraw.rounded_rectangle
+
+    def note(draw: ImageDraw.ImageDraw, xy: Any, radius: float = 0, fill: Any = None, **more: Any) -> None:
+        if fill == MARK:
+            rooms.append(Box(*xy))
+        whole(draw, xy, radius, fill=fill, **more)
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "rounded_rectangle", note)
+    draw_overview(np.full((size_wh[1], size_wh[0], 3), 200, np.uint8), result, "case")
+    assert 10 < len(rooms) <= 20
+    assert not any(one.intersects(other) for one, other in combinations(rooms, 2))
+    scale = 1100 / max(size_wh)
+    panel = Box(28, 92, 28 + size_wh[0] * scale + 1, 92 + size_wh[1] * scale + 1)
+    assert all(room.clip(panel) == room for room in rooms)
 
 
 def test_a_long_title_stays_in_its_column(scanned: Path) -> None:

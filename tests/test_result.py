@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import shutil
 from dataclasses import replace
@@ -91,6 +92,23 @@ def test_a_score_that_is_the_threshold_counts_in_every_format(tmp_path: Path) ->
         same = replace(result, detections=replace(result.detections, score=scores))
         kept = same.to_csv(tmp_path / "case.csv", min_score=threshold)
         assert kept == same.to_geojson(tmp_path / "case.geojson", min_score=threshold, what="detections") == 8
+
+
+def test_nothing_found_is_told_as_something_is(tmp_path: Path) -> None:
+    """Tables of an archive are read as one, and what is exported of none is a header."""
+    some, none = (ss.scan(discs(n=n)[0], ORACLE, config=config()) for n in (3, 0))
+    assert (len(some.table()), len(none.table())) == (3, 0)
+    assert none.table().schema == some.table().schema
+    assert none.to_csv(tmp_path / "none.csv", only=[]) == 0
+    assert (tmp_path / "none.csv").read_text().startswith('"id","x0"')
+
+
+def test_below_what_was_kept_there_is_nothing(tmp_path: Path) -> None:
+    """An export says from which score it has all there was."""
+    result = ss.scan(discs(n=3)[0], ORACLE, config=config(**{"detect.min_score": 0.2}))
+    for asked, told in ((0.01, 0.2), (0.3, 0.3)):
+        result.to_geojson(tmp_path / "case.geojson", min_score=asked)
+        assert json.loads((tmp_path / "case.geojson").read_text())["slidescan"]["min_score"] == told
 
 
 def test_a_name_or_a_score_that_cannot_be_meant(tmp_path: Path) -> None:

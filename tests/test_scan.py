@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 
 import slidescan as ss
 from slidescan.anomaly import Coverage
+from slidescan.cli_report import report
 from slidescan.config import ScanConfig
 from slidescan.detections import Detections
 from slidescan.errors import ConfigError, ModelError, ResolutionError, SlideReadError
@@ -143,6 +145,16 @@ def test_a_hole_lowers_coverage_and_the_scan_completes(tmp_path: Path) -> None:
     assert distance.min(0).max() <= 1.0
 
 
+def test_a_small_hole_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    """One of 8 px would be 0 % of the slide."""
+    _, centers = discs()
+    slide = memory_slide(tissue((2000, 1500), centers), MPP, holes=(Box(500, 400, 508, 408),))
+    report(ss.scan(slide, ORACLE, config=config()))
+    assert re.search(
+        r"looked at   9\d\.\d\d% of .* tissue; 1 part of the slide could not be read", capsys.readouterr().out
+    )
+
+
 def test_what_the_thumbnail_could_not_read_is_not_called_glass(tmp_path: Path) -> None:
     """A hole over half of a lone piece of tissue is read-failed, though the thumbnail shows white there."""
     image = np.full((1500, 2000, 3), 244, np.uint8)
@@ -231,7 +243,8 @@ def test_a_tile_that_stays_full_is_told(tmp_path: Path) -> None:
     slide, _ = discs(n=200)
     fewest = OracleDetector(mpp=MPP, input_px=256, object_um=20.0, max_per_tile=1)
     result = ss.scan(slide, fewest, out=tmp_path / "case", config=config())
-    assert result.provenance["tiles"]["saturated"] > 0
+    tiles = result.provenance["tiles"]
+    assert 0 < tiles["saturated"] <= tiles["planned"]  # of which parts stayed full, sixteenths at the end
     assert (result.coverage == Coverage.SATURATED).any()
 
 

@@ -61,6 +61,8 @@ BAD_FEATURES: list[tuple[str, Any]] = [
     ("feature", _without(_feature(), "type")),
     ("id", _feature(top={"id": "detection_3"})),
     ("id", _feature(top={"id": 3})),
+    ("id-form", _feature(top={"id": None})),
+    ("id-form", _feature(top={"id": {}})),
     ("properties", {"type": "Feature", "geometry": POLYGON, "properties": None}),
     ("properties", {"type": "Feature", "geometry": POLYGON, "properties": []}),
     ("object-type-missing", _without(_feature(), "properties")),
@@ -106,6 +108,7 @@ BAD_FEATURES: list[tuple[str, Any]] = [
     ("metadata", _feature(metadata={"a": {}})),
     ("metadata", _feature(metadata=[])),
     ("children", _feature(childObjects={})),
+    ("feature", _feature(children=[{"x": 1}])),
     ("children", _nested(60)),
     ("geometry-missing", _feature(geometry=None)),
     ("geometry-missing", _without(_feature(), "geometry")),
@@ -121,6 +124,8 @@ BAD_FEATURES: list[tuple[str, Any]] = [
     ("geometry-coordinates", _polygon([[0, 0], [1], [1, 1], [0, 0]])),
     ("geometry-coordinates", _polygon([["0", "0"], ["1", "0"], ["1", "1"], ["0", "0"]])),
     ("geometry-coordinates", _polygon([[0, 0], [1e300, 0], [1, 1], [0, 0]])),
+    ("line-short", _feature(geometry={"type": "LineString", "coordinates": [[1, 2]]})),
+    ("line-short", _feature(geometry={"type": "MultiLineString", "coordinates": [[[1, 2], [3, 4]], [[1, 2]]]})),
     ("ring-short", _polygon([[0, 0], [1, 0], [0, 0]])),
     ("ring-short", _polygon(SQUARE, [[1, 1], [2, 2], [1, 1]])),
     ("ring-open", _polygon(SQUARE[:-1])),
@@ -202,6 +207,7 @@ def test_every_rule_is_tested() -> None:
         [_feature(metadata={"a": "b", "c": 1, "d": True}, isLocked="true", childObjects=[_feature()])],
         [{"type": "Feature", "geometry": POLYGON, "properties": {"object_type": "cell"}, "nucleusGeometry": POLYGON}],
         [{"type": "Feature", "geometry": None, "properties": {"type": "root"}}],
+        [_feature(color=-65536, childObjects=None), _feature(color=None, children=[_feature()])],
     ],
 )
 def test_what_qupath_reads_as_meant_is_clean(tmp_path: Path, document: Any) -> None:
@@ -246,7 +252,8 @@ def test_many_equal_problems_are_counted(tmp_path: Path) -> None:
 
 def test_summary_counts_as_qupath_reads(tmp_path: Path) -> None:
     """Objects are counted by the type QuPath gives them and by class."""
-    features = [_class(), _class(), _feature(), _feature(objectType="DETECTION", classification="b"), POLYGON]
+    within = _feature(objectType="DETECTION", classification="b", childObjects=[_class()])
+    features = [_class(), _feature(), within, POLYGON]
     report = inspect_geojson(_document(tmp_path / "a.geojson", features))
     assert report.summary == {"detection": {"a": 2, "unclassified": 1}, "annotation": {"unclassified": 1, "b": 1}}
     assert report.is_importable

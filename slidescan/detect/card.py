@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from slidescan.detections import COLUMNS
 from slidescan.errors import ModelError
 
 if TYPE_CHECKING:
@@ -228,6 +229,8 @@ def _check(card: Any) -> None:
         raise TypeError(f"name must be a line of text, got {card.name!r}")
     if not isinstance(card.training, dict) or not all(isinstance(name, str) for name in card.attributes):
         raise TypeError("training must be an object and attributes names")
+    if len({*card.attributes, *COLUMNS}) < len(card.attributes) + len(COLUMNS):
+        raise ValueError(f"attributes: expected each once, and none of {', '.join(COLUMNS)}, got {card.attributes}")
     if not (
         all(math.isfinite(value) for value in numbers)
         and min(*whole, *maybe) > 0

@@ -226,7 +226,7 @@ def region_features(
     offset_l0: tuple[float, float] = (0.0, 0.0),
     classes: Sequence[str] = (),
 ) -> Iterator[Feature]:
-    """Make one locked `annotation` of every flagged region, named like ``1: mitotic figure ×7``.
+    """Make one locked `annotation` of every flagged region, named like ``1: mitotic figure ×7``, or ``×2 of 7``.
 
     Parameters
     ----------
@@ -254,12 +254,13 @@ def region_features(
         if outline.ndim != 2 or outline.shape[1] != 2 or len(outline) < 3:
             raise ConfigError(f"flagged region {region.rank}: expected an (N, 2) outline, N >= 3, got {outline.shape}")
         corners = ",".join(str(v) for v in np.rint(outline * _BOX_STEPS_PER_PX).astype(np.int64).ravel().tolist())
+        of_all = f"{region.n_label} of {region.n}" if 0 < region.n_label < region.n else f"{region.n}"
         yield Feature(
             "annotation",
             shapely.Polygon(outline - np.asarray(offset_l0)),
             region.label,
             colors.get(region.label, PALETTE[0]),
-            name=f"{region.rank}: {region.label} ×{region.n}",
+            name=f"{region.rank}: {region.label} ×{of_all}",
             measurements={
                 "rank": region.rank,
                 "detections": region.n,

@@ -59,6 +59,10 @@ def check_geometry(geometry: Any, outlines: list[Outline] | None = None) -> Iter
         yield from _check_polygons(geometry["coordinates"], outlines)
     elif not _are_positions(geometry.get("coordinates"), _DEPTH[kind]):
         yield "geometry-coordinates"
+    elif kind in ("LineString", "MultiLineString"):
+        lines = [geometry["coordinates"]] if kind == "LineString" else geometry["coordinates"]
+        if any(len(line) < 2 for line in lines):
+            yield "line-short"
 
 
 def _are_positions(found: Any, depth: int) -> bool:

@@ -15,7 +15,7 @@ from typing import Any, Final, Literal
 
 from slidescan.export.outlines import Outline, check_geometry, is_number
 
-__all__ = ["RULES", "Severity", "check_feature", "class_of", "kind_of"]
+__all__ = ["RULES", "Severity", "check_feature", "class_of", "kind_of", "objects_in"]
 
 Severity = Literal["error", "warning"]
 
@@ -34,6 +34,7 @@ RULES: Final[dict[str, tuple[Severity, str]]] = {
     # The object
     "feature": ("error", 'QuPath expects an object with "type": "Feature" here and cannot read anything else'),
     "id": ("warning", "QuPath ignores an id that is not a UUID and draws a new one; write a UUID or none"),
+    "id-form": ("error", "an id that is null, an array or an object ends the import; write a UUID or none"),
     "repeated-id": ("warning", "two objects have one id and QuPath asks which to keep; give each its own"),
     "properties": ("error", "properties must be an object: null or anything else ends the import; write {}"),
     "object-type-missing": ("warning", "without objectType it becomes an annotation; write it into properties"),
@@ -70,6 +71,7 @@ RULES: Final[dict[str, tuple[Severity, str]]] = {
         "error",
         "coordinates must be nested arrays of numbers below 1e9, as deep as the type says",
     ),
+    "line-short": ("error", "a line needs at least 2 points; one such ends the import of the whole file"),
     "ring-short": ("error", "a ring needs at least 4 points; one such outline ends the import of the whole file"),
     "ring-open": ("error", "a ring must end where it starts; one open ring ends the import of the whole file"),
     "polygon-invalid": (
@@ -91,7 +93,7 @@ _OLD_KINDS = {
 }
 _READ_KEYS = frozenset(
     {"objectType", "object_type", "type", "name", "color", "colorRGB", "classification", "isLocked", "measurements"}
-    | {"metadata", "childObjects"}
+    | {"metadata", "childObjects", "children"}
 )
 # Decimal forms of java.lang.Double.parseDouble, and QuPath's own two words.
 _JAVA_NUMBER = re.compile(r"\s*([+-]?(NaN|Infinity|(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?[fFdD]?)|-?inf)\s*", re.ASCII)
@@ -131,7 +133,9 @@ def check_feature(feature: Any, *, depth: int = 0, outlines: list[Outline] | Non
         yield "feature"
         return
     id_ = feature.get("id")
-    if "id" in feature and not (isinstance(id_, str) and _UUID.fullmatch(id_)):
+    if "id" in feature and (id_ is None or isinstance(id_, dict | list)):
+        yield "id-form"
+    elif "id" in feature and not (isinstance(id_, str) and _UUID.fullmatch(id_)):
         yield "id"
     properties = feature.get("properties", {})
     kind = kind_of(feature)
@@ -176,19 +180,37 @@ def _check_properties(properties: dict[str, Any], depth: int, outlines: list[Out
         isinstance(v, int | float) and not isinstance(v, bool) for k, v in properties.items() if k not in _READ_KEYS
     ):
         yield "stray-number"
-    if "color" in properties:
-        yield from _check_color(properties["color"])
+    color = properties.get("color")
+    if color is not None and (isinstance(color, bool) or not isinstance(color, int)):  # packed into one number
+        yield from _check_color(color)
     yield from _check_class(properties.get("classification"))
     yield from _check_measurements(properties.get("measurements", {}))
     metadata = properties.get("metadata", {})
     if not isinstance(metadata, dict) or any(v is None or isinstance(v, dict | list) for v in metadata.values()):
         yield "metadata"
-    children = properties.get("childObjects", [])
+    children = _children(properties)
     if not isinstance(children, list) or depth > _DEEPEST:
         yield "children"
     else:
         for child in children:
             yield from check_feature(child, depth=depth + 1, outlines=outlines)
+
+
+def _children(properties: dict[str, Any]) -> Any:
+    """Return what QuPath takes for the objects inside an object; null is none."""
+    found = properties["childObjects"] if "childObjects" in properties else properties.get("children")
+    return [] if found is None else found
+
+
+def objects_in(feature: Any, depth: int = 0) -> Iterator[dict[str, Any]]:
+    """Yield an object and, after it, all objects inside it."""
+    if not isinstance(feature, dict) or depth > _DEEPEST:
+        return
+    yield feature
+    properties = feature.get("properties")
+    children = _children(properties) if isinstance(properties, dict) else []
+    for child in children if isinstance(children, list) else []:
+        yield from objects_in(child, depth + 1)
 
 
 def _check_class(found: Any) -> Iterator[str]:

@@ -13,13 +13,13 @@ from numpy.typing import NDArray
 
 from slidescan.anomaly import MOST_DENSITY_STEPS, AnomalyMap
 from slidescan.commit import commit
-from slidescan.detections import Detections
+from slidescan.detections import COLUMNS, Detections
 from slidescan.export.ngff import Channel, read_ngff, write_ngff
 from slidescan.geometry import Frame
 
 __all__ = ["attribute_columns", "from_table", "read_map", "read_table", "to_table", "write_map", "write_table"]
 
-_COLUMNS = ("x0", "y0", "x1", "y1")
+_EDGES = COLUMNS[1:5]
 _STEPS = "density_steps_per_mm2"
 _DENSITY_END_PER_MM2 = 20  # shown as full colour: a high mitotic count
 # Windows in stored steps: score 0 to 1, density, coverage by state.
@@ -41,8 +41,10 @@ def to_table(
 ) -> pa.Table:
     """Return detections as an Arrow table, in their order."""
     label = pa.DictionaryArray.from_arrays(pa.array(detections.label.astype(np.int32)), pa.array(classes))
-    boxes = {name: detections.xyxy[:, i] for i, name in enumerate(_COLUMNS)}
-    return pa.table({"id": ids, **boxes, "score": detections.score, "label": label, **attributes})
+    boxes = {name: detections.xyxy[:, i] for i, name in enumerate(_EDGES)}
+    return pa.table(
+        {"id": pa.array(ids, pa.string()), **boxes, "score": detections.score, "label": label, **attributes}
+    )
 
 
 def from_table(table: pa.Table, classes: Sequence[str], attributes: Sequence[str]) -> Detections:
@@ -50,7 +52,7 @@ def from_table(table: pa.Table, classes: Sequence[str], attributes: Sequence[str
     label = table["label"].combine_chunks()
     to_class = np.array([classes.index(name) for name in label.dictionary.to_pylist()] or [0], np.int16)
     return Detections.build(
-        np.column_stack([table[c].to_numpy() for c in _COLUMNS]),
+        np.column_stack([table[c].to_numpy() for c in _EDGES]),
         table["score"].to_numpy(),
         to_class[label.indices.to_numpy()] if len(table) else np.empty(0),
         np.stack([table[name].to_numpy() for name in attributes], -1) if attributes else None,

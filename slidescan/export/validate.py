@@ -17,7 +17,7 @@ from typing import Any
 from slidescan.errors import ResultError
 from slidescan.export.jsonstream import JsonStream, Unreadable, open_text
 from slidescan.export.outlines import Outline, check_geometry, check_outlines, is_geometry
-from slidescan.export.rules import RULES, Severity, check_feature, class_of, kind_of
+from slidescan.export.rules import RULES, Severity, check_feature, class_of, kind_of, objects_in
 
 __all__ = ["GeojsonReport", "Problem", "inspect_geojson", "validate_geojson"]
 
@@ -263,7 +263,8 @@ class _Walk:
         outlines: list[Outline] = []
         rules = [*spelling, *check_feature(value, outlines=outlines)]
         if isinstance(value, dict):
-            self._report.counts[kind_of(value), class_of(value)] += 1
+            for each in objects_in(value):
+                self._report.counts[kind_of(each), class_of(each)] += 1
             if self._is_repeated(value.get("id")):
                 rules.append("repeated-id")
         self._look_at(line, rules, outlines)

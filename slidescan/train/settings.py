@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from slidescan.detections import COLUMNS
 from slidescan.errors import ConfigError
 from slidescan.slides.resolution import MAX_MPP, MIN_MPP
 
@@ -95,6 +96,8 @@ class TrainSettings(_Strict):
         names = [f"{variant.mpp:g}" for variant in self.variants]
         if len(set(names)) < len(names):
             raise ValueError(f"expected variants of different mpp, each has a directory of its own, got {names}")
+        if len({*self.attributes, *COLUMNS}) < len(self.attributes) + len(COLUMNS):
+            raise ValueError(f"expected each attribute once, and none of {', '.join(COLUMNS)}, got {self.attributes}")
         for variant in self.variants:
             if variant.start is not None and variant.start_mpp is not None:
                 raise ValueError(f"expected start or start_mpp for {variant.mpp:g} µm/px, got both")
