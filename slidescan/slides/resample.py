@@ -9,7 +9,10 @@ memory is bounded by the block asked for, however much finer the level is.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +33,7 @@ _FILTER = Image.Resampling.BICUBIC  # keeps nuclei sharp, and weighs the whole f
 _SUPPORT_PX = 2.0  # source px, times the ratio when shrinking: the reach of Pillow's bicubic kernel
 _AVERAGE_FROM = 4.0  # ratio from which whole px are averaged first: a wide kernel costs its width, an average does not
 _BLOCK_PX = 1 << 24  # px decoded at a time; 50 MB, and four times that inside OpenSlide
+_MOST_THREADS = 4  # that read blocks to be averaged, which share the px above: in smaller ones more is decoded twice
 _SAME = 1e-9  # relative; a level this close to the wanted scale is not too coarse
 
 
@@ -82,17 +86,20 @@ def _averaged(read: Reader, stored: Level, level: int, factor: int, x0: int, y0:
         return read(level, x0, y0, x1, y1)
     (width, height), (tile_w, tile_h) = stored.size_wh, stored.tile_wh
     out = pixels(y1 - y0, x1 - x0)
-    failed: list[Box] = []
-    edge = math.isqrt(_BLOCK_PX)
+    threads = min(os.cpu_count() or 1, _MOST_THREADS)
+    most_px = _BLOCK_PX // threads
+    edge = math.isqrt(most_px)
     # A strip is decoded whole, and a large one is kept by no pool.
-    wide, tall = (width, max(tile_h, _BLOCK_PX // width)) if tile_w >= width > edge else (edge, edge)
+    wide, tall = (width, max(tile_h, most_px // width)) if tile_w >= width > edge else (edge, edge)
     step_x, step_y = max(1, -(-wide // factor)), max(1, tall // factor)
-    for top in range(y0, y1, step_y):
-        for left in range(x0, x1, step_x):
-            right, bottom = min(left + step_x, x1), min(top + step_y, y1)
-            rgb, holes = read(
-                level, left * factor, top * factor, min(right * factor, width), min(bottom * factor, height)
-            )
-            out[top - y0 : bottom - y0, left - x0 : right - x0] = np.asarray(Image.fromarray(rgb).reduce(factor))
-            failed.extend(hole.scale(1 / factor) for hole in holes)
-    return out, failed
+
+    def average(corner: tuple[int, int]) -> list[Box]:
+        top, left = corner
+        bottom, right = min(top + step_y, y1), min(left + step_x, x1)
+        rgb, holes = read(level, left * factor, top * factor, min(right * factor, width), min(bottom * factor, height))
+        out[top - y0 : bottom - y0, left - x0 : right - x0] = np.asarray(Image.fromarray(rgb).reduce(factor))
+        return [hole.scale(1 / factor) for hole in holes]
+
+    with ThreadPoolExecutor(threads) as pool:
+        failed = list(pool.map(average, product(range(y0, y1, step_y), range(x0, x1, step_x))))
+    return out, [hole for holes in failed for hole in holes]
