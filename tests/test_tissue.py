@@ -107,6 +107,41 @@ def test_red_tissue_is_not_mistaken_for_red_pen() -> None:
     assert tissue_mask(slide, mpp=MPP).mask[60:240, 60:240].all()
 
 
+@pytest.mark.parametrize("beside", [False, True])
+@pytest.mark.parametrize("pale", [(242, 225, 236), (243, 232, 240), (228, 232, 242)])
+def test_pale_tissue_on_glass_that_is_pure_white(pale: tuple[int, int, int], beside: bool) -> None:
+    """A scanner that balances its white so leaves tissue the brightest that is not white: it is not the glass."""
+    pixels = np.full((300, 500, 3), 255.0)
+    pixels[60:240, 60:240] = np.array(pale) + np.random.default_rng(0).normal(size=(180, 180, 1)) * 2
+    if beside:
+        pixels[100:200, 320:420] = (190, 110, 160)
+    found = tissue_mask(np.rint(pixels.clip(0, 255)).astype(np.uint8), mpp=MPP, margin_um=0).mask
+    assert found[60:240, 60:240].mean() > 0.99
+    assert found[:, 430:].mean() == 0.0
+
+
+@pytest.mark.parametrize("colour", [(50, 75, 190), (60, 140, 150), (50, 38, 32)])
+def test_a_fragment_of_another_colour_is_no_pen(colour: tuple[int, int, int]) -> None:
+    """Collagen of a trichrome, mucin in alcian blue, a melanoma: no stroke is 4 mm wide. One of 1 mm is one."""
+    rng = np.random.default_rng(0)
+    pixels = blank(700, 1400).astype(float)
+    pixels[100:600, 100:600] = (215, 150, 190) + rng.normal(size=(500, 500, 1)) * 8
+    pixels[100:600, 700:1200] = np.array(colour) + rng.normal(size=(500, 500, 1)) * 8
+    pixels[50:650, 1275:1385] = BLUE_PEN
+    found = tissue_mask(np.rint(pixels.clip(0, 255)).astype(np.uint8), mpp=MPP, margin_um=0).mask
+    assert found[110:590, 710:1190].mean() > 0.95
+    assert found[:, 1265:].mean() < 0.05
+
+
+@pytest.mark.parametrize("ground", [(3, 3, 3), (20, 25, 30), (0, 0, 40)])
+def test_a_dark_ground_need_not_be_black(ground: tuple[int, int, int]) -> None:
+    """Of nuclei that shine on it no tissue can be told."""
+    pixels = np.empty((300, 300, 3), np.uint8)
+    pixels[...] = ground
+    pixels[50:200, 50:200] = (20, 40, 200)
+    assert tissue_mask(pixels, mpp=MPP).is_fluorescent
+
+
 def test_brown_stain_is_tissue() -> None:
     """Immunostained tissue, brown and pale blue, is found."""
     slide = blank()

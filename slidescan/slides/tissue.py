@@ -32,13 +32,17 @@ _WORK_PX = 2048  # longest side worked on: bounds time and memory for any thumbn
 _STRIP_PX = 256  # rows worked on at a time where a step needs many bytes a px
 _FILL = 253.5  # grey above which a px is the scanner's own filling, not glass
 _BLACK = 14.0  # grey below which (all channels) a px is padding or nothing
+_DARK_GROUND = 60.0  # grey of a fifth of the px, where nothing is glass: padding, or the ground of fluorescence
 _LIT, _LIT_LOWEST = 128.0, 40.0  # grey of stained tissue at least: of its brightest channel, and of its darkest
 _GLASS_DARKEST = 160.0  # grey: no scanner leaves its glass darker
 _GLASS_TINT = 0.12  # density between channels: glass may be as yellow as this, pink tissue is beyond it
+_WHITE_SHARE = 0.05  # of px that are pure white: from here on that may be the glass, of a scanner that balances it so
+_NEUTRAL = 5.0  # grey levels between channels of glass beside pure white; a paler stain than that has no tissue
 _WHITE = 245.0  # grey taken for glass where the slide shows none
 _STAIN = (0.024, 0.06)  # colour density from which a px is stained: floor (faint eosin) and ceiling (noisy scanner)
 _NEAR_GLASS = 0.02  # density within which a px may be glass: 5 grey levels
 _RIM_UM = 150.0  # width of the blurred, pale border of a pen stroke
+_STROKE_UM = 2500.0  # width of a marker's stroke at most; what is wider has the colour of its stain, or is melanin
 _DENSE = 0.07  # density from which a px is not blank: about 16 grey levels below the glass
 _SURE_UM2 = 20_000.0  # bits below this area must be stained twice as strongly as large ones
 _ANCHOR_UM2 = 50_000.0  # tissue below this area says nothing about the ink beside it
@@ -123,7 +127,8 @@ def tissue_mask(
 
     low, high = _range(small)
     black = high < _BLACK
-    dark_field = float(black.mean()) > 0.2 and float((low > _GLASS_DARKEST).mean()) < 0.005
+    has_glass = float((low > _GLASS_DARKEST).mean()) >= 0.005
+    dark_field = not has_glass and float(np.percentile(high, 20)) < _DARK_GROUND
     lit = ~black
     # Stained tissue between black padding is neither so dark, nor without one of the three colours.
     fluorescent = (
@@ -205,7 +210,16 @@ def _glass(small: F32, low: F32, high: F32) -> F32:
     share = np.convolve(counts, np.ones(5), mode="same")
     peak = int(np.flatnonzero(share >= 0.1 * share.max())[-1])
     near = small[candidate][np.abs(levels - (peak - 1)) <= 3]
-    return np.asarray(np.median(near, axis=0) if len(near) else np.full(3, _WHITE), np.float32)
+    glass = np.asarray(np.median(near, axis=0) if len(near) else np.full(3, _WHITE), np.float32)
+    is_white = float((low >= _FILL).mean()) > _WHITE_SHARE
+    return np.full(3, 255, np.float32) if is_white and _is_stained(glass) else glass
+
+
+def _is_stained(glass: F32) -> bool:
+    """Return whether what is brightest beside pure white has a dye's colour; glass may be yellow."""
+    red, green, blue = (float(level) for level in glass)
+    is_yellow = red >= green > blue and green - blue > 2 * (red - green)
+    return max(red, green, blue) - min(red, green, blue) > _NEUTRAL and not is_yellow
 
 
 def _stain_level(mean: F32, colour: F32) -> float:
@@ -236,7 +250,20 @@ def _ink(density: F32, mean: F32, colour: F32, shown: Mask, rim_px: float) -> Ma
         return np.asarray(core, np.bool_)
     # Beside a stroke a px is tissue only if it is clearly of tissue's own hue.
     tissue_hue = (green > 1.15 * red) & (blue < 0.62 * green) & (colour > 0.1)
-    return np.asarray(core | (_grown(core, rim_px) & shown & ~tissue_hue), np.bool_)
+    ink = core | (_grown(core, rim_px) & shown & ~tissue_hue)
+    return np.asarray(ink & ~_thick(core, rim_px * _STROKE_UM / _RIM_UM, rim_px), np.bool_)
+
+
+def _thick(core: Mask, width_px: float, gap_px: float) -> Mask:
+    """Return where a mask, its gaps closed, is wider than `width_px`, and what is within `gap_px` of that."""
+    radius = width_px / 2
+    if core.sum() < np.pi * radius**2 / 50:  # so few that none of it is, however many the gaps
+        return np.zeros_like(core)
+    padded = np.pad(core, ceil(gap_px))  # no gap closes against the edge of the image
+    closed = ~_grown(~_grown(padded, gap_px), gap_px)
+    wide = ~_grown(~closed, radius)
+    grown = _grown(wide, radius + gap_px) if wide.any() else wide
+    return grown[ceil(gap_px) : -ceil(gap_px), ceil(gap_px) : -ceil(gap_px)]
 
 
 def _ink_on_tissue(ink: Mask, tissue: Mask, reach_px: float) -> Mask:
