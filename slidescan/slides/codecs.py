@@ -40,6 +40,11 @@ _ALPHA = (1, 2)  # ExtraSamples: associated, unassociated
 
 # JPEG markers that open a frame (ITU T.81 table B.1): C0 to CF without DHT, JPG and DAC.
 _SOF = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+_WITHOUT_LENGTH = frozenset((0x01, *range(0xD0, 0xDA)))  # TEM, RST, SOI, EOI
+_MOST_SCANS = (
+    64  # progressive encoders make about ten, and a preview in the header has some; decoding is linear in them
+)
+_SOC_SIZ = b"\xff\x4f\xff\x51"  # how a JPEG 2000 codestream begins (ITU T.800, annex A)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +111,7 @@ class Codec:
             rgb = self._raw(data, need_wh)
         if rgb.ndim != 3 or rgb.dtype != np.uint8 or rgb.shape[2] != 3:
             raise ValueError("not 8-bit RGB")
+        self._fits(rgb.shape[1], rgb.shape[0], need_wh)
         return rgb
 
     def _fits(self, width: int, height: int, need_wh: tuple[int, int]) -> None:
@@ -130,7 +136,7 @@ class Codec:
         if rgb.dtype != np.uint8 or rgb.shape[2:] != (3,):
             raise ValueError("16 bits, or more channels than the directory says")
         ycbcr = self.photometric == _YCBCR or (self.aperio and self.compression == _APERIO_YCBCR)
-        return _ycbcr_to_rgb(rgb) if ycbcr else rgb
+        return _ycbcr_to_rgb(rgb) if ycbcr and not _is_transformed(data) else rgb
 
     def _raw(self, data: bytes, need_wh: tuple[int, int]) -> NDArray[np.uint8]:
         width = self.tile_wh[0]
@@ -157,25 +163,52 @@ def _ycbcr_to_rgb(ycbcr: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def jpeg_size(data: bytes) -> tuple[int, int]:
-    """Width and height in the frame header of a JPEG stream."""
+    """Width and height in the frame header of a JPEG stream, as a decoder will find it."""
     at = 2
     if data[:2] != b"\xff\xd8":
         raise ValueError("not a JPEG stream")
+    if data.count(b"\xff\xda") > _MOST_SCANS:  # of some bytes each, over all px
+        raise ValueError("more scans than a writer makes")
     while data[at] == 0xFF:
         marker = data[at + 1]
         if marker == 0xFF:
             at += 1
         elif marker in _SOF:
             return int.from_bytes(data[at + 7 : at + 9], "big"), int.from_bytes(data[at + 5 : at + 7], "big")
+        elif marker in _WITHOUT_LENGTH:  # nothing of the kind comes before a frame
+            break
         else:
             at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
     raise ValueError("no frame in the JPEG stream")
 
 
 def jpeg2000_size(data: bytes) -> tuple[int, int]:
-    """Width and height in the SIZ segment; boxes of a JP2 file may come before it."""
-    at = data.find(b"\xff\x4f\xff\x51", 0, 4096)
-    if at < 0:
-        raise ValueError("not a JPEG 2000 stream")
+    """Width and height in the SIZ segment of the codestream that a decoder will take."""
+    at = _codestream(data)
     x1, y1, x0, y0 = (int.from_bytes(data[at + 8 + 4 * i : at + 12 + 4 * i], "big") for i in range(4))
     return x1 - x0, y1 - y0
+
+
+def _codestream(data: bytes) -> int:
+    """Return where the codestream begins: at once, or in the box of a JP2 file that is for it (ITU T.800, annex I)."""
+    at = 0
+    while data[at : at + 4] != _SOC_SIZ:
+        length, kind, header = int.from_bytes(data[at : at + 4], "big"), data[at + 4 : at + 8], 8
+        if length == 1:
+            length, header = int.from_bytes(data[at + 8 : at + 16], "big"), 16
+        if kind == b"jp2c" and data[at + header : at + header + 4] == _SOC_SIZ:
+            return at + header
+        if kind == b"jp2c" or length < header or at + length >= len(data):
+            raise ValueError("not a JPEG 2000 stream")
+        at += length
+    return at
+
+
+def _is_transformed(data: bytes) -> bool:
+    """Return whether the codestream says that its components were made of RGB, which a decoder makes of them again."""
+    at = _codestream(data) + 2
+    while data[at] == 0xFF and data[at + 1] not in (0x90, 0xD9):  # SOT, EOC: the main header ends
+        if data[at + 1] == 0x52:  # COD
+            return data[at + 8] == 1
+        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return False

@@ -6,6 +6,7 @@ included, and it pickles (with its pixels).
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from PIL.ExifTags import Base
 
 from slidescan.errors import SlideFormatError, SlideReadError, SlideUnsupportedError
@@ -28,7 +29,19 @@ _TILE_PX = 256  # px; what a file would use
 # Below Pillow's own warning size (89 MP), and too small for a slide: such files are fields of view.
 _MAX_IMAGE_PX = 1 << 26
 
-_ON_ITS_SIDE = (5, 6, 7, 8)  # EXIF orientations
+# By EXIF orientation, what makes a picture upright; of the last four it lies on its side.
+_TURNS: dict[object, Image.Transpose] = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_ON_ITS_SIDE = (5, 6, 7, 8)
+# What Pillow raises for damaged files, and for damaged EXIF data in them.
+_DAMAGED = (ValueError, IndexError, SyntaxError, EOFError, TypeError, OverflowError, struct.error)
 _PNG, _JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"
 
 
@@ -94,7 +107,8 @@ def image_source(path: Path) -> MemorySource:
         If it is too large, damaged, or not 8-bit colour.
     """
     with _opened(path) as image:
-        upright = ImageOps.exif_transpose(image)
+        turn = _TURNS.get(_orientation(image))
+        upright = image if turn is None else image.transpose(turn)
         pixels = np.array(upright.convert("RGBA") if upright.mode == "P" else upright)
         # The dpi of a plain image is a screen's or a printer's, so the file does not say its µm/px.
         return MemorySource([pixels], NOTHING, name=path.name, icc=image.info.get("icc_profile"), backend="image")
@@ -109,9 +123,13 @@ def image_size(path: Path) -> tuple[int, int]:
         As `image_source`, but for pixels that are damaged.
     """
     with _opened(path) as image:
-        exif = Image.Exif()
-        exif.load(image.info.get("exif") or b"")  # not Pillow's getexif, which decodes a PNG
-        return image.size[::-1] if exif.get(Base.Orientation, 1) in _ON_ITS_SIDE else image.size
+        return image.size[::-1] if _orientation(image) in _ON_ITS_SIDE else image.size
+
+
+def _orientation(image: Image.Image) -> object:
+    exif = Image.Exif()
+    exif.load(image.info.get("exif") or b"")  # not Pillow's getexif, which decodes a PNG
+    return exif.get(Base.Orientation, 1)
 
 
 @contextmanager
@@ -135,7 +153,7 @@ def _opened(path: Path) -> Iterator[Image.Image]:
                         f"{path.name}: expected an 8-bit colour image, found mode {image.mode}; export it as 8-bit RGB"
                     )
                 yield image
-    except (UnidentifiedImageError, ValueError, IndexError, SyntaxError, EOFError) as exc:
+    except (*_DAMAGED, UnidentifiedImageError) as exc:
         if isinstance(exc, SlideFormatError):
             raise
         raise SlideFormatError(f"{path.name}: a damaged PNG or JPEG image; export it again") from exc

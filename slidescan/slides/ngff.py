@@ -28,6 +28,8 @@ META = ("zarr.json", ".zattrs", ".zgroup", ".zarray")
 _CODECS = frozenset(
     ("blosc", "bytes", "bz2", "crc32c", "delta", "gzip", "lz4", "lzma", "sharding_indexed", "transpose", "zlib", "zstd")
 ) | {"imagecodecs_jpeg", "imagecodecs_jpeg8", "imagecodecs_jpeg2k", "imagecodecs_deflate"}
+_PLAIN = frozenset(("bytes", "crc32c", "delta", "transpose"))  # of these, those that change no size
+_UNSAFE, CHECKED = "?", "+crc32c"  # of a coder: nothing can be told of it; four bytes follow
 _UM = {"micrometer": 1.0, "millimeter": 1e3, "centimeter": 1e4, "meter": 1e6, "nanometer": 1e-3, "angstrom": 1e-4}  # µm
 _ROUNDING_PX = 1.5  # a level's side may differ by this from the exact ratio, as in TIFF
 _MOST_IMAGES = 100  # of one file that are looked for
@@ -38,7 +40,7 @@ _MALFORMED = (KeyError, TypeError, ValueError, IndexError, AttributeError, StopI
 class Dataset:
     """One level: an array below `path`, stored in `files` sized pieces of `chunks` sized decoding units.
 
-    `coder` packs a unit last, "" if nothing known does. `index` is the size of a shard's index in bytes, negative at
+    `coder` packs a unit, "" if nothing does. `index` is the size of a shard's index in bytes, negative at
     the end of its file, 0 without shards.
     """
 
@@ -205,6 +207,8 @@ class _Reader:
             raise SlideFormatError(f"{self._name}: an array's metadata is missing or damaged") from exc
         if not known:
             self._fail("an unknown codec; rewrite it with blosc, gzip, zstd or JPEG")
+        if dataset.coder == _UNSAFE:
+            self._fail("chunks that are packed twice, or shards of an unusual kind; rewrite it with one codec")
         sizes = dict(zip(axes, dataset.shape, strict=False))
         whole = {len(axes)} == {len(dataset.shape), len(dataset.chunks), len(dataset.files)}
         others = [n for axis, n in sizes.items() if axis not in "cyx"]
@@ -242,22 +246,22 @@ def _version_2(where: Where, told: dict[str, Any]) -> tuple[str, list[Any], Data
     shape, chunks = _ints(told["shape"]), _ints(told["chunks"])
     separator, fill = str(told.get("dimension_separator") or "."), int(told.get("fill_value") or 0)
     codecs = [codec for codec in (*(told.get("filters") or []), told.get("compressor")) if codec is not None]
-    coder = _name(codecs[-1]) if codecs else ""
+    coder = _coder(codecs)
     return np.dtype(told["dtype"]).name, codecs, Dataset(where, shape, chunks, chunks, "", separator, fill, coder)
 
 
 def _version_3(where: Where, told: dict[str, Any]) -> tuple[str, list[Any], Dataset]:
     files = chunks = _ints(told["chunk_grid"]["configuration"]["chunk_shape"])
     codecs = list(told["codecs"])
-    coder, index = _name(codecs[-1]), 0
+    coder, index = _coder(codecs), 0
     for codec in codecs:
         if codec["name"] == "sharding_indexed":
             shard = codec["configuration"]
             chunks = _ints(shard["chunk_shape"])
-            # An index that is not coded as every writer does is not looked into.
+            # Only an index that is coded as every writer does can be looked into.
             names, little = [_name(c) for c in shard["index_codecs"]], "big" not in str(shard["index_codecs"])
-            plain = names == ["bytes", "crc32c"] and little and codec is codecs[-1]
-            coder = _name(shard["codecs"][-1]) if plain else ""
+            is_plain = names == ["bytes", "crc32c"] and little and codec is codecs[-1]
+            coder = _coder(shard["codecs"]) if is_plain else _UNSAFE
             index = 16 * math.prod(n // m for n, m in zip(files, chunks, strict=True)) + 4
             index = index if shard.get("index_location") == "start" else -index
     encoding = _mapping(told.get("chunk_key_encoding"))
@@ -266,6 +270,15 @@ def _version_3(where: Where, told: dict[str, Any]) -> tuple[str, list[Any], Data
     prefix, fill = "" if plain else "c" + separator, int(told.get("fill_value") or 0)
     dataset = Dataset(where, _ints(told["shape"]), chunks, files, prefix, separator, fill, coder, index)
     return str(told["data_type"]), codecs, dataset
+
+
+def _coder(codecs: list[dict[str, Any]]) -> str:
+    """Return what packs a unit, "" if nothing does; `_UNSAFE` where what it unpacks to cannot be told beforehand."""
+    names = [_name(codec) for codec in codecs]
+    packing = [name for name in names if name not in _PLAIN]
+    if len(packing) > 1 or "crc32c" in names[:-1] or packing == ["sharding_indexed"]:
+        return _UNSAFE
+    return "".join(packing) + (CHECKED if names[-1:] == ["crc32c"] else "")
 
 
 def _is_known(codec: dict[str, Any]) -> bool:

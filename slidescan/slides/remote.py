@@ -67,7 +67,7 @@ class Remote:
     def name(self) -> str:
         """The last part of the URL's path."""
         parts = urlsplit(self._inner)
-        return unquote(PurePosixPath(parts.path or parts.netloc).name)
+        return unquote(PurePosixPath(parts.path or parts.netloc.rpartition("@")[2]).name)  # without user and password
 
     @property
     def stem(self) -> str:
@@ -86,8 +86,12 @@ class Remote:
         return any(part.lower().endswith(".zarr") for part in path.parts)
 
     def __truediv__(self, below: str) -> Remote:
-        parts = urlsplit(self.url)
-        return Remote(urlunsplit(parts._replace(path=str(PurePosixPath(parts.path) / below))))
+        inner, parts = self._inner, urlsplit(self._inner)
+        if parts.scheme in ("http", "https"):  # what follows ? stays behind it
+            deeper = urlunsplit(parts._replace(path=str(PurePosixPath(parts.path) / below)))
+        else:
+            deeper = f"{inner.rstrip('/')}/{below}"
+        return Remote(self.url.replace(inner, deeper, 1))
 
     def __repr__(self) -> str:
         return f"{urlsplit(self.url).scheme}://…/{self.name}"
@@ -234,8 +238,10 @@ class RemoteFile:
         """Fetch the blocks of spans (offset, count) that will be read next, many at once."""
         numbers: dict[int, None] = {}  # in their order
         for offset, count in spans:
-            if 0 <= offset < offset + count <= self.size and (len(numbers) + 1) * _BLOCK_BYTES <= _AHEAD_BYTES:
-                numbers |= dict.fromkeys(range(offset // _BLOCK_BYTES, -(-(offset + count) // _BLOCK_BYTES)))
+            blocks = range(offset // _BLOCK_BYTES, -(-(offset + count) // _BLOCK_BYTES))
+            fits = (len(numbers) + len(blocks)) * _BLOCK_BYTES <= _AHEAD_BYTES
+            if 0 <= offset < offset + count <= self.size and fits:
+                numbers |= dict.fromkeys(blocks)
         self._blocks(numbers)
 
     def opened(self) -> io.RawIOBase:

@@ -113,7 +113,8 @@ class TiffSource:
         rows = list(spans(y, y + out.shape[0], tile_h, height))
         with stage("read"):
             places = (row * grid.columns + column for (row, *_), (column, *_) in product(rows, columns))
-            self._file.want((int(grid.offsets[i]), int(grid.counts[i])) for i in places)
+            counts, most = grid.counts, grid.codec.max_bytes
+            self._file.want((int(grid.offsets[i]), int(counts[i])) for i in places if 0 < counts[i] <= most)
         for row, y0, y1, top, bottom, reads_y in rows:
             for column, x0, x1, left, right, reads_x in columns:
                 part = into[top - y : bottom - y, 3 * (left - x) : 3 * (right - x)]

@@ -24,7 +24,7 @@ from zarr.storage import LocalStore, WrapperStore
 
 from slidescan.errors import SlideFormatError, SlideReadError
 from slidescan.geometry import Box
-from slidescan.slides.ngff import META, Dataset, is_zarr, read_zarr_image
+from slidescan.slides.ngff import CHECKED, META, Dataset, is_zarr, read_zarr_image
 from slidescan.slides.packed import check_packed
 from slidescan.slides.pool import MOST_TILE_BYTES, Span, owners, pool, spans
 from slidescan.slides.remote import Remote, Where, read_small
@@ -272,7 +272,8 @@ class _Checked(WrapperStore):  # type: ignore[misc]  # zarr's own types do not p
 
     def __init__(self, store: Any, dataset: Dataset) -> None:
         super().__init__(store)
-        self._coder, self._index = dataset.coder, dataset.index
+        self._coder, self._index = dataset.coder.removesuffix(CHECKED), dataset.index
+        self._sum_bytes = 4 * dataset.coder.endswith(CHECKED)
         # A filter may have widened the values.
         self._most_bytes = 8 * math.prod(dataset.chunks) + 65536
 
@@ -280,7 +281,7 @@ class _Checked(WrapperStore):  # type: ignore[misc]  # zarr's own types do not p
         found = await super().get(key, prototype, byte_range)
         if found is not None and key.rsplit("/", 1)[-1] not in META:
             for unit in self._units(found.as_numpy_array().data, byte_range):
-                check_packed(self._coder, unit, self._most_bytes)
+                check_packed(self._coder, unit[: len(unit) - self._sum_bytes], self._most_bytes)
         return found
 
     def _units(self, data: memoryview, byte_range: Any) -> list[memoryview]:

@@ -9,10 +9,13 @@ import lzma
 import struct
 import subprocess
 import sys
+import tracemalloc
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import google_crc32c
 import imagecodecs
 import numpy as np
 import pytest
@@ -20,11 +23,13 @@ import tifffile
 import zarr
 from imagecodecs.numcodecs import Jpeg, register_codecs
 from numpy.typing import NDArray
+from PIL import Image
 from zarr.codecs import BloscCodec, GzipCodec, ZstdCodec
 
 from slidescan.errors import SlideFormatError
 from slidescan.geometry import Box
 from slidescan.slides import open_slide, packed
+from slidescan.slides.codecs import jpeg2000_size, jpeg_size
 from slidescan.slides.packed import check_packed
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -106,6 +111,67 @@ def test_a_chunk_that_unpacks_to_more_is_not_unpacked(coder: str, data: bytes) -
     check_packed(coder, memoryview(data), 1 << 20)
     with pytest.raises((ValueError, RuntimeError), match=r"unpacks to \d{5,7} bytes or more|buffer is too small"):
         check_packed(coder, memoryview(data), 99_999)
+
+
+@pytest.mark.parametrize("packed_by", ["crc32c", "twice", "unusual index", "shards"])
+def test_a_chunk_that_nobody_can_tell_of_is_not_unpacked(tmp_path: Path, packed_by: str) -> None:
+    """With its sum behind it it is looked into; where only unpacking could tell, the array is refused."""
+    little = {"name": "bytes", "configuration": {"endian": "little"}}
+    gzipped: list[dict[str, Any]] = [little, {"name": "gzip", "configuration": {"level": 9}}]
+    shard = {"chunk_shape": [64, 64, 3], "codecs": gzipped, "index_codecs": [little], "index_location": "end"}
+    sharded = [{"name": "sharding_indexed", "configuration": shard}]
+    codecs = {
+        "crc32c": [*gzipped, {"name": "crc32c"}],
+        "twice": [*gzipped, {"name": "zstd", "configuration": {"level": 3, "checksum": False}}],
+        "unusual index": sharded,
+        "shards": [{"name": "sharding_indexed", "configuration": {**shard, "codecs": sharded}}],
+    }[packed_by]
+    keys = {"name": "default", "configuration": {"separator": "/"}}
+    grid = {"name": "regular", "configuration": {"chunk_shape": [64, 64, 3]}}
+    told = {"zarr_format": 3, "node_type": "array", "shape": [64, 64, 3], "data_type": "uint8", "fill_value": 0}
+    told |= {"chunk_grid": grid, "chunk_key_encoding": keys, "codecs": codecs, "attributes": {}}
+    chunk = tmp_path / "a.zarr/c/0/0/0"
+    chunk.parent.mkdir(parents=True)
+    (tmp_path / "a.zarr/zarr.json").write_text(json.dumps(told))
+    if packed_by != "crc32c":
+        with pytest.raises(SlideFormatError, match="packed twice, or shards of an unusual kind"):
+            open_slide(tmp_path / "a.zarr")
+        return
+    for size, holes in ((64 * 64 * 3, ()), (1 << 28, (Box(0, 0, 64, 64),))):
+        data = gzip.compress(bytes(size), 1)
+        chunk.write_bytes(data + struct.pack("<I", google_crc32c.value(data)))
+        tracemalloc.start()
+        assert open_slide(tmp_path / "a.zarr").read_level(0, 0, 0, 64, 64).holes == holes
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert peak < 1 << 26
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "scans", "jp2"])
+def test_what_a_decoder_skips_says_nothing_of_its_size(kind: str) -> None:
+    """A small frame where only a header's reader looks, before the large one that is decoded; and scans for hours."""
+    large = np.zeros((512, 512, 3), np.uint8)
+    jpeg, jp2 = imagecodecs.jpeg8_encode(large), imagecodecs.jpeg2k_encode(large, codecformat="jp2")
+    if kind == "jp2":
+        small = imagecodecs.jpeg2k_encode(large[:64, :64], codecformat="j2k")[:48]
+        at = jp2.index(b"jp2c") - 4
+        hidden = jp2[:at] + struct.pack(">I", 24 + len(small)) + b"uuid" + bytes(16) + small + jp2[at:]
+        assert np.asarray(imagecodecs.jpeg2k_decode(hidden)).shape == (512, 512, 3)
+        assert jpeg2000_size(hidden) == jpeg2000_size(jp2) == (512, 512)
+        return
+    assert jpeg_size(jpeg) == (512, 512)
+    scan = jpeg[jpeg.index(b"\xff\xda") : -2]
+    with pytest.raises(ValueError, match="JPEG stream" if kind == "jpeg" else "more scans"):
+        jpeg_size(jpeg[:2] + b"\xff\x01" + jpeg[2:] if kind == "jpeg" else jpeg[:-2] + 64 * scan + jpeg[-2:])
+
+
+@pytest.mark.parametrize(("kind", "turn", "size_wh"), [(3, b"\6\0\0\0", (30, 40)), (7, b"abcd", (40, 30))])
+def test_damaged_exif_costs_nothing(tmp_path: Path, kind: int, turn: bytes, size_wh: tuple[int, int]) -> None:
+    """A resolution that is no number, beside a sound orientation, and one that is none."""
+    entries = struct.pack("<HHI4s", 0x112, kind, 1, turn) + struct.pack("<HHI4s", 0x11A, 7, 4, b"abcd")
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + entries + bytes(4)
+    Image.new("RGB", (40, 30)).save(tmp_path / "a.jpg", exif=exif)
+    assert open_slide(tmp_path / "a.jpg", mpp=0.25).size_wh == size_wh
 
 
 def test_memory_for_a_dictionary_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:

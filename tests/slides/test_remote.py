@@ -171,6 +171,20 @@ class TestAsksForLittle:
         slide.read_level(0, 2000, 2000, 300, 300)
         assert served.sent_bytes - opening < (tmp_path / "case.tiff").stat().st_size / 4
 
+    def test_a_tile_that_cannot_be_so_long_is_not_fetched(self, served: Served, tmp_path: Path) -> None:
+        """Its length says that it goes on to the end of the file."""
+        path = served.root / "long.tiff"
+        pixels = np.random.default_rng(0).integers(0, 255, (512, 512, 3), np.uint8)
+        tifffile.imwrite(path, pixels, tile=(256, 256), photometric="rgb", metadata=None)
+        with tifffile.TiffFile(path, mode="r+b") as tiff:
+            counts = tiff.pages.first.tags["TileByteCounts"]
+            counts.overwrite([60_000_000, *counts.value[1:]])
+        with path.open("ab") as file:
+            file.truncate(64_000_000)
+        slide = open_slide(f"{served.url}/long.tiff", mpp=0.25)
+        assert slide.read_level(0, 0, 0, 512, 256).holes == (Box(0, 0, 256, 256),)
+        assert served.sent_bytes < 16_000_000
+
     def test_the_pool_is_bounded(self, served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """Pixels are right even where it holds less than one read wants."""
         monkeypatch.setattr(remote, "_blocks", remote.TilePool(3 << 16))
@@ -289,6 +303,7 @@ class TestRefuses:
             open_slide("gopher://archive/case.svs")
 
     def test_names_are_told_and_nothing_else(self) -> None:
+        assert Remote("http://user:password@host").name == "host"
         case = Remote("s3://user:password@bucket/patients/case%201.svs?token=x")
         assert f"{case} {case!r} {case.name}" == "s3://…/case 1.svs s3://…/case 1.svs case 1.svs"
 
