@@ -79,11 +79,11 @@ def share_text(share: float, digits: int) -> str:
 
     Examples
     --------
-    >>> share_text(0.99999, 2), share_text(1.0, 1)
-    ('99.99%', '100.0%')
+    >>> share_text(0.99999, 2), share_text(0.57, 2), share_text(1.0, 1)
+    ('99.99%', '57.00%', '100.0%')
     """
     steps = 10 ** (digits + 2)
-    return f"{math.floor(share * steps) / steps:.{digits}%}"
+    return f"{math.floor(share * steps + 1e-6) / steps:.{digits}%}"  # 0.57 of 10,000 steps is a hair below 5,700
 
 
 def many(classes: tuple[str, ...]) -> str:

@@ -305,9 +305,15 @@ class TestAccidents:
             ss.scan_archive(cohort, ORACLE, out=out, config=config(), client=client)
 
     def test_a_setting_that_cannot_be_meant_ends_the_run(self, cohort: Path, tmp_path: Path, client: Client) -> None:
+        """Before its first slide, where that can be told without one."""
         wrong = config(detect__min_score=0.9)
         with pytest.raises(ConfigError, match="must not exceed the threshold"):
             ss.scan_archive(cohort, ORACLE, out=tmp_path / "runs", config=wrong, client=client)
+        with pytest.raises(ConfigError, match="must not exceed the threshold"):
+            next(estimate_archive(cohort, ORACLE, config=wrong, client=client))
+        assert not (tmp_path / "runs").exists()
+        with pytest.raises(ConfigError, match=r"tiling\.halo_um must be at least"):
+            ss.scan_archive(cohort, ORACLE, out=tmp_path / "runs", config=config(tiling__halo_um=1.0), client=client)
         assert archive_status(tmp_path / "runs").done == 0
 
     def test_records_that_cannot_be_read_are_as_none(self, tmp_path: Path) -> None:

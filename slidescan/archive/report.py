@@ -32,6 +32,7 @@ from slidescan.archive.record import REASONS, SCORE_BINS, Record
 from slidescan.archive.status import standing
 from slidescan.commit import commit
 from slidescan.errors import ResultError
+from slidescan.legend import share_text
 from slidescan.manifest import read_manifest
 from slidescan.overview import heat_panel
 
@@ -251,7 +252,7 @@ def _head(out: Path, rows: list[Record]) -> Iterator[str]:
 
 def _share(value: float | None) -> str:
     """Say a share; what is not whole is never said to be."""
-    return "" if value is None else f"{value if value >= 1 else min(value, 0.9999):.2%}"
+    return "" if value is None else share_text(value, 2)
 
 
 def _when(rows: list[Record]) -> str:

@@ -31,6 +31,7 @@ from slidescan.errors import (
     SlideWarning,
 )
 from slidescan.lease import LASTS_S
+from slidescan.legend import share_text
 from slidescan.prepare import Prepared, estimate_s, prepare
 from slidescan.provenance import peak_gpu_mb, peak_rss_mb
 from slidescan.result import ScanResult
@@ -78,7 +79,9 @@ class SlideTask:
         elif holes := told["read_failed_boxes"]:
             reason = "decode_holes"
             parts = "1 part" if holes == 1 else f"{holes:,} parts"
-            message = f"{parts} could not be read; {told['analysed_fraction']:.2%} of the tissue was analysed"
+            message = (
+                f"{parts} could not be read; {share_text(told['analysed_fraction'], 2)} of the tissue was analysed"
+            )
         elif others := told["other_images"]:
             reason = "more_images"
             message = (
@@ -105,7 +108,9 @@ def killed(task: SlideTask) -> Record:
     if what_ended(task.late) == "late":
         return task.failed("timeout", f"opening it and finding its tissue took longer than {task.timeout_s:g} s, twice")
     for mark in task.out.glob("parts-*/*.lost"):
-        return task.failed("killed", f"its device failed, and with it its worker, more than once ({mark.read_text()})")
+        with suppress(OSError):
+            said = f"its device failed, and with it its worker, more than once ({mark.read_text(encoding='utf-8')})"
+            return task.failed("killed", said)
     message = "its worker died more than once; more memory or a smaller tiling.region_px may help"
     return task.failed("killed", message)
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from slidescan.archive.record import REASONS, Record, records_of
 from slidescan.archive.unfinished import unfinished
+from slidescan.legend import share_text
 from slidescan.stages import SCORING
 
 __all__ = ["ArchiveStatus", "archive_status", "standing"]
@@ -63,9 +64,8 @@ class ArchiveStatus:
         if self.quarantined:
             lines.append(f"  {self.quarantined:,} crashed too often and are left alone until --retry-failed")
         if self.analysed_fraction is not None:
-            lines.append(
-                f"looked at   {self.analysed_fraction:.2%} of {self.tissue_mm2:,.1f} mm² tissue; {self.found:,} found"
-            )
+            seen = share_text(self.analysed_fraction, 2)
+            lines.append(f"looked at   {seen} of {self.tissue_mm2:,.1f} mm² tissue; {self.found:,} found")
         if self.slides_per_h:
             rate = f"{self.slides_per_h:,.1f} slides/h, {self.megapixels_per_s or 0:,.1f} MP/s"
             busy = "" if self.busy is None else f", models busy {self.busy:.0%} of the time"
