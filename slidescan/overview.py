@@ -45,7 +45,6 @@ _LEGEND_PX = 150
 _LEAST_COLUMN_PX = 620  # a narrow slide still needs room for its heading and legend
 _ROUNDING_PX = 10  # of the page: two columns, each off by up to one px of the smallest thumbnail, which has 256
 _MOST_NUMBERS, _MOST_OUTLINES = 20, 200  # regions: more outlines would hide the slide
-
 _NUMBER_PX = 23  # height of a region's number
 
 _INK, _GREY, _PAPER = (30, 30, 36), (110, 110, 118), (255, 255, 255)

@@ -41,9 +41,7 @@ _ALPHA = (1, 2)  # ExtraSamples: associated, unassociated
 # JPEG markers that open a frame (ITU T.81 table B.1): C0 to CF without DHT, JPG and DAC.
 _SOF = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _WITHOUT_LENGTH = frozenset((0x01, *range(0xD0, 0xDA)))  # TEM, RST, SOI, EOI
-_MOST_SCANS = (
-    64  # progressive encoders make about ten, and a preview in the header has some; decoding is linear in them
-)
+_MOST_SCANS = 64  # progressive encoders make about ten, and a preview has some; decoding takes its time for each
 _SOC_SIZ = b"\xff\x4f\xff\x51"  # how a JPEG 2000 codestream begins (ITU T.800, annex A)
 
 

@@ -40,8 +40,8 @@ _MALFORMED = (KeyError, TypeError, ValueError, IndexError, AttributeError, StopI
 class Dataset:
     """One level: an array below `path`, stored in `files` sized pieces of `chunks` sized decoding units.
 
-    `coder` packs a unit, "" if nothing does. `index` is the size of a shard's index in bytes, negative at
-    the end of its file, 0 without shards.
+    `coder` packs a unit, "" if nothing does. `index` is the size of a shard's index in bytes, negative at the end of
+    its file, 0 without shards.
     """
 
     path: Where
