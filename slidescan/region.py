@@ -185,6 +185,7 @@ class RegionTask:
             return taken()
         with stage("write"):
             part.save(self.part)
+            self.lost.unlink(missing_ok=True)
             give_back_freed()
         return taken()
 

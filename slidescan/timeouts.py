@@ -64,7 +64,13 @@ def what_ended(mark: Path) -> Literal["late", "died"] | None:
 
 def start_anew(mark: Path, why: str) -> None:
     """End this worker process, for another to take its place, and say why in `mark`; a person's own goes on."""
-    if multiprocessing.parent_process() is None:
+    from distributed import get_worker
+
+    try:
+        nanny = get_worker().nanny
+    except ValueError:  # no worker's thread
+        nanny = None
+    if nanny is None or multiprocessing.parent_process() is None:
         return
     with suppress(OSError):
         mark.write_text(why, encoding="utf-8")
