@@ -19,6 +19,7 @@ __all__ = ["LONGEST_S", "start_anew", "what_ended", "within"]
 
 # Seconds an archive gives by default: a hundred times what a region takes on one core.
 LONGEST_S = 1800.0
+_OF_NANNY = "Dask Worker process"  # so Dask's nanny calls a process, which it starts again when it ends
 _LEAST_S = 0.001  # to go: what is over already ends at once
 # faulthandler knows one limit a process: the first that runs out of those below.
 _lock = threading.Lock()
@@ -64,13 +65,7 @@ def what_ended(mark: Path) -> Literal["late", "died"] | None:
 
 def start_anew(mark: Path, why: str) -> None:
     """End this worker process, for another to take its place, and say why in `mark`; a person's own goes on."""
-    from distributed import get_worker
-
-    try:
-        nanny = get_worker().nanny
-    except ValueError:  # no worker's thread
-        nanny = None
-    if nanny is None or multiprocessing.parent_process() is None:
+    if not multiprocessing.current_process().name.startswith(_OF_NANNY):
         return
     with suppress(OSError):
         mark.write_text(why, encoding="utf-8")
