@@ -21,6 +21,7 @@ __all__ = [
     "DEATHS",
     "LOOPBACK",
     "OURS",
+    "SILENT",
     "UNWATCHED",
     "cluster",
     "cores",
@@ -42,6 +43,8 @@ DEATHS = 1
 # and fifty times at whether a process still answers. An archive of small slides took a sixth longer for the first, and
 # two idle workers and their scheduler a sixth of a core for the second.
 UNWATCHED: dict[str, Any] = {"distributed.worker.profile.enabled": False, "distributed.admin.tick.interval": "1s"}
+# Of Dask's log nothing is told: to its scheduler it is critical that a client goes while it is told of its tasks.
+SILENT = logging.CRITICAL + 1
 _WORKERS_TIMEOUT_S = 5  # for the first of a scheduler's to come
 OURS = "SLIDESCAN_WORKER"  # in the environment of worker processes that are slidescan's own
 _MOST_READERS = 16  # threads that read beside a GPU, a core each; every one holds a region of 50 MB
@@ -69,7 +72,7 @@ def cluster(client: Client | None, threads: int) -> Iterator[tuple[Client, int, 
             dashboard_address=f"{LOOPBACK}:0",
             worker_dashboard_address=f"{LOOPBACK}:0",
             memory_limit=0,
-            silence_logs=logging.CRITICAL,
+            silence_logs=SILENT,
         ) as cluster,
         _left_behind(cluster),
         Client(cluster) as local,

@@ -6,7 +6,6 @@ of its own). Jobs and scheduler know each other by certificates made for this ru
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from slidescan.cluster import DEATHS, LOOPBACK, UNWATCHED
+from slidescan.cluster import DEATHS, LOOPBACK, SILENT, UNWATCHED
 from slidescan.config import ScanConfig
 from slidescan.errors import ConfigError, MissingExtraError
 
@@ -176,7 +175,7 @@ def prepared(queue: Queue) -> Iterator[Any]:
         try:
             security = _certificates(folder)
             cluster = SLURMCluster(
-                **{"silence_logs": logging.CRITICAL, **options},
+                **{"silence_logs": SILENT, **options},
                 job_cls=_ended(SLURMCluster.job_cls),
                 protocol="tls://",
                 security=security,

@@ -8,7 +8,6 @@ them, and a start that is cut short leaves none.
 from __future__ import annotations
 
 import contextlib
-import logging
 import multiprocessing
 import os
 import signal
@@ -19,7 +18,7 @@ from contextlib import contextmanager
 from multiprocessing import forkserver, resource_tracker
 from typing import TYPE_CHECKING, Any
 
-from slidescan.cluster import DEATHS, LOOPBACK, OURS, UNWATCHED, cores, hush, readers_beside_gpu, workers_of
+from slidescan.cluster import DEATHS, LOOPBACK, OURS, SILENT, UNWATCHED, cores, hush, readers_beside_gpu, workers_of
 from slidescan.errors import WorkerError
 
 if TYPE_CHECKING:
@@ -106,7 +105,7 @@ def processes(
             worker_dashboard_address=f"{LOOPBACK}:0",
             memory_limit=1 / n,  # "auto" goes by threads, of which there are more than cores
             env=environment,
-            silence_logs=logging.CRITICAL,
+            silence_logs=SILENT,
         ) as cluster,
         Client(cluster, loop=loop) as local,
     ):

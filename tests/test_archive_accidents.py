@@ -44,7 +44,8 @@ detector = Gated(mpp=MPP, input_px=256, object_um=20.0, max_per_tile=1000, score
 sys.argv[:3] = ["slidescan", "archive"]
 with (
     mock.patch("slidescan.detect.load_detector", return_value=detector),
-    mock.patch("slidescan.archive.engine._BACKOFF_S", 0.01, create=True),
+    mock.patch("slidescan.archive.engine._BACKOFF_S", 0.01),
+    mock.patch("slidescan.archive.engine._SLIDES_EACH", 1),  # or all four are done at nearly the same time
 ):
     cli.main()
 """

@@ -42,7 +42,7 @@ class TestCommands:
         assert again.stderr == f"slidescan: {tmp_path / 'in'}: 2 slides; left out files of other kinds: 1 .png\n"
 
     def test_sigterm_ends_it_soon_and_it_continues(self, tmp_path: Path) -> None:
-        for seed in range(3):
+        for seed in range(6):  # three are in flight
             write_slide(tmp_path / f"in/{seed}.tiff", seed)
         command = [sys.executable, "-m", "slidescan.cli", "archive", str(tmp_path / "in"), "-o", str(tmp_path / "runs")]
         run = subprocess.Popen([*command, "--workers", "1"], stderr=subprocess.PIPE, text=True)
