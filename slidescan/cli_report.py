@@ -52,8 +52,7 @@ def report(result: ScanResult) -> None:
     typer.echo(f"found       {found}, in {n_of(summary['flagged_regions'], 'flagged region')}")
     if result.hotspot is not None:
         typer.echo(f"hotspot     {result.hotspot.count} in {area_text(result.hotspot.area_mm2)}")
-    fraction = summary["analysed_fraction"]
-    if fraction is None:
+    if summary["analysed_fraction"] is None:
         typer.echo("looked at   nothing: no tissue was found on this slide")
     else:
         unread = result.provenance["tiles"]["read_failed_boxes"]

@@ -151,7 +151,7 @@ def tissue_mask(
         found, method = _filled(_without_small(~black, min_px), hole_px), "not-blank"
         note = "dark ground without glass (fluorescence or padding): everything that is not black is kept"
     else:
-        ink = _ink(density, mean, colour, shown, max(2.0, _RIM_UM / work_um))
+        ink = _ink(density, mean, colour, shown, max(2.0, _RIM_UM / work_um), _STROKE_UM / work_um)
         bits = _without_small(stained & ~ink, min_px)
         tissue = _filled(_strong(bits, colour, 2 * level, _SURE_UM2 / work_um**2), hole_px)
         anchor = _without_small(tissue, _ANCHOR_UM2 / work_um**2)
@@ -232,8 +232,8 @@ def _stain_level(mean: F32, colour: F32) -> float:
     return float(np.clip(middle + 5 * spread, *_STAIN))
 
 
-def _ink(density: F32, mean: F32, colour: F32, shown: Mask, rim_px: float) -> Mask:
-    """Pen of the usual colours, by what dyes of tissue never absorb, with the pale border of its strokes.
+def _ink(density: F32, mean: F32, colour: F32, shown: Mask, rim_px: float, stroke_px: float) -> Mask:
+    """Pen of the usual colours, by what dyes of tissue rarely absorb, with the pale border of its strokes.
 
     Haematoxylin and eosin take most from green light. Blue and green ink take far more from red; red ink takes nearly
     as much from blue as from green and hardly anything from red; black ink takes much from all alike.
@@ -251,7 +251,7 @@ def _ink(density: F32, mean: F32, colour: F32, shown: Mask, rim_px: float) -> Ma
     # Beside a stroke a px is tissue only if it is clearly of tissue's own hue.
     tissue_hue = (green > 1.15 * red) & (blue < 0.62 * green) & (colour > 0.1)
     ink = core | (_grown(core, rim_px) & shown & ~tissue_hue)
-    return np.asarray(ink & ~_thick(core, rim_px * _STROKE_UM / _RIM_UM, rim_px), np.bool_)
+    return np.asarray(ink & ~_thick(core, stroke_px, rim_px), np.bool_)
 
 
 def _thick(core: Mask, width_px: float, gap_px: float) -> Mask:
