@@ -103,6 +103,8 @@ def write_tiffs(folder: Path) -> None:
     with tifffile.TiffWriter(folder / "pyramid.ome.tiff", ome=True) as file:
         file.write(image, **tiled, compression="zlib", subifds=1, metadata={"axes": "YXS", "PhysicalSizeX": 0.5})
         file.write(half, **tiled, compression="zlib", subfiletype=1)
+    planes = np.ascontiguousarray(image.transpose(2, 0, 1))
+    tifffile.imwrite(folder / "planes.tiff", planes, **tiled, compression="jpeg", planarconfig="separate")
     tifffile.imwrite(folder / "strips.tiff", image, photometric="rgb", compression="zlib", rowsperstrip=16)
 
 

@@ -1,14 +1,15 @@
 """One TIFF tile's bytes to RGB.
 
-Hides compression, JPEG tables, colour models and predictors. Invariants: the size a stream claims is read from its
-header and compared with the tile before a decoder runs, so a stream cannot unpack to more than its tile; a JPEG without
-its end marker is bad even though decoders would fill the missing part with grey; the decoders release the GIL.
+Hides compression, JPEG tables, colour models, planes and predictors. Invariants: the size a stream claims is read from
+its header and compared with the tile before a decoder runs, so a stream cannot unpack to more than its tile; a JPEG
+without its end marker is bad even though decoders would fill the missing part with grey; the decoders release the GIL.
 Limit: a flipped bit inside JPEG entropy data usually still decodes, to wrong colours, and nothing here can tell. Of
 fewer than half of such tiles libjpeg warns, which OpenSlide heeds and imagecodecs does not pass on.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import imagecodecs
@@ -26,6 +27,7 @@ DECODER_ERRORS = (RuntimeError, ValueError, TypeError, IndexError)
 
 _JPEG = 7
 _JPEG2000 = (33003, 33004, 33005, 34712)
+_SEPARATE = 2  # PlanarConfiguration: each colour has tiles of its own
 _APERIO_YCBCR = 33003  # in Aperio files: components are YCbCr although the codestream does not say so
 _RAW = {
     1: None,
@@ -52,6 +54,7 @@ class Codec:
     compression: int
     photometric: int
     samples: int
+    planes: int
     predictor: int
     tables: bytes | None
     aperio: bool
@@ -67,7 +70,7 @@ class Codec:
         Declined
             If the pixels are compressed in a way not known here.
         SlideFormatError
-            If they are not interleaved 8-bit RGB.
+            If they are not 8-bit RGB.
         """
         samples, photometric = directory.first(277, 1), directory.first(262, -1)
         bits = set(directory.values(258)) or {1}
@@ -77,9 +80,8 @@ class Codec:
             directory.refuse(f"expected 8-bit colour, found {'/'.join(map(str, sorted(bits)))} bits a sample")
         if samples not in (3, 4) or (samples == 4 and extra not in _ALPHA):
             directory.refuse(f"expected RGB, found {samples} channels")
-        if directory.first(284, 1) != 1:
-            directory.refuse("expected interleaved RGB, found separate colour planes")
-        if photometric not in (_RGB, _YCBCR):
+        planes = samples if directory.first(284, 1) == _SEPARATE else 1
+        if photometric not in (_RGB, _YCBCR) or (planes > 1 and photometric != _RGB):
             raise Declined(f"{name}: unknown colour model {photometric}")
         if compression not in _RAW and compression != _JPEG and compression not in _JPEG2000:
             raise Declined(f"{name}: unknown compression {compression}")
@@ -89,28 +91,37 @@ class Codec:
         if compression not in _RAW and samples != 3:
             raise Declined(f"{name}: {samples} channels in a JPEG stream are not known here")
         tables = directory.blob(347) or None
-        return cls(compression, photometric, samples, predictor, tables, aperio, directory.tile_wh, extra)
+        samples //= planes
+        return cls(compression, photometric, samples, planes, predictor, tables, aperio, directory.tile_wh, extra)
 
     @property
     def max_bytes(self) -> int:
-        """Most bytes a tile can honestly have: a bad length must not be read into memory."""
+        """Most bytes a part of a tile can honestly have: a bad length must not be read into memory."""
         return 2 * self.tile_wh[0] * self.tile_wh[1] * self.samples + 65536
 
-    def decode(self, data: bytes, need_wh: tuple[int, int]) -> NDArray[np.uint8]:
-        """Return RGB (H, W, 3) of at least `need_wh` px.
+    def decode(self, parts: Sequence[bytes], need_wh: tuple[int, int]) -> NDArray[np.uint8]:
+        """Return RGB (H, W, 3) of at least `need_wh` px from a tile's one part, or one a plane.
 
         Raises one of `DECODER_ERRORS` for bad data.
         """
+        planes = [self._part(data, need_wh) for data in parts]
+        pixels = planes[0] if len(planes) == 1 else np.concatenate(planes, 2)
+        return pixels if pixels.shape[2] == 3 else self._over_white(pixels)
+
+    def _part(self, data: bytes, need_wh: tuple[int, int]) -> NDArray[np.uint8]:
+        """Return (H, W, samples)."""
         if self.compression == _JPEG:
-            rgb = self._jpeg(data, need_wh)
+            pixels = self._jpeg(data, need_wh)
         elif self.compression in _JPEG2000:
-            rgb = self._jpeg2000(data, need_wh)
+            pixels = self._jpeg2000(data, need_wh)
         else:
-            rgb = self._raw(data, need_wh)
-        if rgb.ndim != 3 or rgb.dtype != np.uint8 or rgb.shape[2] != 3:
-            raise ValueError("not 8-bit RGB")
-        self._fits(rgb.shape[1], rgb.shape[0], need_wh)
-        return rgb
+            pixels = self._raw(data, need_wh)
+        if pixels.ndim == 2:
+            pixels = pixels[..., None]
+        if pixels.dtype != np.uint8 or pixels.shape[2:] != (self.samples,):
+            raise ValueError("16 bits, or not the channels that the directory says")
+        self._fits(pixels.shape[1], pixels.shape[0], need_wh)
+        return pixels
 
     def _fits(self, width: int, height: int, need_wh: tuple[int, int]) -> None:
         if not (need_wh[0] <= width <= self.tile_wh[0] and need_wh[1] <= height <= self.tile_wh[1]):
@@ -120,21 +131,21 @@ class Codec:
         self._fits(*jpeg_size(data), need_wh)
         if data.rfind(b"\xff\xd9") < 0:
             raise ValueError("the stream has no end")
+        wanted = "RGB" if self.samples == 3 else "GRAYSCALE"
         if self.photometric == _YCBCR:
             coded: str | None = "YCBCR"
         else:
             # Aperio stores RGB as RGB; a JFIF header means YCbCr whatever the tag says (Bio-Formats writes that).
-            coded = None if b"JFIF\0" in data[:32] and not self.aperio else "RGB"
-        decoded = imagecodecs.jpeg8_decode(data, tables=self.tables, colorspace=coded, outcolorspace="RGB")
-        return np.asarray(decoded, np.uint8)
+            coded = None if b"JFIF\0" in data[:32] and not self.aperio else wanted
+        return np.asarray(imagecodecs.jpeg8_decode(data, tables=self.tables, colorspace=coded, outcolorspace=wanted))
 
     def _jpeg2000(self, data: bytes, need_wh: tuple[int, int]) -> NDArray[np.uint8]:
         self._fits(*jpeg2000_size(data), need_wh)
-        rgb = np.asarray(imagecodecs.jpeg2k_decode(data))
-        if rgb.dtype != np.uint8 or rgb.shape[2:] != (3,):
-            raise ValueError("16 bits, or more channels than the directory says")
+        pixels = np.asarray(imagecodecs.jpeg2k_decode(data))
         ycbcr = self.photometric == _YCBCR or (self.aperio and self.compression == _APERIO_YCBCR)
-        return _ycbcr_to_rgb(rgb) if ycbcr and not _is_transformed(data) else rgb
+        if not ycbcr or pixels.dtype != np.uint8 or pixels.shape[2:] != (3,):
+            return pixels
+        return pixels if _is_transformed(data) else _ycbcr_to_rgb(pixels)
 
     def _raw(self, data: bytes, need_wh: tuple[int, int]) -> NDArray[np.uint8]:
         width = self.tile_wh[0]
@@ -145,14 +156,15 @@ class Codec:
         rows = min(flat.size // row, self.tile_wh[1])
         self._fits(width, rows, need_wh)
         pixels = flat[: rows * row].reshape(rows, width, self.samples)
-        if self.predictor == 2:
-            pixels = np.cumsum(pixels, axis=1, dtype=np.uint8)
-        if self.samples == 4 and self.alpha == 1:
-            # Colours are already multiplied by alpha: only the white behind is missing.
-            behind = 255 - pixels[..., 3:].astype(np.uint16)
-            over: NDArray[np.uint8] = np.minimum(pixels[..., :3] + behind, 255).astype(np.uint8)
-            return over
-        return pixels if self.samples == 3 else composite(pixels)
+        return np.cumsum(pixels, axis=1, dtype=np.uint8) if self.predictor == 2 else pixels
+
+    def _over_white(self, rgba: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        if self.alpha != _ALPHA[0]:
+            return composite(rgba)
+        # Colours are already multiplied by alpha: only the white behind is missing.
+        behind = 255 - rgba[..., 3:].astype(np.uint16)
+        over: NDArray[np.uint8] = np.minimum(rgba[..., :3] + behind, 255).astype(np.uint8)
+        return over
 
 
 def _ycbcr_to_rgb(ycbcr: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -170,8 +170,8 @@ class Directory:
             self.fail(f"one tile unpacks to {tile_w} × {tile_h} px, more than the safe {MAX_TILE_PX} px")
         columns, rows = self.grid_wh
         planes = self.first(277, 1) if self.first(284, 1) == 2 else 1
-        listed = min(len(table) for table in self.segments())
-        if listed < columns * rows * planes:
+        listed, needed = min(len(table) for table in self.segments()), columns * rows * planes
+        if listed < needed or (listed > needed and not self.is_tiled):  # strips are not as high as it says
             self.fail(f"{columns} × {rows} tiles are needed for {width} × {height} px, {listed} are listed")
 
     def segments(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

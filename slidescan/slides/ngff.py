@@ -29,7 +29,7 @@ _CODECS = frozenset(
     ("blosc", "bytes", "bz2", "crc32c", "delta", "gzip", "lz4", "lzma", "sharding_indexed", "transpose", "zlib", "zstd")
 ) | {"imagecodecs_jpeg", "imagecodecs_jpeg8", "imagecodecs_jpeg2k", "imagecodecs_deflate"}
 _PLAIN = frozenset(("bytes", "crc32c", "delta", "transpose"))  # of these, those that change no size
-_UNSAFE, CHECKED = "?", "+crc32c"  # of a coder: nothing can be told of it; four bytes follow
+_UNSAFE = "?"  # a coder of which nothing can be told
 _UM = {"micrometer": 1.0, "millimeter": 1e3, "centimeter": 1e4, "meter": 1e6, "nanometer": 1e-3, "angstrom": 1e-4}  # µm
 _ROUNDING_PX = 1.5  # a level's side may differ by this from the exact ratio, as in TIFF
 _MOST_IMAGES = 100  # of one file that are looked for
@@ -40,8 +40,8 @@ _MALFORMED = (KeyError, TypeError, ValueError, IndexError, AttributeError, StopI
 class Dataset:
     """One level: an array below `path`, stored in `files` sized pieces of `chunks` sized decoding units.
 
-    `coder` packs a unit, "" if nothing does. `index` is the size of a shard's index in bytes, negative at the end of
-    its file, 0 without shards.
+    `coder` packs a unit, "" if nothing does; `sum_bytes` of checksum follow. `index` is the size of a shard's index in
+    bytes, negative at the end of its file, 0 without shards.
     """
 
     path: Where
@@ -52,6 +52,7 @@ class Dataset:
     key_separator: str
     fill: int
     coder: str
+    sum_bytes: int = 0
     index: int = 0
 
     def key(self, index: tuple[int, ...]) -> str:
@@ -246,14 +247,14 @@ def _version_2(where: Where, told: dict[str, Any]) -> tuple[str, list[Any], Data
     shape, chunks = _ints(told["shape"]), _ints(told["chunks"])
     separator, fill = str(told.get("dimension_separator") or "."), int(told.get("fill_value") or 0)
     codecs = [codec for codec in (*(told.get("filters") or []), told.get("compressor")) if codec is not None]
-    coder = _coder(codecs)
-    return np.dtype(told["dtype"]).name, codecs, Dataset(where, shape, chunks, chunks, "", separator, fill, coder)
+    dataset = Dataset(where, shape, chunks, chunks, "", separator, fill, *_coder(codecs))
+    return np.dtype(told["dtype"]).name, codecs, dataset
 
 
 def _version_3(where: Where, told: dict[str, Any]) -> tuple[str, list[Any], Dataset]:
     files = chunks = _ints(told["chunk_grid"]["configuration"]["chunk_shape"])
     codecs = list(told["codecs"])
-    coder, index = _coder(codecs), 0
+    packing, index = _coder(codecs), 0
     for codec in codecs:
         if codec["name"] == "sharding_indexed":
             shard = codec["configuration"]
@@ -261,24 +262,27 @@ def _version_3(where: Where, told: dict[str, Any]) -> tuple[str, list[Any], Data
             # Only an index that is coded as every writer does can be looked into.
             names, little = [_name(c) for c in shard["index_codecs"]], "big" not in str(shard["index_codecs"])
             is_plain = names == ["bytes", "crc32c"] and little and codec is codecs[-1]
-            coder = _coder(shard["codecs"]) if is_plain else _UNSAFE
+            packing = _coder(shard["codecs"]) if is_plain else (_UNSAFE, 0)
             index = 16 * math.prod(n // m for n, m in zip(files, chunks, strict=True)) + 4
             index = index if shard.get("index_location") == "start" else -index
     encoding = _mapping(told.get("chunk_key_encoding"))
     plain = encoding.get("name") == "v2"
     separator = str(_mapping(encoding.get("configuration")).get("separator") or ("." if plain else "/"))
     prefix, fill = "" if plain else "c" + separator, int(told.get("fill_value") or 0)
-    dataset = Dataset(where, _ints(told["shape"]), chunks, files, prefix, separator, fill, coder, index)
+    dataset = Dataset(where, _ints(told["shape"]), chunks, files, prefix, separator, fill, *packing, index)
     return str(told["data_type"]), codecs, dataset
 
 
-def _coder(codecs: list[dict[str, Any]]) -> str:
-    """Return what packs a unit, "" if nothing does; `_UNSAFE` where what it unpacks to cannot be told beforehand."""
+def _coder(codecs: list[dict[str, Any]]) -> tuple[str, int]:
+    """Return what packs a unit, "" if nothing does, and the bytes of its checksum.
+
+    `_UNSAFE` where what it unpacks to cannot be told beforehand.
+    """
     names = [_name(codec) for codec in codecs]
     packing = [name for name in names if name not in _PLAIN]
     if len(packing) > 1 or "crc32c" in names[:-1] or packing == ["sharding_indexed"]:
-        return _UNSAFE
-    return "".join(packing) + (CHECKED if names[-1:] == ["crc32c"] else "")
+        return _UNSAFE, 0
+    return "".join(packing), 4 if names[-1:] == ["crc32c"] else 0
 
 
 def _is_known(codec: dict[str, Any]) -> bool:

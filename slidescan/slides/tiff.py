@@ -45,13 +45,18 @@ _UM |= {"\u03bcm": 1.0, "\u00c5": 1e-4, "\u212b": 1e-4}  # a Greek letter for th
 
 @dataclass(frozen=True, slots=True)
 class _Grid:
-    """The tiles of one level."""
+    """The tiles of one level, (planes, tiles) row by row."""
 
     size_wh: tuple[int, int]
     codec: Codec
     columns: int
     offsets: NDArray[np.int64]
     counts: NDArray[np.int64]
+
+    def spans(self, index: int) -> list[tuple[int, int]]:
+        """Return where a tile's parts lie in the file: offsets and bytes. Of an empty tile, nothing."""
+        spans = list(zip(self.offsets[:, index].tolist(), self.counts[:, index].tolist(), strict=True))
+        return spans if any(count for _, count in spans) else []
 
 
 class TiffSource:
@@ -113,13 +118,13 @@ class TiffSource:
         rows = list(spans(y, y + out.shape[0], tile_h, height))
         with stage("read"):
             places = (row * grid.columns + column for (row, *_), (column, *_) in product(rows, columns))
-            counts, most = grid.counts, grid.codec.max_bytes
-            self._file.want((int(grid.offsets[i]), int(counts[i])) for i in places if 0 < counts[i] <= most)
+            most = grid.codec.max_bytes
+            self._file.want(span for place in places for span in grid.spans(place) if 0 < span[1] <= most)
         for row, y0, y1, top, bottom, reads_y in rows:
             for column, x0, x1, left, right, reads_x in columns:
                 part = into[top - y : bottom - y, 3 * (left - x) : 3 * (right - x)]
                 index, need_wh = row * grid.columns + column, (x1 - x0, y1 - y0)
-                if grid.counts[index] == 0:
+                if not grid.spans(index):
                     part[...] = WHITE
                     continue
                 try:
@@ -136,17 +141,17 @@ class TiffSource:
         return holes
 
     def _tile(self, grid: _Grid, index: int, need_wh: tuple[int, int]) -> NDArray[np.uint8]:
-        count = int(grid.counts[index])
-        if not 0 < count <= grid.codec.max_bytes:
-            raise ValueError("impossible length")
-        began = time.perf_counter()
-        data = self._file.read(int(grid.offsets[index]), count)
+        began, parts = time.perf_counter(), []
+        for offset, count in grid.spans(index):
+            if not 0 < count <= grid.codec.max_bytes:
+                raise ValueError("impossible length")
+            parts.append(self._file.read(offset, count))
+            if len(parts[-1]) < count:
+                raise ValueError("cut off by the end of the file")
         read = time.perf_counter()
         spent("read", read - began)
-        if len(data) < count:
-            raise ValueError("cut off by the end of the file")
         try:
-            return grid.codec.decode(data, need_wh)
+            return grid.codec.decode(parts, need_wh)
         finally:
             spent("decode", time.perf_counter() - read)
 
@@ -155,12 +160,14 @@ class TiffSource:
         width, height = directory.size_wh
         if not directory.is_tiled and width * height > MAX_UNTILED_PX:
             directory.fail(f"{width} × {height} px without tiles are more than the safe {MAX_UNTILED_PX} px")
-        offsets, counts = directory.segments()
-        return _Grid((width, height), Codec.of(directory, aperio), directory.grid_wh[0], offsets, counts)
+        codec, columns = Codec.of(directory, aperio), directory.grid_wh[0]
+        n = columns * directory.grid_wh[1]
+        offsets, counts = (table[: codec.planes * n].reshape(codec.planes, n) for table in directory.segments())
+        return _Grid((width, height), codec, columns, offsets, counts)
 
     def _probe(self) -> None:
         grid = self._grids[0]
-        used = np.flatnonzero(grid.counts[: grid.columns * -(-grid.size_wh[1] // grid.codec.tile_wh[1])])
+        used = np.flatnonzero(grid.counts.any(0))
         if not used.size:
             return
         chosen = used[np.unique(np.linspace(0, used.size - 1, 2 * _PROBES + 1).astype(int)[1::2])]
@@ -182,11 +189,9 @@ def _is_reduced(directory: Directory) -> bool:
 def _lacks_tissue(finest: _Grid, grid: _Grid) -> bool:
     """Return whether a level has no tile where the finest has one."""
     (width, height), (tile_w, tile_h), (finest_w, finest_h) = grid.size_wh, grid.codec.tile_wh, finest.codec.tile_wh
-    rows = -(-finest.size_wh[1] // finest_h)
-    used = (finest.counts[: rows * finest.columns] > 0).reshape(rows, finest.columns)
+    used = finest.counts.any(0).reshape(-1, finest.columns)
     scale_x, scale_y = finest.size_wh[0] / width, finest.size_wh[1] / height
-    n = -(-height // tile_h) * grid.columns
-    for row, column in (divmod(int(index), grid.columns) for index in np.flatnonzero(grid.counts[:n] == 0)):
+    for row, column in (divmod(int(index), grid.columns) for index in np.flatnonzero(~grid.counts.any(0))):
         # Less a px of the level on each side: its edges lie between those of the finest.
         x0, x1 = (max(0, column * tile_w + 1) * scale_x, (min(width, (column + 1) * tile_w) - 1) * scale_x)
         y0, y1 = (max(0, row * tile_h + 1) * scale_y, (min(height, (row + 1) * tile_h) - 1) * scale_y)

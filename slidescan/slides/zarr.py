@@ -24,7 +24,7 @@ from zarr.storage import LocalStore, WrapperStore
 
 from slidescan.errors import SlideFormatError, SlideReadError
 from slidescan.geometry import Box
-from slidescan.slides.ngff import CHECKED, META, Dataset, is_zarr, read_zarr_image
+from slidescan.slides.ngff import META, Dataset, is_zarr, read_zarr_image
 from slidescan.slides.packed import check_packed
 from slidescan.slides.pool import MOST_TILE_BYTES, Span, owners, pool, spans
 from slidescan.slides.remote import Remote, Where, read_small
@@ -147,7 +147,7 @@ class ZarrSource:
 
     def _unwritten(self, dataset: Dataset, column: int, row: int, part: Box) -> Iterator[Box]:
         """Yield the chunks of a shard that were not written, as far as they are in `part`."""
-        if not (dataset.index and dataset.coder):
+        if not dataset.index:
             return
         axes, counts = self._image.axes, [n // m for n, m in zip(dataset.files, dataset.chunks, strict=True)]
         lacking = np.zeros((1, 1), np.bool_)
@@ -272,8 +272,7 @@ class _Checked(WrapperStore):  # type: ignore[misc]  # zarr's own types do not p
 
     def __init__(self, store: Any, dataset: Dataset) -> None:
         super().__init__(store)
-        self._coder, self._index = dataset.coder.removesuffix(CHECKED), dataset.index
-        self._sum_bytes = 4 * dataset.coder.endswith(CHECKED)
+        self._coder, self._sum_bytes, self._index = dataset.coder, dataset.sum_bytes, dataset.index
         # A filter may have widened the values.
         self._most_bytes = 8 * math.prod(dataset.chunks) + 65536
 

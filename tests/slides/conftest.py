@@ -54,14 +54,16 @@ def write_tiff() -> Callable[..., Path]:
 def write_ngff() -> Callable[..., Path]:
     """Write levels as OME-NGFF 0.4 or 0.5 with axes (c, y, x), or sharded."""
 
-    def write(path: Path, levels: list[NDArray[np.uint8]], version: str, *, sharded: bool = False) -> Path:
+    def write(
+        path: Path, levels: list[NDArray[np.uint8]], version: str, *, sharded: bool = False, **options: object
+    ) -> Path:
         v3 = version == "0.5"
         group = zarr.open_group(path, mode="w", zarr_format=3 if v3 else 2)
         axes = [{"name": "c", "type": "channel"}]
         axes += [{"name": axis, "type": "space", "unit": "micrometer"} for axis in "yx"]
         datasets = []
         for i, pixels in enumerate(levels):
-            more: dict[str, object] = {"dimension_names": ["c", "y", "x"]} if v3 else {}
+            more = options | ({"dimension_names": ["c", "y", "x"]} if v3 else {})
             if not v3:
                 more["chunk_key_encoding"] = {"name": "v2", "separator": "/"}
             if sharded:

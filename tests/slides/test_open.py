@@ -29,7 +29,7 @@ VERDICTS = {
     "pillow_adv/issue_2278.tif": "1 bits a sample",
     "pillow_adv/no_rows_per_strip.tif": "found 1 channels",
     "pillow_adv/oom-225817ca0f8c663be7ab4b9e717b02c661e66834.tif": "directory is missing or cut off",
-    "pillow_adv/tiff_overflow_rows_per_strip.tif": "separate colour planes",
+    "pillow_adv/tiff_overflow_rows_per_strip.tif": "1 × 1 tiles are needed for 278 × 374 px, 39 are listed",
     "pillow_adv/tiff_wrong_bits_per_sample.tiff": "none of 1 sampled tiles decodes",
     "pillow_adv/tiff_wrong_bits_per_sample_2.tiff": "1/8 bits a sample",
     "pillow_adv/tiff_wrong_bits_per_sample_3.tiff": "found 4 channels",

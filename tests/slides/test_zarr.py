@@ -97,14 +97,14 @@ def test_shards_are_read_by_inner_chunks(
     assert slide.read_level(0, 0, 0, 701, 501).holes == (Box(256, 256, 512, 501),)
 
 
-@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("options", [{}, {"sharded": True}, {"sharded": True, "compressors": None}], ids=str)
 def test_a_chunk_that_was_not_written_is_a_hole(
-    tmp_path: Path, levels: list[NDArray[np.uint8]], write_ngff: Callable[..., Path], sharded: bool
+    tmp_path: Path, levels: list[NDArray[np.uint8]], write_ngff: Callable[..., Path], options: dict[str, object]
 ) -> None:
     """In a shard, too, whose file is there: zarr-python would read it as black tissue."""
     pixels = levels[0].copy()
     pixels[128:256, 384:512] = 0  # what is all fill value is not written
-    slide = open_slide(write_ngff(tmp_path / "a.zarr", [pixels], "0.5", sharded=sharded))
+    slide = open_slide(write_ngff(tmp_path / "a.zarr", [pixels], "0.5", **options))
     found = slide.read_level(0, 100, 100, 500, 300)
     assert found.holes == (Box(384, 128, 512, 256),)
     assert (found.rgb[28:156, 284:412] == 255).all()
