@@ -82,11 +82,14 @@ class Remote:
     @property
     def in_zarr(self) -> bool:
         """Whether it is a Zarr directory by its name, or lies in one."""
-        path = PurePosixPath(unquote(urlsplit(self._inner).path))
+        parts = urlsplit(self._inner)  # of `zip://case.zarr/0` the host is where a path begins
+        path = PurePosixPath(unquote(parts.path if parts.scheme in ("http", "https") else parts.netloc + parts.path))
         return any(part.lower().endswith(".zarr") for part in path.parts)
 
     def __truediv__(self, below: str) -> Remote:
         inner, parts = self._inner, urlsplit(self._inner)
+        if below == ".":
+            return self
         if parts.scheme in ("http", "https"):  # what follows ? stays behind it
             deeper = urlunsplit(parts._replace(path=str(PurePosixPath(parts.path) / below)))
         else:
@@ -141,7 +144,11 @@ class Remote:
             left = [i for i in range(len(spans)) if i not in got]
             starts, ends = ([spans[i][side] for i in left] for side in (0, 1))
             problem: object = None
-            for i, answer in zip(left, system.cat_ranges([path] * len(left), starts, ends, **more), strict=True):
+            try:
+                answers = system.cat_ranges([path] * len(left), starts, ends, **more)
+            except Exception as exc:  # noqa: BLE001  # some caches raise what others give as an answer
+                answers = [exc] * len(left)
+            for i, answer in zip(left, answers, strict=True):
                 start, end = spans[i]
                 if not isinstance(answer, bytes):
                     problem = answer

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
 import subprocess
 import sys
 import threading
@@ -316,6 +317,20 @@ class TestRefuses:
         slide = open_slide("simplecache::memory://bucket/case 2.tiff")
         assert slide.name == "case 2"
         same(slide, open_slide("memory://bucket/case 2.tiff"))
+
+    @pytest.mark.parametrize("url", ["simplecache::{}/a.zarr", "memory:///a.zarr", "zip://a.zarr::{}/a.zip"])
+    def test_a_zarr_behind_a_chained_url(
+        self, served: Served, levels: list[NDArray[np.uint8]], write_ngff: Callable[..., Path], url: str
+    ) -> None:
+        case = write_ngff(served.root / "a.zarr", levels, "0.5", sharded=True)
+        shutil.make_archive(str(served.root / "a"), "zip", served.root, "a.zarr")
+        fsspec.filesystem("memory").put(str(case), "/a.zarr", recursive=True)
+        same(open_slide(url.format(served.url)), open_slide(case))
+
+    def test_an_array_alone(self, tmp_path: Path, levels: list[NDArray[np.uint8]]) -> None:
+        zarr.create_array(tmp_path / "a.zarr", data=levels[0], chunks=(128, 128, 3))
+        fsspec.filesystem("memory").put(str(tmp_path / "a.zarr"), "/alone/a.zarr", recursive=True)
+        same(open_slide("memory://alone/a.zarr", mpp=0.25), open_slide(tmp_path / "a.zarr", mpp=0.25))
 
     @pytest.mark.parametrize("url", ["http://[::1/x.svs", "https://h]/x.svs"])
     def test_a_url_that_is_none(self, tmp_path: Path, url: str) -> None:
