@@ -395,13 +395,13 @@ def test_a_class_has_one_colour() -> None:
 
 
 @pytest.mark.data
-def test_a_whole_slide_of_nuclei(shared: Path, tmp_path: Path) -> None:
-    """All 592,349 nuclei of a real slide stream to GeoJSON, in hardly more memory than a part of them, and import."""
+def test_the_nuclei_of_a_slide(shared: Path, tmp_path: Path) -> None:
+    """150,000 nuclei of a real slide stream to GeoJSON, in hardly more memory than a part of them, and import."""
     path = tmp_path / "nuclei.geojson.gz"
-    part, part_mib = _export_nuclei(shared, path, 60_000)
-    assert part == 60_000
+    part, part_mib = _export_nuclei(shared, path, 15_000)
+    assert part == 15_000
     assert part_mib < 500
-    whole, whole_mib = _export_nuclei(shared, path, 10**9)
-    assert whole == 592_349
-    assert whole_mib < part_mib + 100  # held in memory, they would take 450 MiB more
+    more, more_mib = _export_nuclei(shared, path, 150_000)
+    assert more == 150_000
+    assert more_mib < part_mib + 50  # held in memory, they would take 115 MiB more
     assert validate_geojson(path) == []
