@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -98,6 +99,12 @@ def test_pen_on_glass_goes_and_tissue_under_it_stays(ink: tuple[int, int, int]) 
     assert found.method == "tissue"
     assert found.mask[150:300, 40:240].all()
     assert found.mask[20:380, 400:425].mean() < 0.02
+    stroke_mm2 = 360 * 25 * (MPP / 1000) ** 2
+    said = re.fullmatch(r"(\S+) mm² have the colour of pen and are left out", found.note)
+    assert said is not None
+    assert stroke_mm2 < float(said[1]) < 1.3 * stroke_mm2  # its rim is, too
+    slide[20:380, 400:425] = slide[0, 0]
+    assert tissue_mask(slide, mpp=MPP).note == ""  # all ink left is kept
 
 
 def test_red_tissue_is_not_mistaken_for_red_pen() -> None:

@@ -146,7 +146,7 @@ def tissue_mask(
     stained, shown = colour > level, (colour > level) | (mean > _DENSE)
 
     method: Literal["tissue", "not-blank", "empty"] = "tissue"
-    note = ""
+    note, ink = "", np.zeros_like(shown)
     if dark_field:
         found, method = _filled(_without_small(~black, min_px), hole_px), "not-blank"
         note = "dark ground without glass (fluorescence or padding): everything that is not black is kept"
@@ -166,6 +166,9 @@ def tissue_mask(
     found = _grown(found, margin_um / work_um)
     mask = np.repeat(np.repeat(found, step, 0), step, 1)[:height, :width]
     fraction = float(mask.mean())
+    left_out_um2 = float((ink & ~found).sum()) * work_um**2
+    if left_out_um2 >= _SURE_UM2 and not note:
+        note = f"{left_out_um2 * 1e-6:.2g} mm² have the colour of pen and are left out"
     if fraction > _NEARLY_ALL and not note:
         note = "nearly everything counts as tissue: a crop, or glass too tinted to tell"
     return TissueMask(mask, method, fraction, note, fluorescent)
