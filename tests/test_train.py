@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors.numpy
+import torch
 from numpy.typing import NDArray
 from PIL import Image as Picture
 
@@ -230,10 +231,15 @@ def test_the_validation_patients_are_trained_on_when_all_is_chosen(
         assert all(np.array_equal(now[key], whole[key]) for key in now)
 
 
-def test_all_of_the_network_is_finished(fake_data: Path, tmp_path: Path) -> None:
-    """In bfloat16 the first convolution too, and what is kept at zero stays there."""
+@pytest.mark.parametrize(("capability", "told"), [("AVX2", True), ("AVX512", False)])
+def test_all_of_the_network_is_finished(
+    fake_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capability: str, told: bool
+) -> None:
+    """In bfloat16 the first convolution too, and what is kept at zero stays there; a CPU without it is told of."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     settings = load_settings(ROOT / "configs" / "train_mitosis.yaml").smoke()
-    run(fake_data, tmp_path, variants=settings.variants[:1], precision="bf16")
+    said = run(fake_data, tmp_path, variants=settings.variants[:1], precision="bf16")
+    assert any("no instructions for bfloat16" in line for line in said) == told
     before, after = safetensors.numpy.load_file(tmp_path / "losses-0.25.safetensors"), weights(tmp_path / "0.25")
     kernels = [key for key in after if key.startswith("model.backbone") and after[key].ndim == 4]
     assert len(kernels) > 5

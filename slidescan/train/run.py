@@ -215,6 +215,12 @@ def train_detector(
     """
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
+    if (
+        settings.precision == "bf16"
+        and _device(settings) == "cpu"
+        and torch.backends.cpu.get_cpu_capability() == "AVX2"
+    ):
+        log("beware: this processor has no instructions for bfloat16; precision: fp32 is several times as fast here")
     sweep(made(out))
     if (out / MANIFEST).exists():
         raise ConfigError(f"{out}: expected a directory for a training, found the result of a scan; choose another")
@@ -314,13 +320,17 @@ def _network(settings: TrainSettings, variant: VariantSettings, start: Path | No
         pin(network)
     accelerate(network)
     set_anchors(network, settings.object_um / variant.mpp)
-    device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = _device(settings)
     if settings.precision == "bf16":
         lower_precision(network, torch.device(device).type)
     try:
         return channels_last(network.to(device))
     except (RuntimeError, AssertionError) as exc:
         raise ModelError(f"device: expected one of this machine, got {device}; use cpu") from exc
+
+
+def _device(settings: TrainSettings) -> str:
+    return settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _trained(start: Path) -> Path:
