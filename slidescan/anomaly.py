@@ -175,7 +175,9 @@ def coverage_map(
     coverage = np.where(has_tissue[np.ix_(row, column)], Coverage.ANALYSED, Coverage.BACKGROUND).astype(np.uint8)
     if tissue is not None:
         sides = zip(coverage.shape, tissue.shape, grid.plane.size_wh[::-1], strict=True)
-        at = [np.floor((np.arange(n) + 0.5) / factor * of / px).clip(0, of).astype(np.intp) for n, of, px in sides]
+        # Of a slide narrower than that, what is in its middle.
+        middles = [((np.arange(n) + min(0.5, px * factor / 2)) / factor / px, of) for n, of, px in sides]
+        at = [np.floor(share * of).clip(0, of).astype(np.intp) for share, of in middles]
         coverage[~np.pad(tissue, ((0, 1), (0, 1)))[np.ix_(*at)]] = Coverage.BACKGROUND  # and what is beyond the slide
     for boxes, state in ((saturated, Coverage.SATURATED), (failed, Coverage.READ_FAILED)):
         for box in boxes:
@@ -256,9 +258,12 @@ def _paint_max(score: NDArray[np.float32], xyxy: NDArray[np.float64], value: NDA
     height, width = score.shape
     x0, y0 = np.floor(xyxy[:, :2]).astype(np.intp).T
     x1, y1 = np.ceil(xyxy[:, 2:]).astype(np.intp).T
-    # Boxes are a few map pixels wide: a loop over the offsets inside a box is a loop over very few.
+    # Boxes are a few map pixels wide: a loop over the offsets inside a box is a loop over very few. Of the larger ones
+    # there are few, and only they are looked at further on.
     for dy in range(int((y1 - y0).max())):
-        for dx in range(int((x1 - x0).max())):
-            row, column = y0 + dy, x0 + dx
-            inside = (row < y1) & (column < x1) & (row >= 0) & (column >= 0) & (row < height) & (column < width)
-            np.maximum.at(score, (row[inside], column[inside]), value[inside])
+        tall = np.flatnonzero(y1 - y0 > dy)
+        for dx in range(int((x1 - x0)[tall].max())):
+            tall = tall[(x1 - x0)[tall] > dx]
+            row, column = y0[tall] + dy, x0[tall] + dx
+            inside = (row >= 0) & (column >= 0) & (row < height) & (column < width)
+            np.maximum.at(score, (row[inside], column[inside]), value[tall[inside]])

@@ -81,7 +81,7 @@ class MapConfig(_Section):
 
     um_per_px: Annotated[float, Field(gt=0, le=256)] = 16.0
     """µm per map pixel: about one mitotic figure. Of larger ones than 256 µm a biopsy would have none."""
-    density_sigma_um: Positive = 200.0
+    density_sigma_um: Annotated[float, Field(gt=0, le=10_000)] = 200.0
     """Gaussian over which the density per mm² is averaged, µm: about one high-power field (0.24 mm²)."""
 
 

@@ -150,10 +150,11 @@ def _heat(slide: Image.Image, result: ScanResult) -> Image.Image:
     tint[..., :3] = tint[..., :3] * (1 - alpha) + ramp * alpha
     tint[..., 3:] = np.maximum(tint[..., 3:], alpha)
     layer = Image.fromarray((tint * [1, 1, 1, 255]).round().astype(np.uint8), "RGBA")
-    # The map's last px may reach beyond the slide: cut exactly at the slide's edge instead of stretching.
+    # The map's last px may reach beyond the slide: cut exactly at the slide's edge instead of stretching. A slide that
+    # reaches beyond it by a rounding error has no px for that.
     factor = result.frame.factor_to(anomaly.frame)
-    extent_wh = result.frame.size_wh[0] * factor, result.frame.size_wh[1] * factor
-    layer = layer.resize(slide.size, Image.Resampling.BILINEAR, box=(0, 0, *extent_wh))
+    right, bottom = (min(n * factor, of) for n, of in zip(result.frame.size_wh, layer.size, strict=True))
+    layer = layer.resize(slide.size, Image.Resampling.BILINEAR, box=(0, 0, right, bottom))
     base = Image.fromarray(pale.round().astype(np.uint8)).convert("RGBA")
     return Image.alpha_composite(base, layer).convert("RGB")
 

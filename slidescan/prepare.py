@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -24,6 +25,7 @@ _PROBED_ON_CPU = 2
 # How far a detection's centre may move from tile to tile: 3 µm are 0.19 of the largest figure that the bundled detector
 # looks for (15.6 µm), and with objects of 160 µm at 2 µm/px, jittered by 4 px, they lost 11 of 1,400 and doubled 41.
 _SLACK_UM, _SLACK_SHARE, _SLACK_PX = 3.0, 0.19, 2.0
+_MOST_MAP_PX = 200_000_000  # of the anomaly map, which takes about 40 bytes a px while it is laid
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -46,10 +48,13 @@ def prepare(slide: Slide, detector: Detector, config: ScanConfig, *, allow_coars
     ------
     ResolutionError
         If the slide's µm/px is unknown, implausible, or too coarse for the detector.
+    ConfigError
+        If its anomaly map would have more px than there is room for.
     SlideUnsupportedError
         If it shines on a dark ground, and tissue is looked for.
     """
     started = time.perf_counter()
+    _refuse_large_map(slide.frame, config.map.um_per_px)
     variant = detector.at(slide.frame.mpp, allow_coarse=allow_coarse)
     plane = slide.plane(variant.mpp)
     thumbnail, thumbnail_frame = slide.thumbnail(config.tissue.thumbnail_px)
@@ -75,6 +80,13 @@ def prepare(slide: Slide, detector: Detector, config: ScanConfig, *, allow_coars
         shift_px=config.tiling.shift_px,
     )
     return Prepared(variant, plane, tissue, thumbnail.rgb, planned, {"tissue": time.perf_counter() - started})
+
+
+def _refuse_large_map(frame: Frame, um_per_px: float) -> None:
+    n_px = frame.area_mm2 * 1e6 / um_per_px**2
+    if n_px > _MOST_MAP_PX:
+        least = math.ceil(math.sqrt(frame.area_mm2 * 1e6 / _MOST_MAP_PX) * 10) / 10
+        raise ConfigError(f"map.um_per_px: expected {least:g} µm or more for a slide of this size, got {um_per_px:g}")
 
 
 def threshold_of(detector: Detector, config: ScanConfig) -> float:

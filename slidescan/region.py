@@ -37,6 +37,7 @@ __all__ = ["RegionPart", "RegionTask", "batches", "cut", "is_full", "scored_at_o
 
 # Share of a detector's queries in use from which a tile counts as full: RF-DETR users report cells lost from 0.8 on.
 _SATURATED_SHARE = 0.8
+_IN_USE_SCORE = 0.05  # below it, and below the detector's threshold, every query says something
 # A full tile is quartered, and its quarters once more: 16 times the queries for the same tissue.
 _MOST_SPLITS = 2
 # Steps to which boxes (per px), scores and attributes are rounded: finer than any detector's jitter, and coarser by far
@@ -135,7 +136,7 @@ class RegionPart:
                     bool(data["crashed"]),
                     str(data["runs_on"]) if "runs_on" in data else "",
                 )
-        except (OSError, ValueError, KeyError, EOFError, BadZipFile):
+        except (OSError, ValueError, KeyError, EOFError, BadZipFile, RuntimeError):  # "encrypted" is a RuntimeError
             return None
 
 
@@ -253,23 +254,26 @@ class RegionTask:
             yield from zip(batch, found, strict=True)
 
     def _own(self, tile: Tile, found: Detections) -> Detections:
-        """Return what the tile keeps, in plane px, on the slide, and rounded."""
+        """Return what the tile keeps, in plane px and rounded; what has its centre on the slide, whole.
+
+        Cut at the slide's edge, the copies of two tiles would have their centres elsewhere than they were judged by.
+        """
         placed = found.moved(1.0, tile.read.x0, tile.read.y0)
         bounds = self.plane.bounds
         kept = placed[owned(placed, tile.core, tile.read, bounds, slack=self.slack_px)]
         x, y = kept.centers.T
         kept = kept[np.asarray((x >= 0) & (y >= 0) & (x < bounds.x1) & (y < bounds.y1))]
-        xyxy = np.clip(kept.xyxy, 0, [bounds.x1, bounds.y1, bounds.x1, bounds.y1])
         score, attributes = (
             np.round(column.astype(np.float64) * _SCORE_STEPS).astype(np.float32) / np.float32(_SCORE_STEPS)
             for column in (kept.score, kept.attributes)
         )
-        return Detections(np.round(xyxy * _BOX_STEPS_PER_PX) / _BOX_STEPS_PER_PX, score, kept.label, attributes)
+        return Detections(np.round(kept.xyxy * _BOX_STEPS_PER_PX) / _BOX_STEPS_PER_PX, score, kept.label, attributes)
 
 
 def is_full(found: Detections, detector: Detector) -> bool:
     """Return whether a tile uses so many of a detector's queries that it may hold more than was found."""
-    return len(found) >= _SATURATED_SHARE * detector.max_per_tile
+    in_use = np.count_nonzero(found.score >= min(_IN_USE_SCORE, detector.threshold))
+    return bool(in_use >= _SATURATED_SHARE * detector.max_per_tile)
 
 
 def scored_at_once(detector: Detector) -> int:

@@ -6,7 +6,8 @@ The rule, in any one frame:
 1. A box stays with a tile if its centre lies less than `slack` outside the tile's core.
 2. Of two boxes of one class from *different* tiles, both with their centre within 3·`slack` of their own core's edge,
    whose centres are less than 2·`slack` apart and which overlap by more than `iou`, the lower one goes.
-3. "Lower" is the order by (-score, x0, y0, x1, y1, label), so the result does not depend on the order of the input.
+3. "Lower" is the order by (-score, x0, y0, x1, y1, label), then by the tile's place and the attributes, so the result
+   does not depend on the order of the input.
 
 If the centre of an object moves by less than `slack` between two tiles that see it, each object survives exactly
 once in each class it is said to be: some tile finds it within slack of its own core, and its twins lie at most slack +
@@ -95,10 +96,11 @@ def stitch(
     >>> stitch(twins, np.array([0, 1]), cores, slack=4.0, iou=0.3).score
     array([0.9], dtype=float32)
     """
-    boxes = detections.xyxy
-    order = np.lexsort((detections.label, boxes[:, 3], boxes[:, 2], boxes[:, 1], boxes[:, 0], -detections.score))
-    ranked, tile = detections[order], np.asarray(tile)[order]
-    core, centers = cores[tile], ranked.centers
+    boxes, core = detections.xyxy, cores[tile]
+    last = (*detections.attributes.T, core[:, 1], core[:, 0], detections.label)
+    order = np.lexsort((*last, boxes[:, 3], boxes[:, 2], boxes[:, 1], boxes[:, 0], -detections.score))
+    ranked, tile, core = detections[order], np.asarray(tile)[order], core[order]
+    centers = ranked.centers
     depth = np.minimum(centers - core[:, :2], core[:, 2:] - centers).min(1)
     seam = np.flatnonzero(depth < 3 * slack)
     if len(seam) < 2:

@@ -26,10 +26,11 @@ def whole(frame: Frame) -> np.ndarray:
 
 @given(st.integers(0, 2**32 - 1), st.integers(0, 30))
 def test_score_is_the_highest_box_over_each_pixel(seed: int, n: int) -> None:
-    """Each map px holds the highest score of the boxes that touch it, and 0 where none does."""
+    """Each map px holds the highest score of the boxes that touch it, large or small, and 0 where none does."""
     rng = np.random.default_rng(seed)
     low = rng.uniform(0, [3150, 1950], (n, 2))
-    found = Detections.build(np.concatenate([low, low + rng.uniform(1, 200, (n, 2))], 1), rng.random(n))
+    sides = rng.uniform(1, 200, (n, 2)) * rng.choice([1, 1, 1, 20], (n, 1))
+    found = Detections.build(np.concatenate([low, low + sides], 1), rng.random(n))
     anomaly = anomaly_map(found, SLIDE, whole(MAP), MAP, threshold=0.5, density_sigma_um=50)
     expected = np.zeros(anomaly.score.shape, np.float32)
     for (x0, y0, x1, y1), score in zip(found.xyxy / 64, found.score, strict=True):
@@ -128,3 +129,13 @@ def test_the_area_of_tissue_is_that_of_its_mask(um_per_px: float, edge_px: int) 
         seen = coverage_map(at, grid, np.ones((4, 4), bool), [], [], mask)
         anomaly = anomaly_map(Detections.empty(), frame, seen, at, threshold=0.5, density_sigma_um=200)
         assert anomaly.tissue_mm2 == pytest.approx(mask.mean() * frame.area_mm2, rel=um_per_px / 1000)
+
+
+@pytest.mark.parametrize("size_wh", [(1400, 500), (500, 1400), (100, 100)])
+def test_a_slide_narrower_than_half_a_px_has_tissue(size_wh: tuple[int, int]) -> None:
+    """Its middle tells: what was looked at is not told as nothing."""
+    frame = Frame(size_wh, 0.25)
+    grid, at = Grid(frame, tile_px=512, halo_px=0), frame.at(256.0)
+    every = np.ones(grid.shape, bool)
+    assert (coverage_map(at, grid, every, [], [], np.ones((50, 50), bool)) == Coverage.ANALYSED).any()
+    assert (coverage_map(at, grid, every, [], [], np.zeros((50, 50), bool)) == Coverage.BACKGROUND).all()

@@ -28,6 +28,7 @@ def test_default_yaml_equals_the_code() -> None:
         ("tiling:\n  tile_size: 512\n", "unknown key tiling.tile_size; known there: tile_px"),
         ("tiling:\n  tile_px: 7\n", "tiling.tile_px"),
         ("map:\n  um_per_px: .inf\n", "map.um_per_px"),
+        ("map:\n  density_sigma_um: 1.0e+12\n", "map.density_sigma_um"),
         ("stitch:\n  iou: many\n", "got 'many'"),
         ("- 1\n", "expected sections"),
         ("a: [\n", "expected a YAML file"),

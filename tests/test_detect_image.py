@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +28,7 @@ from slidescan.errors import (
 from slidescan.geometry import Box
 from slidescan.slides import memory_slide, open_slide
 from slidescan.slides.memory import image_size
-from slidescan.testing import OracleDetector, disc_image, random_centers
+from slidescan.testing import TISSUE_GROUND, OracleDetector, disc_image, random_centers
 from tests.families import (
     DETECTORS,
     grounding,
@@ -100,6 +100,27 @@ def test_each_disc_of_a_large_picture_is_found_once(tile_px: int | None) -> None
     """Whatever the tile: none is lost or doubled on a seam."""
     image, centers = discs((700, 530), 50)
     assert_each_once(ss.detect_image(image, ORACLE, tile_px=tile_px), centers)
+
+
+@dataclass(frozen=True)
+class Whole(OracleDetector):
+    """Tells a disc's whole width though the picture ends within it, as far as its window reaches."""
+
+    def detect(self, tiles: NDArray[np.uint8], min_score: float) -> list[Detections]:
+        found = super().detect(tiles, min_score)
+        most, edge = self.object_um, tiles.shape[2]
+        whole = [np.column_stack([d.xyxy[:, :2], np.minimum(d.xyxy[:, 0] + most, edge), d.xyxy[:, 3]]) for d in found]
+        return [replace(d, xyxy=xyxy) for d, xyxy in zip(found, whole, strict=True)]
+
+
+@pytest.mark.parametrize("beyond_px", [0.5, 1.5])
+def test_a_disc_on_a_seam_and_on_the_edge_is_found_once(beyond_px: float) -> None:
+    """Where its box would be cut to what is on the picture, its centre is not moved away from the seam."""
+    detector = Whole(object_um=80, input_px=256, halo_um=None)
+    image = disc_image((260, 300), [(256 + beyond_px, 60.5)], 40, ground=TISSUE_GROUND)
+    found = ss.detect_image(image, detector)
+    assert len(found) == 1
+    assert found.xyxy[0, 2] == 260
 
 
 class OfPhotos(OracleDetector):

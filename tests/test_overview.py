@@ -18,6 +18,7 @@ from slidescan.detections import Detections
 from slidescan.geometry import Box, Frame
 from slidescan.legend import MARK
 from slidescan.overview import draw_overview, heat_panel
+from slidescan.slides import memory_slide
 from tests.archives import write_slide
 from tests.discs import ORACLE, config
 
@@ -127,3 +128,11 @@ def test_a_title_that_cannot_be_drawn(scanned: Path) -> None:
     result, thumbnail = ss.load_result(scanned), np.full((400, 300, 3), 200, np.uint8)
     odd, same = (np.asarray(draw_overview(thumbnail, result, title)) for title in ("a\nb\udcfc", "a?b?"))
     np.testing.assert_array_equal(odd, same)
+
+
+@pytest.mark.parametrize("side_px", [64, 128, 512])
+def test_a_slide_that_ends_with_its_map_by_a_rounding_error(side_px: int) -> None:
+    """Its sides are a whole number of the map's px and a millionth more."""
+    slide = memory_slide(np.full((side_px, side_px, 3), 230, np.uint8), 0.25000003)
+    result = ss.scan(slide, ORACLE, config=config(tissue__enabled=False))
+    assert draw_overview(np.full((64, 64, 3), 200, np.uint8), result, "case").width > 1000

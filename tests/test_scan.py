@@ -84,6 +84,13 @@ def test_a_picture_in_memory_may_have_the_name_of_its_result(tmp_path: Path, mon
         assert len(ss.scan(slide, ORACLE, out="case", config=config(**changed), overwrite=True).found) == 3
 
 
+def test_a_map_too_large_to_be_laid_is_refused_before_anything_is_scored() -> None:
+    """In a line that says what will do."""
+    slide, _ = discs()
+    with pytest.raises(ConfigError, match=r"map\.um_per_px: expected 0\.1 µm or more.*got 0\.001"):
+        ss.scan(slide, ORACLE, config=config(map__um_per_px=1e-3))
+
+
 def test_the_number_of_workers_does_not_matter(tmp_path: Path) -> None:
     """One thread or three write byte-identical detections and map."""
     slide, _ = discs()

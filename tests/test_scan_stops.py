@@ -102,7 +102,11 @@ def test_a_damaged_part_is_scored_again(tmp_path: Path) -> None:
     slide, centers = discs()
     stopped_after_one_region(slide, tmp_path / "case")
     part = next((tmp_path / "case" / "").glob("parts-*/*.npz"))
-    part.write_bytes(part.read_bytes()[:100])
+    whole = part.read_bytes()
+    flags = whole.index(b"PK\1\2") + 8  # of the first entry of its directory: bit 0 is "encrypted"
+    for damaged in (whole[:flags] + bytes([whole[flags] | 1]) + whole[flags + 1 :], whole[:100]):
+        part.write_bytes(damaged)
+        assert RegionPart.load(part) is None
     assert len(ss.scan(slide, ORACLE, out=tmp_path / "case", config=config()).detections) == len(centers)
 
 

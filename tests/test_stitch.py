@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import permutations
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -98,6 +100,18 @@ def test_order_does_not_matter(seed: int) -> None:
     b = stitch(found[order], tile[order], cores, slack=SLACK, iou=0.3)
     np.testing.assert_array_equal(a.xyxy, b.xyxy)
     np.testing.assert_array_equal(a.score, b.score)
+
+
+def test_order_does_not_matter_of_equal_rows() -> None:
+    """Two tiles may say the very same, rounded as scores and boxes are; which of them it is matters to a third."""
+    boxes = [[92, 40, 112, 60], [92, 40, 112, 60], [93, 40, 113, 60]]
+    found = Detections.build(boxes, [0.9, 0.9, 0.8], attributes=[[0.1], [0.7], [0.3]])
+    tile, cores = np.array([0, 1, 0]), np.array([[0, 0, 100, 100], [100, 0, 200, 100]], float)
+    seen = set()
+    for order in permutations(range(3)):
+        merged = stitch(found[np.array(order)], tile[list(order)], cores, slack=SLACK, iou=0.3)
+        seen.add((tuple(merged.score.tolist()), tuple(merged.attributes.ravel().tolist())))
+    assert len(seen) == 1
 
 
 @given(st.integers(0, 2**32 - 1), st.floats(0.1, 0.8))
