@@ -382,3 +382,17 @@ def test_the_outermost_folder_is_the_patient(tmp_path: Path, names: list[str], p
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         Picture.new("RGB", (100, 80)).save(tmp_path / name)
     assert [one.patient for one in load(tmp_path)] == patients
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda table: table["categories"].append({"id": 1, "name": "mitosis"}), "category 1 is there twice"),
+        (lambda table: table["annotations"].append(table["annotations"][0]), "annotation 1 is there twice"),
+        (lambda table: table["images"][0].update(file_name="a" * 300), "expected its file_name beside"),
+    ],
+)
+def test_what_is_there_twice_is_refused(tmp_path: Path, change: Callable[[dict[str, Any]], Any], message: str) -> None:
+    """The second name of a category would be that of all its objects, and a copy an object that nobody can find."""
+    with pytest.raises(ConfigError, match=message):
+        load(coco(tmp_path, change))

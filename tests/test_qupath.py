@@ -172,6 +172,28 @@ def test_what_is_outside_of_the_regions_was_not_annotated(tmp_path: Path) -> Non
     assert ignored[90:].all()
 
 
+@pytest.mark.parametrize("name", ["Region*", "Ignore*"])
+def test_a_small_region_and_a_small_hole_stay(tmp_path: Path, name: str) -> None:
+    """A region of 1 % of its slide is annotated, as any other; so is a hole of 1 % in what is ignored."""
+    small = [[60, 20], [74, 20], [74, 34], [60, 34], [60, 20]]
+    whole = [[0, 0], [200, 0], [200, 100], [0, 100], [0, 0]]
+    rings = [small] if name == "Region*" else [whole, small]
+    (found,) = load_qupath(slides(tmp_path, [feature("Polygon", rings, classification={"name": name}), POINT]))
+    ignored = np.zeros((100, 200), bool)
+    for x0, y0, x1, y1 in np.rint(found.ignored_xyxy_l0).astype(int).tolist():
+        ignored[y0:y1, x0:x1] = True
+    y, x = np.mgrid[:100, :200]
+    assert np.array_equal(ignored, ~((x >= 60) & (x < 74) & (y >= 20) & (y < 34)))
+
+
+@pytest.mark.parametrize("at", [[[500, 500], [600, 500], [600, 600], [500, 500]], [[5, 5], [9, 5], [5, 5]]])
+def test_a_region_off_the_slide_is_refused(tmp_path: Path, at: list[list[int]]) -> None:
+    """Or all of the slide would say nothing but its objects; so would one without an area."""
+    region = feature("Polygon", [at], classification={"name": "Region*"})
+    with pytest.raises(ConfigError, match=r"a\.geojson: expected Region\* on the slide, got none"):
+        load_qupath(slides(tmp_path, [region, POINT]))
+
+
 def test_holes_and_gaps_of_an_ignored_region_are_not_ignored(tmp_path: Path) -> None:
     """All but one field, as QuPath inverts an annotation; two parts; a slanting edge."""
     hole = [[60, 20], [140, 20], [140, 80], [60, 80], [60, 20]]

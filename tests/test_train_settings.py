@@ -32,6 +32,13 @@ def test_the_shipped_settings_are_valid() -> None:
         ("variants: [{steps: 1, tile_px: []}]", "tile_px"),
         ("seed: -1", "seed"),
         ("a: [", "YAML"),
+        ("name: 2021-02-30", "expected YAML, got day is out of range"),
+        ("[" * 3000, "expected YAML"),
+        ("stain_jitter: .inf", "stain_jitter"),
+        ("seed: 18446744073709551615", "seed"),
+        ("classes: [a, a]", "a name of its own"),
+        ("classes: ['']", "a name of its own"),
+        ("classes: [a]\nattributes: [a]", "a name of its own"),
     ],
 )
 def test_a_wrong_setting_is_named(tmp_path: Path, text: str, message: str) -> None:

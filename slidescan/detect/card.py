@@ -43,6 +43,7 @@ _IMAGENET = {"image_mean": (0.485, 0.456, 0.406), "image_std": (0.229, 0.224, 0.
 _PLAIN, _NOTHING = ("RTDetr", "PPDocLayout"), {"image_mean": (0.0, 0.0, 0.0), "image_std": (1.0, 1.0, 1.0)}
 # Kinds of models that transformers gives such a processor.
 _PLAIN_MODELS = frozenset({"rt_detr", "rt_detr_v2", "d_fine", "deimv2", "pp_doclayout_v2", "pp_doclayout_v3"})
+_MOST_CLASSES = 2**15  # a label has 16 bits
 _PHOTO_PX = 640  # edge of the images most DETR-type models are trained on, where nothing says so
 
 
@@ -126,14 +127,15 @@ class Colours:
             scale = float(table.get("rescale_factor", 1 / 255)) if table.get("do_rescale", True) else 1.0
             if not 0 < scale < math.inf:
                 raise ValueError("a rescale_factor above 0")
-            told = str(table.get("image_processor_type") or table.get("feature_extractor_type") or "")
-            # Left out of the file, it is what the processor's class has.
-            if not table.get("do_normalize", bool(told) and not told.startswith(_PLAIN)):
+            told, kind = _made_for(path, table)
+            # Left out of the file, it is what the processor's class has, and that what the kind of model has.
+            normalises = not told.startswith(_PLAIN) if told else kind != "" and kind not in _PLAIN_MODELS
+            if not table.get("do_normalize", normalises):
                 return cls(scale)
             defaults = _NOTHING if told.startswith(_PLAIN[1]) else _IMAGENET
             mean, spread = (tuple(map(float, table.get(key, usual))) for key, usual in defaults.items())
-            if len(mean) != 3 or len(spread) != 3 or min(spread) <= 0:
-                raise ValueError("three channels, and a scale and spread above 0")
+            if len(mean) != 3 or len(spread) != 3 or not min(spread) > 0 or not all(map(math.isfinite, mean + spread)):
+                raise ValueError("three finite channels, and a scale and spread above 0")
         except (KeyError, TypeError, ValueError) as exc:
             raise ModelError(
                 f"{path.name}/{name}: expected rescale_factor, image_mean and image_std of three channels: {exc}"
@@ -142,14 +144,19 @@ class Colours:
 
 
 def _processor(path: Path) -> tuple[str, dict[str, Any]]:
-    """Return the file that tells how pictures are prepared, and what it says; without one, what is usual."""
+    """Return the file that tells how pictures are prepared, and what it says; transformers looks in this order."""
     name, whole = "preprocessor_config.json", "processor_config.json"  # of pictures; of pictures and texts
-    if (path / name).is_file():
-        return name, read_json(path / name)
     if (path / whole).is_file() and isinstance(inner := read_json(path / whole).get("image_processor"), dict):
         return whole, inner
-    kind = read_json(path / "config.json").get("model_type") if (path / "config.json").is_file() else None
-    return "config.json", {"do_normalize": kind is not None and kind not in _PLAIN_MODELS}
+    return (name, read_json(path / name)) if (path / name).is_file() else ("config.json", {})
+
+
+def _made_for(path: Path, table: dict[str, Any]) -> tuple[str, str]:
+    """Return the class of a processor, "" where neither its file nor the model's says it, and the kind of model."""
+    config = read_json(path / "config.json") if (path / "config.json").is_file() else {}
+    keys = ("image_processor_type", "feature_extractor_type")
+    told = next((str(said[key]) for said in (table, config) for key in keys if said.get(key)), "")
+    return told, str(config.get("model_type") or "")
 
 
 def digest(path: Path, names: tuple[str, ...] = MODEL_FILES) -> str:
@@ -186,7 +193,7 @@ def read_card(path: Path, config: dict[str, Any], mpp: float | Literal["px"] | N
                 raise ValueError(f"config.json has {len(logits)} classes, classes and attributes are {len(said)}")
             if card.color not in ("raw", "srgb"):
                 raise ValueError(f"color must be raw or srgb, got {card.color}")
-        except (KeyError, TypeError, ValueError) as exc:
+        except (KeyError, TypeError, ValueError, OverflowError) as exc:
             raise ModelError(
                 f"{path.name}/slidescan.json: expected name, classes, mpp and numbers above 0, input_px a multiple of "
                 "32, threshold and attribute_cuts from 0 to 1, merge_iou between them, halo_um and anchor_px above 0: "
@@ -227,8 +234,11 @@ def _check(card: Any) -> None:
         raise TypeError("a number is none")
     if not (isinstance(card.name, str) and card.name.strip() and card.name.isprintable()):
         raise TypeError(f"name must be a line of text, got {card.name!r}")
-    if not isinstance(card.training, dict) or not all(isinstance(name, str) for name in card.attributes):
-        raise TypeError("training must be an object and attributes names")
+    names = (*card.classes, *card.attributes)
+    if not isinstance(card.training, dict) or not all(isinstance(name, str) for name in names):
+        raise TypeError("training must be an object, classes and attributes names")
+    if not all(name.strip() and name.isprintable() for name in names) or len({*card.classes}) < len(card.classes):
+        raise ValueError(f"classes and attributes: expected lines of text, each class once, got {names}")
     if len({*card.attributes, *COLUMNS}) < len(card.attributes) + len(COLUMNS):
         raise ValueError(f"attributes: expected each once, and none of {', '.join(COLUMNS)}, got {card.attributes}")
     if not (
@@ -252,10 +262,12 @@ def _labels(config: dict[str, Any]) -> tuple[str, ...]:
     """
     names = config.get("id2label") or {}
     count = len(names) or config.get("num_labels") or 2  # two: transformers' default, left out of the file
-    labels: list[str] = []
+    if not 0 < count <= _MOST_CLASSES:
+        raise ModelError(f"config.json: expected 1 to {_MOST_CLASSES} classes, got {count}")
+    labels: dict[str, None] = {}
     for label in range(count):
-        name = str(names.get(str(label), f"LABEL_{label}"))
-        labels.append(f"{name} ({label})" if name in labels else name)
+        name = "".join(c if c.isprintable() else "�" for c in str(names.get(str(label), f"LABEL_{label}")))
+        labels[f"{name} ({label})" if name in labels else name] = None
     return tuple(labels)
 
 
@@ -278,7 +290,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as exc:
+    except (OSError, ValueError, RecursionError) as exc:
         raise ModelError(f"{path.parent.name}/{path.name}: expected a JSON file, cannot read it ({exc})") from exc
     if not isinstance(table, dict):
         raise ModelError(f"{path.parent.name}/{path.name}: expected a JSON object, got {type(table).__name__}")

@@ -43,6 +43,7 @@ _QUERIES_PER_OBJECT = 10
 
 # Of what is read here of a config.json.
 _KINDS = {
+    "model_type": str,
     "architectures": list,
     "id2label": dict,
     "num_labels": int,
@@ -50,6 +51,8 @@ _KINDS = {
     "num_detection_tokens": int,
     "two_stage_num_proposals": int,
 }
+_COUNTS = ("num_queries", "num_detection_tokens", "two_stage_num_proposals")
+_MOST_QUERIES = 10_000
 
 _networks: dict[tuple[str, str, str], Network] = {}
 _loading = threading.Lock()
@@ -93,6 +96,16 @@ class Model:
                 raise ModelError(
                     f"{title(self.path)}/config.json: expected {key} to be of type {kind.__name__}, got {config[key]!r}"
                 )
+        for key in _COUNTS:
+            if config.get(key) is not None and not 0 < config[key] <= _MOST_QUERIES:
+                raise ModelError(
+                    f"{title(self.path)}/config.json: expected {key} from 1 to {_MOST_QUERIES}, got {config[key]}"
+                )
+        if strange := _strange(config):
+            raise ModelError(
+                f"{title(self.path)}/config.json: expected all that is run in this directory, got {strange}, which has "
+                "transformers run something else; remove it"
+            )
         kinds = [str(kind) for kind in config.get("architectures") or ()]
         if not any(kind.endswith("ForObjectDetection") for kind in kinds):
             raise ModelError(
@@ -260,17 +273,24 @@ class Model:
         from slidescan.detect.network import Detr
         from slidescan.detect.weights import load_network
 
-        return Detr(
-            load_network(self.path),
-            name=self.name,
-            device=device,
-            precision=precision,
-            anchor_px=self._card.anchor_px,
-            temperature=self._card.temperature,
-            offset=self._card.offset,
-            colours=Colours.read(self.path),
-            attributes=len(self._card.attributes),
-        )
+        network = load_network(self.path)
+        logits, named = int(getattr(network.config, "num_labels", 0)), (*self._card.classes, *self._card.attributes)
+        if logits != len(named):
+            raise ModelError(f"{self.name}: expected a name for each of {logits} classes, got {len(named)}")
+        try:
+            return Detr(
+                network,
+                name=self.name,
+                device=device,
+                precision=precision,
+                anchor_px=self._card.anchor_px,
+                temperature=self._card.temperature,
+                offset=self._card.offset,
+                colours=Colours.read(self.path),
+                attributes=len(self._card.attributes),
+            )
+        except (AttributeError, TypeError, ValueError, ArithmeticError) as exc:  # of numbers that no network has
+            raise ModelError(f"{self.name}: expected a config.json that fits its network: {exc}") from exc
 
 
 @dataclass(frozen=True)
@@ -370,6 +390,22 @@ class Family:
     def detect(self, tiles: NDArray[np.uint8], min_score: float) -> list[Detections]:
         """Score tiles with the finest variant."""
         return self.variants[0].detect(tiles, min_score)
+
+
+def _strange(config: dict[str, Any]) -> str:
+    """Return the key of a configuration that has transformers take code, weights or parts from elsewhere, or ""."""
+    for key, value in config.items():
+        if key == "transformers_weights" and value is not None:
+            return key
+        if key in ("attn_implementation", "_attn_implementation") and value not in (None, "eager", "sdpa"):
+            return key
+        if key == "backbone" and isinstance(value, str) and ("/" in value or ":" in value):
+            return key
+        if key == "return_dict" and value is False:
+            return key
+        if isinstance(value, dict) and key not in ("id2label", "label2id") and (inside := _strange(value)):
+            return f"{key}.{inside}"
+    return ""
 
 
 def _choose(variants: Sequence[Model], title: str, slide_mpp: float, allow_coarse: bool) -> Model:

@@ -43,6 +43,7 @@ Forward = Callable[[Tensor], tuple[Tensor, Tensor, Tensor, Tensor]]
 
 # Coarsest stride of the models here, px; tiles must be a multiple, or levels would not line up.
 STRIDE_PX = 32
+_LARGEST_STRIDE_PX = 1024  # of a network that anyone has; beyond, no tile would be large enough for it
 # Models whose last class is "nothing here" and whose scores are a softmax over all classes.
 _SOFTMAX = ("detr", "yolos", "table-transformer")
 # Models that want squares: transformers 5.23 cuts RF-DETR's windows with width and height exchanged, and so puts the
@@ -246,6 +247,8 @@ def _least_px(config: Any) -> int:
     strides, wanted, edge = _strides_px(config), _wanted(config), STRIDE_PX
     if not strides or not wanted:
         return 1
+    if not all(0 < stride <= _LARGEST_STRIDE_PX for stride in strides):
+        raise ValueError(f"strides from 1 to {_LARGEST_STRIDE_PX} px, got {strides}")
     while sum((edge // stride) ** 2 for stride in strides) < wanted:
         edge += STRIDE_PX
     return edge

@@ -78,7 +78,7 @@ class Yolo(Model):
         where = f"{self.path.name}/model.yaml"
         try:
             table = yaml.safe_load((self.path / "model.yaml").read_text(encoding="utf-8"))
-        except (OSError, ValueError, yaml.YAMLError) as exc:
+        except (OSError, ValueError, RecursionError, yaml.YAMLError) as exc:
             raise ModelError(f"{where}: expected a YAML file, cannot read it ({exc})") from exc
         classes = _check(table, where)
         if not (self.path / "model.safetensors").is_file():

@@ -131,9 +131,7 @@ def refuse_second_derivative() -> None:
 def refuse_tangents(*tensors: Tensor) -> None:
     """Raise an error for forward-mode derivatives (`torch.func.jvp`): they would come out as zero, silently."""
     if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):  # type: ignore[no-untyped-call]
-        raise NotImplementedError(
-            "deform_attn: it has no forward-mode derivative; use tensor.backward(), or backend='reference'"
-        )
+        raise NotImplementedError("deform_attn: it has no forward-mode derivative; use tensor.backward()")
 
 
 def _within_reach(place: Tensor, size: Tensor) -> Tensor:

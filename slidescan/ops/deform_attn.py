@@ -7,8 +7,8 @@ Invariants of every way
 -----------------------
 - Coordinates and sums are in float32 or better whatever the dtype of the inputs: in bfloat16 a location on a 128 px
   wide level is off by up to 1 px.
-- A location that is NaN, infinite or outside its level contributes nothing: no value, no gradient; as long as values
-  and weights are finite.
+- A location that is NaN, infinite or half a px outside its level contributes nothing: no value, no gradient; as long
+  as values and weights are finite.
 - Where torch is asked for deterministic algorithms, gradients repeat bit for bit.
 """
 
@@ -211,6 +211,7 @@ def _node(
     value: Tensor, locations: Tensor, weights: Tensor, shapes: list[int], points: list[int], backend: str
 ) -> Tensor:
     inputs = value, _pairs(shapes), locations, weights, points
+    refuse_tangents(value, locations, weights)
     if not _runs_triton(backend, value):
         return bags(*inputs)
     from slidescan.ops.fused import fused

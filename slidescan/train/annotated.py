@@ -176,7 +176,9 @@ def _one_file(some: Sequence[Annotated], others: Sequence[Annotated]) -> Iterato
 
     def size(one: Annotated) -> tuple[object, ...] | None:
         path = one.slide.path
-        return (*one.slide.size_wh, path.stat().st_size) if isinstance(path, Path) and path.is_file() else None
+        if not isinstance(path, Path) or not path.exists():
+            return None
+        return (*one.slide.size_wh, path.stat().st_size if path.is_file() else 0)
 
     known: dict[tuple[object, ...], list[Annotated]] = {}
     for one in some:

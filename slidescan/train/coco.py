@@ -7,6 +7,7 @@ ones are held in a process.
 from __future__ import annotations
 
 import math
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -95,13 +96,21 @@ def load_coco(
     index = _coco_file(Path(path))
     table = read_json(index)
     images, annotations, categories = (_rows(index, table, key) for key in ("images", "annotations", "categories"))
-    names = {_id(index, row, "id", "category"): row.get("name") for row in categories}
+    names: dict[int | str, Any] = {}
+    for row in categories:
+        if names.setdefault(key := _id(index, row, "id", "category"), row.get("name")) != row.get("name"):
+            raise ConfigError(f"{index.name}: category {key!r} is there twice; give each category an id of its own")
     of_image: dict[int | str, list[dict[str, Any]]] = {}
     for row in images:
         if (key := _id(index, row, "id", "image")) in of_image:
             raise ConfigError(f"{index.name}: image {key!r} is there twice; give each image an id of its own")
         of_image[key] = []
+    listed = set[Any]()
     for row in annotations:
+        if isinstance(own := row.get("id"), int | str):
+            if own in listed:
+                raise ConfigError(f"{index.name}: annotation {own!r} is there twice; export it again")
+            listed.add(own)
         where, key = f"{index.name}: annotation {row.get('id')!r}", _id(index, row, "image_id", "annotation")
         if key not in of_image:
             raise ConfigError(f"{where}: expected the image_id of an image in the file, got {key!r}; export it again")
@@ -230,7 +239,8 @@ def _coco_slide(
     subset = index.stem.partition("_")[2] if index.stem.startswith("instances_") else ""
     within = ["", "images", *([f"images/{subset}", subset] if subset else [])]
     folders = [root / folder for root in roots for folder in within]
-    file = next((f / name for f in folders if (f / name).is_file()), None) if isinstance(name, str) and name else None
+    paths = [folder / name for folder in folders] if isinstance(name, str) and name else []
+    file = next((path for path in paths if os.path.isfile(path)), None)  # noqa: PTH113  # also of a name too long
     if file is None:
         raise ConfigError(f"{where}: expected its file_name beside {index.name} or in images/, found no {name!r}")
     slide = _picture(file, None if row.get("mpp") is None else _mpp(where, row["mpp"]))

@@ -20,6 +20,7 @@ from slidescan.detections import Detector
 from slidescan.errors import ConfigError
 from slidescan.scan_slide import scan
 from slidescan.slides import Slide
+from slidescan.train.annotated import Annotated
 from slidescan.train.augment import Rgb
 from slidescan.train.patients import Whose, patient_of
 from slidescan.train.source import Source, Split
@@ -31,10 +32,15 @@ _MOST = 2000  # windows a slide: 100 MB of pixels
 _DONE = "mined.json"
 
 
-def refuse_annotated(slides: Sequence[Slide], source: Source, known: Mapping[str, Whose] | None = None) -> None:
+def refuse_annotated(
+    slides: Sequence[Slide],
+    source: Source,
+    known: Mapping[str, Whose] | None = None,
+    decided: Sequence[Annotated] = (),
+) -> None:
     """Refuse slides to mine that are measured on, or of whose patient one is, as the tables of `known` patients say.
 
-    And those that have objects: these would be taught to be none.
+    And those that have objects, annotated or accepted by reviewers: these would be taught to be none.
 
     Raises
     ------
@@ -46,7 +52,7 @@ def refuse_annotated(slides: Sequence[Slide], source: Source, known: Mapping[str
     mined = {slide.fingerprint: slide for slide in slides if slide.frame.mpp}
     splits: tuple[Literal["train"] | Split, ...] = ("train", "validation", "test")
     for split in splits if mined else ():
-        for one in source.annotated(split):
+        for one in (*source.annotated(split), *(decided if split == "train" else ())):
             if (len(one.label) or split != "train") and one.slide.fingerprint in mined:
                 raise ConfigError(
                     "mine: expected slides free of objects that nothing is measured on, got "

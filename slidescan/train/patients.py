@@ -44,6 +44,7 @@ def read_patients(folder: Path) -> dict[str, Whose] | None:
 def read_all(places: Iterable[Path | None]) -> dict[str, Whose]:
     """Return what the tables in several directories, or beside several files, say together."""
     folders = [place if place.is_dir() else place.parent for place in places if place is not None]
+    folders = [each for folder in folders for each in (folder, folder / "annotations")]  # CVAT's, of its COCO file
     return {slide: said for folder in folders for slide, said in (read_patients(folder) or {}).items()}
 
 

@@ -197,7 +197,7 @@ def _add_features(objects: Objects, path: Path, half_px: float) -> None:
             f"{', '.join(objects.classes)}, or delete them"
         )
     if regions:
-        objects.ignored.append(_outside(shapely.union_all(regions), objects.slide.size_wh, half_px))
+        objects.ignored.append(_outside(path.name, shapely.union_all(regions), objects.slide.size_wh, half_px))
 
 
 def _features(path: Path, document: Any) -> Iterator[dict[str, Any]]:
@@ -212,7 +212,7 @@ def _features(path: Path, document: Any) -> Iterator[dict[str, Any]]:
         elif kind == "Feature":
             yield item
             properties = item.get("properties")
-            inner = properties.get("childObjects", []) if isinstance(properties, dict) else []
+            inner = (properties.get("childObjects") or []) if isinstance(properties, dict) else []
         if not isinstance(inner, list):
             raise ConfigError(
                 f"{path.name}: expected a FeatureCollection, a list of features or one; export it as GeoJSON"
@@ -246,10 +246,12 @@ def _outline(where: str, geometry: Any) -> shapely.Geometry:
         return shapely.union_all(shapely.make_valid(np.array(outlines, object)))
 
 
-def _outside(regions: shapely.Geometry, size_wh: tuple[int, int], half_px: float) -> NDArray[np.float64]:
+def _outside(where: str, regions: shapely.Geometry, size_wh: tuple[int, int], half_px: float) -> NDArray[np.float64]:
     """Return boxes (k, 4) that together are a slide less its regions."""
     around = shapely.union_all(shapely.box(*shapely.bounds(shapely.get_parts(regions)).T))
     slide = shapely.box(0, 0, *size_wh)
+    if not (regions & slide).area:
+        raise ConfigError(f"{where}: expected Region* on the slide, got none; check that it belongs to this image")
     # First what is exact: the strips of a whole slide would be higher than a region.
     return np.concatenate((_cut(slide - around, half_px), _cut((around & slide) - regions, half_px)))
 
@@ -261,7 +263,7 @@ def _cut(area: shapely.Geometry, half_px: float) -> NDArray[np.float64]:
         if not outline.area:  # a line, where two only touch
             continue
         x0, y0, x1, y1 = outline.bounds
-        if outline.area >= _FULL * (x1 - x0) * (y1 - y0):
+        if outline.area >= _FULL * (x1 - x0) * (y1 - y0) and not shapely.get_num_interior_rings(outline):
             found.append(np.array([[x0, y0, x1, y1]]))
             continue
         sides = np.concatenate([np.diff(shapely.get_coordinates(ring), axis=0) for ring in shapely.get_rings(outline)])

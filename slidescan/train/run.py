@@ -100,10 +100,14 @@ class _Run:
         if decided is not None:
             told = {"accepted": decided.accepted, "rejected": decided.rejected}
             around = Windows(decided.annotated, variant.mpp, seed=settings.seed)
-        known = set[str]()
+        begun: Model | None = None if start is None else Model(start)
         if variant.start is not None:
-            other = load_detector(variant.start).at(variant.mpp, allow_coarse=True)
-            start, known = other.path, seen_by(other.training)
+            begun = load_detector(variant.start).at(variant.mpp, allow_coarse=True)
+            start = begun.path
+        known = seen_by(begun.training) if begun else set[str]()
+        again = known & seen_in(source.annotated("validation"))
+        if again and begun and (variant.start or begun.training.get("finish_steps")):
+            self.log("beware: what it starts from knows images that threshold and calibration are chosen by")
         checkpoint = out / f"losses-{name}.safetensors"
         batches = Batches(source, settings, variant, decided=around)
         network = _network(settings, variant, start)
@@ -237,7 +241,8 @@ def train_detector(
         source = open_source(settings, variant)
         for line in source.told() if variant is settings.variants[0] else ():
             log(line)
-        refuse_annotated(mine_slides, source, read_all((settings.data, settings.validation, settings.test)))
+        patients = read_all((settings.data, settings.validation, settings.test))
+        refuse_annotated(mine_slides, source, patients, decided.annotated if decided else ())
         refuse_others(mine_slides, out / f"{_MINED}{variant.mpp:g}")
         keep_begun(settings, variant, source.identity, out)
         if decided is not None:
@@ -254,7 +259,8 @@ def train_detector(
             log(f"test: looking at all of it with {name} µm/px")
             test, assembled = one.source.shown("test"), one.source.assembled("test")
             detector = Model(directory, device=settings.device)
-            report[name] = evaluate(detector, test, directory, assembled=assembled, shifts=settings.shifts)
+            seen = len(seen_by(detector.training) & seen_in(one.source.annotated("test")))
+            report[name] = evaluate(detector, test, directory, assembled=assembled, shifts=settings.shifts, seen=seen)
             for line in describe(report[name]):
                 log(line)
     shutil.rmtree(out / _DRAFTS)

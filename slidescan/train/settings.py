@@ -18,7 +18,7 @@ _Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class VariantSettings(_Strict):
@@ -64,7 +64,7 @@ class TrainSettings(_Strict):
     skip: list[str] = []  # of your own data: classes, or what classes are derived by, that say nothing of objects
     crowds: Literal["ignored", "objects"] = "ignored"  # what COCO's iscrowd is; CVAT's masks are objects
     object_um: Annotated[float, Field(gt=0)] = 12.5  # edge of the box around an annotated point; of anchors, too
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     device: str | None = None  # None takes a GPU if there is one
     threads: Annotated[int, Field(gt=0)] | None = None  # None: as many as torch takes, OMP_NUM_THREADS if that is set
     precision: Annotated[str, Field(pattern="^(fp32|bf16)$")] = "fp32"
@@ -96,6 +96,9 @@ class TrainSettings(_Strict):
         names = [f"{variant.mpp:g}" for variant in self.variants]
         if len(set(names)) < len(names):
             raise ValueError(f"expected variants of different mpp, each has a directory of its own, got {names}")
+        said = [*self.classes, *self.attributes]
+        if len(set(said)) < len(said) or not all(name.strip() for name in said):
+            raise ValueError(f"expected a name of its own for each class and attribute, got {said}")
         if len({*self.attributes, *COLUMNS}) < len(self.attributes) + len(COLUMNS):
             raise ValueError(f"expected each attribute once, and none of {', '.join(COLUMNS)}, got {self.attributes}")
         for variant in self.variants:
@@ -134,7 +137,7 @@ def load_settings(path: Path) -> TrainSettings:
         table: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as exc:
         raise ConfigError(f"{path}: expected a YAML file of training settings, {exc.strerror}") from exc
-    except (yaml.YAMLError, UnicodeDecodeError) as exc:
+    except (yaml.YAMLError, ValueError, RecursionError) as exc:  # ValueError: no such date, too long a number
         said = " ".join(str(exc).split())
         raise ConfigError(f"{path}: expected YAML, got {said}") from exc
     try:
