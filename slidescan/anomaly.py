@@ -25,6 +25,8 @@ __all__ = ["MOST_DENSITY_STEPS", "TISSUE", "AnomalyMap", "Coverage", "anomaly_ma
 _SCORE_STEPS = 10_000
 MOST_DENSITY_STEPS = 10.0
 _LARGEST = 65_535
+# Of the Gaussian that density is averaged by, analysed: of a fragment 50 µm wide with one of 200 µm.
+_LEAST_SHARE = 0.1
 
 _Px = TypeVar("_Px", bound=np.generic)
 
@@ -231,7 +233,7 @@ def anomaly_map(
     last_wh = np.array(frame.size_wh) - 1
     column, row = np.clip(np.floor(detections.centers * factor), 0, last_wh).astype(np.intp).T
     # Where something was found has evidently been analysed, even if the mask thought it glass.
-    coverage = coverage.copy()
+    scored, coverage = (coverage == Coverage.ANALYSED) | (coverage == Coverage.SATURATED), coverage.copy()
     found_at = coverage[row, column]
     coverage[row, column] = np.where(found_at == Coverage.BACKGROUND, Coverage.ANALYSED, found_at)
     seen = (coverage == Coverage.ANALYSED) | (coverage == Coverage.SATURATED)
@@ -242,9 +244,10 @@ def anomaly_map(
     found = detections.score >= threshold
     np.add.at(counts, (row[found], column[found]), 1.0)
     sigma = frame.px(density_sigma_um)
-    # Dividing by the equally averaged analysed area keeps borders and holes from diluting the density.
-    area_mm2 = gaussian_filter(seen.astype(np.float64), sigma, mode="constant") * frame.mm2_per_px
-    density = gaussian_filter(counts, sigma, mode="constant") / np.maximum(area_mm2, frame.mm2_per_px * 1e-3)
+    # Dividing by the equally averaged analysed area keeps borders and holes from diluting the density; a speck on glass
+    # is not the densest place of all for having next to none around it.
+    share = np.maximum(gaussian_filter(scored.astype(np.float64), sigma, mode="constant"), _LEAST_SHARE)
+    density = gaussian_filter(counts, sigma, mode="constant") / (share * frame.mm2_per_px)
 
     score[~seen] = np.nan
     density[~seen] = np.nan

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from slidescan.errors import ConfigError
 
@@ -23,6 +23,14 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _is_no_truth_value(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse YAML's `yes` where a number is wanted: it would be 1."""
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+            raise ValueError("expected a number")
+        return value
 
 
 class TissueConfig(_Section):
@@ -135,10 +143,12 @@ class ScanConfig(_Section):
             name = str(source)
             try:
                 values = yaml.safe_load(Path(source).read_text(encoding="utf-8")) or {}
-            except (OSError, UnicodeDecodeError, yaml.YAMLError) as exc:
+            except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as exc:
                 raise ConfigError(f"{name}: expected a YAML file of settings; {exc}") from exc
         if not isinstance(values, dict):
             raise ConfigError(f"{name}: expected sections such as `tiling:`, got {type(values).__name__}")
+        # A section under which everything is commented out has its defaults.
+        values = {key: {} if value is None and key != "color" else value for key, value in values.items()}
         for dotted, value in (overrides or {}).items():
             section, _, key = dotted.rpartition(".")
             target = values.setdefault(section, {}) if section else values

@@ -49,13 +49,14 @@ def prepare(slide: Slide, detector: Detector, config: ScanConfig, *, allow_coars
     ResolutionError
         If the slide's µm/px is unknown, implausible, or too coarse for the detector.
     ConfigError
-        If its anomaly map would have more px than there is room for.
+        If its anomaly map would have more px than there is room for, or nothing is kept that is not above threshold.
     SlideUnsupportedError
         If it shines on a dark ground, and tissue is looked for.
     """
     started = time.perf_counter()
     _refuse_large_map(slide.frame, config.map.um_per_px)
     variant = detector.at(slide.frame.mpp, allow_coarse=allow_coarse)
+    threshold_of(variant, config)
     plane = slide.plane(variant.mpp)
     thumbnail, thumbnail_frame = slide.thumbnail(config.tissue.thumbnail_px)
     tissue = tissue_mask(thumbnail.rgb, mpp=thumbnail_frame.mpp) if config.tissue.enabled else None

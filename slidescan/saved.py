@@ -33,6 +33,7 @@ def save_result(result: ScanResult, out: Path, draw: Callable[[], Image]) -> Sca
     """Write the result directory, manifest last, and return the result bound to it; `draw` makes the overview."""
     started = time.perf_counter()
     try:
+        (out / MANIFEST).unlink(missing_ok=True)  # of the result that is replaced
         write_table(out / "detections.parquet", result.table())
         write_map(out / "anomaly.ome.zarr", result.anomaly, result.frame)
         result.to_geojson(out / "flagged.geojson", what="regions")

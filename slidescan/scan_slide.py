@@ -27,7 +27,7 @@ from slidescan.errors import ConfigError, ResultError, ResultInTheWayError, Slid
 from slidescan.geometry import Box, Frame
 from slidescan.heap import give_back_freed, give_back_pixels, keep_freed
 from slidescan.lease import claimed
-from slidescan.manifest import MANIFEST, read_manifest
+from slidescan.manifest import read_manifest
 from slidescan.overview import draw_overview
 from slidescan.prepare import Prepared, prepare, slack_px, threshold_of
 from slidescan.provenance import describe_slide, peak_rss_mb, run_key, versions
@@ -243,10 +243,8 @@ def _assemble(
 
 
 def _is_done(out: Path, key: str, slide: Slide, detector: Detector, config: ScanConfig, *, overwrite: bool) -> bool:
-    """Return whether `out` holds this very scan, finished; make room in it otherwise."""
-    if overwrite:
-        (out / MANIFEST).unlink(missing_ok=True)
-    manifest = read_manifest(out)
+    """Return whether `out` holds this very scan, finished; what is to be overwritten stays until that is sure."""
+    manifest = None if overwrite else read_manifest(out)
     if manifest is not None:
         if manifest["run_key"] == key:
             return True

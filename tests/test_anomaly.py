@@ -50,6 +50,19 @@ def test_density_has_its_unit() -> None:
     assert np.abs(anomaly.density / per_mm2 - 1).max() < 0.1
 
 
+def test_a_speck_on_glass_is_not_the_densest_place() -> None:
+    """What is found far from tissue has next to no analysed area around it."""
+    coverage = np.full(MAP.size_wh[::-1], Coverage.BACKGROUND, np.uint8)
+    coverage[:, :12] = Coverage.ANALYSED
+    y = np.arange(40, 2000, 80)
+    centers = np.concatenate(
+        [np.stack([np.full(len(y), x), y], 1) for x in (200, 400, 600)] + [np.array([[3000, 1000]])]
+    )
+    found = Detections.build(np.concatenate([centers - 5, centers + 5], 1), np.ones(len(centers)))
+    density = anomaly_map(found, SLIDE, coverage, MAP, threshold=0.5, density_sigma_um=50).density
+    assert np.nanmax(density[:, 12:]) < 0.5 * np.nanmax(density[:, :12])
+
+
 def test_what_was_not_analysed_has_no_score() -> None:
     """Background, failed and outside px are NaN even under a box; 'nothing found' is 0."""
     coverage = whole(MAP)

@@ -28,6 +28,7 @@ def test_default_yaml_equals_the_code() -> None:
         ("tiling:\n  tile_size: 512\n", "unknown key tiling.tile_size; known there: tile_px"),
         ("tiling:\n  tile_px: 7\n", "tiling.tile_px"),
         ("map:\n  um_per_px: .inf\n", "map.um_per_px"),
+        ("detect:\n  threshold: yes\n", "detect.threshold"),
         ("map:\n  density_sigma_um: 1.0e+12\n", "map.density_sigma_um"),
         ("stitch:\n  iou: many\n", "got 'many'"),
         ("- 1\n", "expected sections"),
@@ -67,3 +68,13 @@ def test_every_error_survives_pickling(name: str) -> None:
     assert (type(error), str(error)) == (type(back), str(back))
     assert isinstance(back, SlidescanError)
     assert "\n" not in str(back)
+
+
+def test_a_section_of_comments_has_its_defaults(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("detect:\n  # threshold: 0.3\ntissue:\n")
+    assert ScanConfig.load(tmp_path / "a.yaml", {"tiling.tile_px": 256}).detect == ScanConfig().detect
+
+
+def test_what_is_no_file_and_no_mapping_is_said() -> None:
+    with pytest.raises(ConfigError, match="expected a YAML file of settings"):
+        ScanConfig.load([1])  # type: ignore[arg-type]

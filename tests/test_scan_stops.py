@@ -132,6 +132,15 @@ def test_a_finished_scan_is_not_repeated_and_another_is_not_overwritten(tmp_path
     assert replaced.config.detect.min_score == 0.4
 
 
+def test_a_result_is_overwritten_only_by_another(tmp_path: Path) -> None:
+    """A scan that is refused for its settings leaves what was there."""
+    slide, centers = discs()
+    ss.scan(slide, ORACLE, out=tmp_path / "case", config=config())
+    with pytest.raises(ConfigError, match="halo_um must be at least"):
+        ss.scan(slide, ORACLE, out=tmp_path / "case", config=config(tiling__halo_um=0.1), overwrite=True)
+    assert len(ss.load_result(tmp_path / "case").detections) == len(centers)
+
+
 def test_settings_changed_after_a_stop_start_anew(tmp_path: Path) -> None:
     """Parts of other settings are never mixed in."""
     slide, centers = discs()
