@@ -107,7 +107,9 @@ class Archive:
                     opened[slide_id] = () if self.under_way(slide_id) else self.result(slide_id).regions
                 except ResultError as exc:
                     place = self.path / "slides" / slide_id
-                    raise ResultError(f"{place}: damaged; remove this directory and run the archive again") from exc
+                    raise ResultError(
+                        f"{place}: damaged; remove its manifest.json and run the archive again: decisions stay"
+                    ) from exc
             if i >= len(opened[slide_id]):
                 continue
             regions = opened[slide_id]

@@ -26,7 +26,7 @@ __all__ = ["MOST_PARTS", "Case", "SlideAt"]
 
 SlideAt = Slide | str | PathLike[str]
 
-MOST_PARTS = 200  # boxes of a region that a page shows and a line of the log holds: some 10 kB
+MOST_PARTS = 200  # boxes of a region that a page shows: some 10 kB
 
 
 class Case:
@@ -142,8 +142,8 @@ class Case:
 
     def decide(self, item: ReviewItem, decision: Verdict, *, reviewer: str, label: str | None, note: str) -> Decision:
         """Write a decision with what it was decided on; `item` is as it was shown, scores hidden or not."""
-        # The shortest text that gives back the float32.
-        parts = [Box(*(float(str(edge)) for edge in part)) for part in self.parts(item)[:MOST_PARTS]]
+        # All of them, or a later scan could not tell that it is the same region: the shortest text for each float32.
+        parts = [Box(*(float(str(edge)) for edge in part)) for part in self.parts(item)]
         decided = Decision(
             event_id=uuid.uuid4().hex,
             at=time.time(),
@@ -189,7 +189,7 @@ class Case:
         """Return the boxes (N, 4) of the detections in a region, best first; none for a detection."""
         seen = self._seen
         if seen[0] is not item:  # parts and focus are asked for one after the other, of several by several threads
-            seen = self._seen = item, self._found_l0[item.rows]
+            seen = self._seen = item, self._found_l0[self.items[item.id].rows]  # a blinded one has none
         return seen[1]
 
     def read_from(self, slide_at: SlideAt) -> None:

@@ -40,6 +40,7 @@ _BEGIN = re.compile(rb'(?=\{"schema":)')
 
 Verdict = Literal["accept", "reject", "unsure"]
 What = Literal["region", "detection"]
+_LAST_S = 253_402_300_800.0  # the year 10000, since 1970: later than any table can tell
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +153,7 @@ class DecisionLog:
         self.events = 0
         """How many were read."""
         self.read_bytes = 0
+        self._inode = -1
 
     def refresh(self) -> None:
         """Read what was added since.
@@ -164,8 +166,10 @@ class DecisionLog:
         with self._lock:
             try:
                 with self.path.open("rb") as file:
-                    if os.fstat(file.fileno()).st_size < self.read_bytes:  # an older copy was put back
+                    now = os.fstat(file.fileno())
+                    if now.st_size < self.read_bytes or now.st_ino != self._inode:  # another copy was put there
                         self._forget()
+                    self._inode = now.st_ino
                     file.seek(self.read_bytes)
                     data = file.read()
             except FileNotFoundError:
@@ -202,9 +206,15 @@ class DecisionLog:
                 size = os.fstat(descriptor).st_size
                 if size and os.pread(descriptor, 1, size - 1) != b"\n":
                     line = b"\n" + line  # behind a line that was cut off
-                if os.write(descriptor, line) < len(line):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                os.fsync(descriptor)
+                written = os.write(descriptor, line)
+                try:
+                    if written < len(line):
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                    os.fsync(descriptor)
+                except OSError:  # what is there all the same would be read as a decision
+                    if os.fstat(descriptor).st_size == size + written:  # and nobody wrote behind it, without locks
+                        os.ftruncate(descriptor, size)
+                    raise
             finally:
                 os.close(descriptor)
             if not size:
@@ -267,7 +277,7 @@ def _events(line: bytes) -> Iterator[Decision | Undo | None]:
 
 
 def _undo(told: dict[str, Any]) -> Undo:
-    return Undo(_text(told["event_id"]), _number(told["at"]), _text(told["reviewer"]), _text(told["undoes"]))
+    return Undo(_text(told["event_id"]), _time(told["at"]), _text(told["reviewer"]), _text(told["undoes"]))
 
 
 def _decision(told: dict[str, Any]) -> Decision:
@@ -279,7 +289,7 @@ def _decision(told: dict[str, Any]) -> Decision:
     label = told.get("label")
     return Decision(
         event_id=_text(told["event_id"]),
-        at=_number(told["at"]),
+        at=_time(told["at"]),
         reviewer=_text(told["reviewer"]),
         what=told["what"],
         region=_text(told["region"]),
@@ -309,7 +319,14 @@ def _number(told: Any) -> float:
     return number
 
 
+def _time(told: Any) -> float:
+    seconds = _number(told)
+    if not 0 <= seconds < _LAST_S:
+        raise ValueError("no such time")
+    return seconds
+
+
 def _text(value: object) -> str:
     if not isinstance(value, str):
         raise TypeError
-    return value
+    return value.encode().decode()  # half of a surrogate pair is a ValueError

@@ -29,6 +29,7 @@ from slidescan.slides import Slide
 
 __all__ = ["WRITES", "Desk", "Picture"]
 
+_OF_SLIDES = "slides: "  # begins what a review says of them, which names neither path nor file
 WRITES = frozenset({"decide", "undo"})  # kinds that change something
 _MOST_ON_PAGE = 100  # items: as many pictures as a screen holds, several times
 _MOST_NAME = 1000  # characters of a class or an id
@@ -281,7 +282,9 @@ class Desk:
     def _opened(self, case: Case) -> Slide:
         try:
             return case.slide()
-        except SlideError as exc:  # whose text may name a path
+        except (SlideError, ConfigError) as exc:  # whose text may name a path, or the file
+            if str(exc).startswith(_OF_SLIDES):
+                raise
             raise SlideError(f"{case.slide_id}: its slide cannot be opened; the terminal says why") from exc
 
     def _tiling(self, n: int, case: Case) -> Tiling:

@@ -22,7 +22,7 @@ from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -36,6 +36,7 @@ __all__ = ["CARRIER", "ReviewServer", "make_app"]
 
 CARRIER = "X-Slidescan-Token"
 _LOOPBACK = "127.0.0.1"
+_HTTP_PORT = 80
 _TOKEN_BYTES = 32  # of randomness: 256 bits
 _MOST_QUERY_CHARS = 4096
 _GRACE_S = 1  # how long an end waits for requests in flight; a decision takes ms
@@ -149,7 +150,8 @@ class _Guarded:
 
     def __init__(self, app: ASGIApp, port: int) -> None:
         self._app = app
-        self._hosts = frozenset({f"{_LOOPBACK}:{port}", f"localhost:{port}"})
+        # A browser leaves HTTP's own port out.
+        self._hosts = frozenset(f"{name}{end}" for name in (_LOOPBACK, "localhost") for end in _ends(port))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def send_guarded(message: Message) -> None:
@@ -178,6 +180,10 @@ class _Guarded:
         return None
 
 
+def _ends(port: int) -> tuple[str, ...]:
+    return (f":{port}", "") if port == _HTTP_PORT else (f":{port}",)
+
+
 def _check_token(request: Request, token: str) -> None:
     given = request.headers.getlist(CARRIER)
     if len(given) != 1 or not hmac.compare_digest(given[0].encode(), token.encode()):
@@ -189,10 +195,13 @@ async def _body(request: Request) -> bytes:
     if request.headers.get("content-type", "").split(";")[0].strip() != "application/json":
         raise HTTPException(415, "expected application/json")
     body = b""
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > MOST_ASKED_BYTES:
-            raise HTTPException(413, f"expected at most {MOST_ASKED_BYTES} bytes")
+    try:
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > MOST_ASKED_BYTES:
+                raise HTTPException(413, f"expected at most {MOST_ASKED_BYTES} bytes")
+    except ClientDisconnect as exc:
+        raise HTTPException(400, "the request was broken off") from exc
     return body
 
 

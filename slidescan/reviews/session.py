@@ -50,7 +50,9 @@ class Review:
             )
         self._items: dict[str, ReviewItem] = {}
         for item in shown:  # a slide that is in an archive twice, under two names, is reviewed once
-            self._items.setdefault(item.id, replace(item, score=None, evidence=None, rank=None) if blinded else item)
+            if blinded:  # rows, too, are by rank
+                item = replace(item, score=None, evidence=None, rank=None, rows=np.empty(0, np.intp))
+            self._items.setdefault(item.id, item)
         self._on_slide: dict[str, list[str]] = defaultdict(list)
         for item in self._items.values():
             self._on_slide[item.slide_id].append(item.id)
@@ -247,7 +249,8 @@ class Review:
 
     def ratings(self) -> dict[str, dict[str, Verdict]]:
         """Return by item and reviewer what was decided; items nobody decided on are left out."""
-        said = {item_id: self.decisions(item_id) for item_id in self._items}
+        # In the order of a blinded review's items: the other is by rank.
+        said = {item_id: self.decisions(item_id) for item_id in (sorted(self._items) if self.blinded else self._items)}
         return {
             item_id: {name: made.decision for name, made in by_name.items()}
             for item_id, by_name in said.items()
@@ -270,7 +273,7 @@ class Review:
 
     @property
     def orphaned(self) -> int:
-        """Decisions on these results that found no place: nothing is flagged there now. They stay in the log."""
+        """Decisions on these results that found no place: nothing, or more than there was, is there now. They stay."""
         return sum(case.orphaned for case in self._cases.values())
 
     @property

@@ -55,6 +55,20 @@ def test_decisions_find_their_place_after_another_scan(result: ss.ScanResult, sl
     assert (looked.undo(), looked.decision(fifth).note, looked.undo(), looked.left) == (fifth, "4", fifth, 8)
 
 
+def test_a_region_of_very_many_finds_its_place(tmp_path: Path) -> None:
+    """More than a page shows of it: all of them are told from another scan's."""
+    slide, _ = discs(n=230, size_wh=(2600, 2600))
+    whole = {"flagged__link_um": 1000.0, "flagged__max_um": 9000.0}
+    first = ss.scan(slide, ORACLE, out=tmp_path / "case", config=config(**whole))
+    assert [region.n for region in first.regions] == [230]
+    looked = ss.review(first, reviewer="ann")
+    looked.decide(looked.items()[0].id, "accept")
+    again = moved(first, slide, **whole)
+    after = ss.review(again, reviewer="ann")
+    assert (after.left, after.reattached, after.orphaned) == (0, 1, 0)
+    assert len(decided(again, "accepted")) == 231
+
+
 def test_what_was_accepted_is_of_the_class_that_was_shown(
     result: ss.ScanResult, slide: Slide, monkeypatch: pytest.MonkeyPatch
 ) -> None:

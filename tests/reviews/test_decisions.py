@@ -176,6 +176,44 @@ def test_an_older_copy_put_back_is_read_anew(tmp_path: Path) -> None:
     assert ids(log) == ["a"]
 
 
+def test_a_larger_copy_put_there_is_read_anew(tmp_path: Path) -> None:
+    """As a merge of two logs is: its lines are not those that were read."""
+    log, other = DecisionLog(tmp_path / "decisions.jsonl"), DecisionLog(tmp_path / "other.jsonl")
+    log.append(decided("a"))
+    for name in "bca":
+        other.append(decided(name))
+    other.path.replace(log.path)
+    log.refresh()
+    assert sorted(ids(log)) == ["a", "b", "c"]
+
+
+def test_what_could_not_be_flushed_was_not_decided(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk behind a network says so at the end; the line is there by then."""
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    log = DecisionLog(tmp_path / "decisions.jsonl")
+    log.append(decided("a"))
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        with pytest.raises(ResultError, match="the disk is full"):
+            log.append(decided("b"))
+    log.refresh()
+    assert ids(log) == ids(read(log.path)) == ["a"]
+
+
+@pytest.mark.parametrize("change", [{"at": 1.7e18}, {"at": -1}, {"note": "\ud83d"}, {"reviewer": "\udc00bob"}])
+def test_what_no_table_can_hold_is_no_line(tmp_path: Path, change: dict[str, object]) -> None:
+    log = DecisionLog(tmp_path / "decisions.jsonl")
+    log.append(decided("a"))
+    told = json.loads(log.path.read_text()) | change
+    with log.path.open("a") as file:
+        file.write(json.dumps(told) + "\n")
+    log.refresh()
+    assert (ids(log), log.unreadable) == (["a"], 1)
+
+
 def test_a_decision_is_on_the_disk_when_append_returns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One write, then the file's bytes are flushed, and with the first line the directory that names it."""
     done, write, fsync = [], os.write, os.fsync

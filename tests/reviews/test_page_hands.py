@@ -19,6 +19,7 @@ pytestmark = [
     # A connection that a browser holds open ends with the server's loop, of which asyncio complains.
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
+PER_PAGE = 24
 NOTE = "document.querySelector('textarea').value"
 
 
@@ -157,6 +158,42 @@ def test_a_key_before_there_is_a_list(opened: Callable[..., Desk], tab: Tab, cas
     tab.wait(f"early.total === {N} && early.panel.seen && !early.busy")
     assert tab.run("early.panel.alert.textContent") == ""
     assert decided(case) == [("decide", "accept")]
+
+
+def test_a_key_while_the_next_page_comes_decides_nothing(opened: Callable[..., Desk], tab: Tab, case: Path) -> None:
+    """The one that is shown is not the one that was asked for."""
+    opened()
+    held = "new Promise((go) => { window.answer = () => { window.answer = null; go(ask(kind, ...rest)); }; })"
+    second_page(tab, f"(kind, ...rest) => kind === 'items' && rest[0].page > 0 ? {held} : ask(kind, ...rest)")
+    pressed = "early.root.dispatchEvent(new KeyboardEvent('keydown', {{ key: '{}' }}))".format
+    tab.wait("early.panel?.seen && !early.busy")
+    tab.run("early.turn('last')")
+    tab.wait("!!window.answer")
+    tab.run(pressed("a"))
+    assert decided(case) == []
+    tab.run("answer()")
+    tab.wait(f"early.index === {PER_PAGE} && early.panel.seen && !early.busy")
+
+
+def test_keys_of_a_layout_without_latin_letters(opened: Callable[..., Desk], tab: Tab, case: Path) -> None:
+    """By where they are: on a Russian keyboard the key that says ф is that of a."""
+    opened()
+    tab.wait(f"{REVIEW}.panel.seen")
+    tab.run(f"{REVIEW}.root.dispatchEvent(new KeyboardEvent('keydown', {{ key: 'ф', code: 'KeyA', bubbles: true }}))")
+    at(tab, 2)
+    assert decided(case) == [("decide", "accept")]
+
+
+def test_a_note_of_another_systems_lines_is_saved(opened: Callable[..., Desk], tab: Tab, case: Path) -> None:
+    """A text area has other ends of lines than were written from Python."""
+    desk = opened()
+    desk._review.decide(desk._review.items()[0].id, "accept", note="one\r\ntwo")
+    tab.run("location.reload()")
+    tab.wait(f"{REVIEW}?.panel?.seen")
+    tab.run(f"{REVIEW}.go(0)")
+    at(tab, 1)
+    assert tab.run(NOTE) == "one\ntwo"
+    assert tab.run(f"{REVIEW}.panel.unsaved") is False
 
 
 def test_a_double_click_decides_once(opened: Callable[..., Desk], tab: Tab, case: Path) -> None:

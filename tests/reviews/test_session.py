@@ -167,6 +167,16 @@ def test_a_blinded_review_tells_no_scores(result: ss.ScanResult, slide: Slide) -
             looked.items(**hidden)
 
 
+def test_a_blinded_review_has_nothing_in_order_of_rank(result: ss.ScanResult) -> None:
+    """Neither the rows of an item's detections, best first, nor what was decided."""
+    for item in (ann := ss.review(result, reviewer="ann")).items():
+        ann.decide(item.id, "accept")
+    blinded = ss.review(result, reviewer="ann", blinded=True)
+    assert not any(len(item.rows) for item in blinded.items())
+    assert list(blinded.ratings()) == sorted(item.id for item in ann.items())
+    assert all(len(blinded.cases[item.slide_id].parts(item)) == item.n for item in blinded.items())
+
+
 def test_a_blinded_reviewer_decides_before_others_are_heard(result: ss.ScanResult) -> None:
     """In whatever way it is asked, nothing tells what others said of what this reviewer has not decided on."""
     ben = ss.review(result, reviewer="ben")

@@ -45,7 +45,9 @@ export function listen(target, root, acts) {
     if (isTyping(event.target) || root.querySelector("dialog[open]")) return;
     const arrow = event.key.startsWith("Arrow");
     if (arrow && event.target instanceof HTMLInputElement && ["range", "radio"].includes(event.target.type)) return;
-    const key = event.key.length === 1 ? event.key.toLowerCase() : event.key; // with Caps Lock, too
+    let key = event.key.length === 1 ? event.key.toLowerCase() : event.key; // with Caps Lock, too
+    // Of a layout without Latin letters the key that has the letter on others.
+    if (/^[^\x00-\x7f]$/u.test(key) && /^Key[A-Z]$/.test(event.code)) key = event.code.slice(3).toLowerCase();
     const entry = BY_KEY.get(event.shiftKey && arrow ? `Shift${key}` : key);
     if (!entry) return;
     event.preventDefault();

@@ -141,6 +141,7 @@ class Page {
     try {
       await this.#page(number);
     } catch (error) {
+      if (this.wanted === index) this.wanted = this.index;
       this.#failed(error);
       return;
     }
@@ -211,6 +212,10 @@ class Page {
   async decide(decision) {
     const item = this.current;
     if (this.busy || !item) return;
+    if (this.wanted !== undefined && this.wanted !== this.index) { // its page is not here yet
+      this.panel.say("Wait for the page, then decide.");
+      return;
+    }
     if (this.panel.item?.id !== item.id || !this.panel.seen) { // a list is there before its first item is shown
       this.panel.say("Wait for the picture, then decide.");
       return;
@@ -223,6 +228,7 @@ class Page {
     this.panel.say(`${VERDICTS[decision].done}: ${counted(index + 1)} of ${counted(this.total)}.`);
     this.busy = true; // a key is for the picture that comes now, or for none
     const next = await this.#following(index);
+    if (next < this.total) await this.#page(Math.floor(next / PER_PAGE)).catch(() => {}); // said when it is gone to
     this.busy = false;
     if (next < this.total) await this.go(next);
     else this.panel.say(this.left ? "End of this list." : "All are decided.");

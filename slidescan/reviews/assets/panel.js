@@ -3,7 +3,10 @@ import { Field, VERDICTS, button, counted, element, scored } from "./elements.js
 
 const DOUBLE_MS = 400; // within which systems take two clicks for one double click, most of them
 
-const known = ({ decided, label }) => ({ note: decided?.note ?? "", label: decided?.label ?? label });
+const known = ({ decided, label }) => ({
+  note: (decided?.note ?? "").replace(/\r\n?/g, "\n"), // as a text area has it
+  label: decided?.label ?? label,
+});
 
 export class Panel {
   constructor({ acts, state }) {

@@ -24,7 +24,7 @@ export class Summary {
       blinded ? "This review is blinded: what others decided is not told." : "",
       !blinded && !agreement.length ? "Agreement needs two reviewers; there is one." : "",
       reattached ? `${plural(reattached, "decision")} of an earlier scan ${reattached === 1 ? "was" : "were"} re-attached.` : "",
-      orphaned ? `${plural(orphaned, "decision")} of an earlier scan found no place: nothing is found there now.` : "",
+      orphaned ? `${plural(orphaned, "decision")} of an earlier scan found no place: nothing, or more, is found there now.` : "",
       unreadable ? `${plural(unreadable, "line")} of the decision logs cannot be read.` : "",
     ];
     const decided = table(`Decisions on ${plural(total, of)}`, ["Reviewer", "Accept", "Reject", "Unsure", "Left"],
