@@ -108,9 +108,9 @@ def load_coco(
     listed = set[Any]()
     for row in annotations:
         if isinstance(own := row.get("id"), int | str):
-            if own in listed:
+            if (own, str(row.get("image_id"))) in listed:  # there are exporters that number each image's from 0
                 raise ConfigError(f"{index.name}: annotation {own!r} is there twice; export it again")
-            listed.add(own)
+            listed.add((own, str(row.get("image_id"))))
         where, key = f"{index.name}: annotation {row.get('id')!r}", _id(index, row, "image_id", "annotation")
         if key not in of_image:
             raise ConfigError(f"{where}: expected the image_id of an image in the file, got {key!r}; export it again")

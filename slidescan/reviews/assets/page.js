@@ -95,7 +95,7 @@ class Page {
       const told = await this.transport.request("items", { ...values, page: 0, size: PER_PAGE });
       await this.acting; // begun meanwhile, on the list before
       if (asked !== this.asked) return;
-      Object.assign(this, { listing: told.listing, total: told.total, values, pages: new Map([[0, told.items]]), index: 0,
+      Object.assign(this, { listing: told.listing, total: told.total, values, pages: new Map([[0, told.items]]), index: 0, wanted: 0,
         shownPage: null });
       if (!told.total) {
         this.gallery.show([], 0, 0, this.crops);
