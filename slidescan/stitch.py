@@ -11,7 +11,8 @@ The rule, in any one frame:
 
 If the centre of an object moves by less than `slack` between two tiles that see it, each object survives exactly
 once in each class it is said to be: some tile finds it within slack of its own core, and its twins lie at most slack +
-2·jitter < 3·slack inside theirs and less than 2·slack away. Duplicates within one tile, and several classes for one
+2·jitter < 3·slack inside theirs and less than 2·slack away. They must overlap by more than `iou`, too: at 0.3 those of
+squares wider than 3.2·slack do, whichever way the centre moved. Duplicates within one tile, and several classes for one
 object, are the detector's business; tissue away from the seams is never touched.
 """
 

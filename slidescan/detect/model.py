@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from slidescan.detect.card import MODEL_FILES, SHARDS, Card, Colours, digest, read_card, read_json, title
+from slidescan.detect.card import MODEL_FILES, Card, Colours, digest, read_card
+from slidescan.detect.configuration import read_configuration
 from slidescan.detections import Detections
 from slidescan.errors import ModelError, ResolutionError
 from slidescan.heap import keep_freed, without_collecting
@@ -40,19 +41,6 @@ _COARSER = 1.25
 # Most, of a network that says an object more than once: the bundled one had 7 on average at 0.25 µm/px and 9.5 in the
 # 95th percentile, 4 and 5.4 at 0.5, on fields of 44 and 54 figures a tile.
 _QUERIES_PER_OBJECT = 10
-
-# Of what is read here of a config.json.
-_KINDS = {
-    "model_type": str,
-    "architectures": list,
-    "id2label": dict,
-    "num_labels": int,
-    "num_queries": int,
-    "num_detection_tokens": int,
-    "two_stage_num_proposals": int,
-}
-_COUNTS = ("num_queries", "num_detection_tokens", "two_stage_num_proposals")
-_MOST_QUERIES = 10_000
 
 _networks: dict[tuple[str, str, str], Network] = {}
 _loading = threading.Lock()
@@ -89,46 +77,8 @@ class Model:
         object.__setattr__(self, "_card", read_card(self.path, config, self.card_mpp))
 
     def _read_config(self) -> dict[str, Any]:
-        """Return what config.json says of the network, once it is sure that it can serve."""
-        config = read_json(self.path / "config.json")
-        for key, kind in _KINDS.items():
-            if not isinstance(config.get(key), kind | None):
-                raise ModelError(
-                    f"{title(self.path)}/config.json: expected {key} to be of type {kind.__name__}, got {config[key]!r}"
-                )
-        for key in _COUNTS:
-            if config.get(key) is not None and not 0 < config[key] <= _MOST_QUERIES:
-                raise ModelError(
-                    f"{title(self.path)}/config.json: expected {key} from 1 to {_MOST_QUERIES}, got {config[key]}"
-                )
-        if strange := _strange(config):
-            raise ModelError(
-                f"{title(self.path)}/config.json: expected all that is run in this directory, got {strange}, which has "
-                "transformers run something else; remove it"
-            )
-        kinds = [str(kind) for kind in config.get("architectures") or ()]
-        if not any(kind.endswith("ForObjectDetection") for kind in kinds):
-            raise ModelError(
-                f"{title(self.path)}: expected an object-detection model of transformers in config.json, found "
-                f"architectures {', '.join(kinds) or 'not named'}"
-            )
-        if "text_config" in config:
-            raise ModelError(
-                f"{title(self.path)}: expected a model that needs nothing but an image, found one of type "
-                f"{config.get('model_type')}, which needs a text prompt, too; choose one without text_config in "
-                "config.json"
-            )
-        if (self.path / SHARDS).is_file():
-            raise ModelError(
-                f"{title(self.path)}: expected all weights in model.safetensors, found them in several files; save the "
-                "model again with a larger max_shard_size"
-            )
-        if not (self.path / "model.safetensors").is_file():
-            raise ModelError(
-                f"{title(self.path)}: expected model.safetensors beside config.json, found none; pickled weights are "
-                "not read, convert them with safetensors"
-            )
-        return config
+        """Return what the network's configuration says, once it is sure that it can serve."""
+        return read_configuration(self.path)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle as what is needed to load it again, never weights."""
@@ -390,22 +340,6 @@ class Family:
     def detect(self, tiles: NDArray[np.uint8], min_score: float) -> list[Detections]:
         """Score tiles with the finest variant."""
         return self.variants[0].detect(tiles, min_score)
-
-
-def _strange(config: dict[str, Any]) -> str:
-    """Return the key of a configuration that has transformers take code, weights or parts from elsewhere, or ""."""
-    for key, value in config.items():
-        if key == "transformers_weights" and value is not None:
-            return key
-        if key in ("attn_implementation", "_attn_implementation") and value not in (None, "eager", "sdpa"):
-            return key
-        if key == "backbone" and isinstance(value, str) and ("/" in value or ":" in value):
-            return key
-        if key == "return_dict" and value is False:
-            return key
-        if isinstance(value, dict) and key not in ("id2label", "label2id") and (inside := _strange(value)):
-            return f"{key}.{inside}"
-    return ""
 
 
 def _choose(variants: Sequence[Model], title: str, slide_mpp: float, allow_coarse: bool) -> Model:

@@ -71,7 +71,7 @@ class Decision:
     detected_label: str | None = None
     """The detector's class, of a region that of most of its detections; None in lines from before it was kept."""
     parts_l0: tuple[Box, ...] | None = None
-    """Boxes of the detections shown in a region, from left to right; empty for a detection; None: as above."""
+    """Boxes of the detections in a region, from left to right; empty for a detection; None: as above."""
     order: int = 0
     """Place among the events of its log, from 1; given when it is read."""
 

@@ -3,7 +3,8 @@
 Whoever else can reach the port gets nothing: each request for data shows the token, which is in the printed URL behind
 the ``#``, where no request line, log or other server sees it. It travels in a header and not in a cookie: browsers give
 a cookie of 127.0.0.1 to every port there, other users' too. A name that resolves to 127.0.0.1 (DNS rebinding) is no
-allowed Host; another site's page is no allowed Origin; nothing is cached, framed or shared.
+allowed Host; another site's page is no allowed Origin; nothing is cached, framed or shared. Connections are not
+limited: who opens a thousand keeps the server from answering.
 """
 
 from __future__ import annotations
