@@ -192,17 +192,28 @@ class Desk:
         return self._listings[kept]
 
     def _decide(self, asked: Asked) -> dict[str, Any]:
+        """Decide, unless the reviewer decided meanwhile in another window, and `over` is not what stands any more.
+
+        What stands already is not written again, so that a request may be sent again that got no answer.
+        """
         item = self._item(asked)
         decision: Verdict = asked.one_of("decision", get_args(Verdict))  # type: ignore[assignment]
         label = asked.text_or_none("label", _MOST_NAME)
         note = asked.text("note", MOST_TEXT, default="")
+        over = asked.text_or_none("over", _MOST_NAME)  # the `event_id` that was shown; none: undecided
         asked.nothing_else()
         with self._lock:
             try:
-                self._review.decide(item.id, decision, label=label, note=note)
+                self._review.cases[item.slide_id].refresh()
+                stands = self._review.decision(item.id)
+                saved = over == (None if stands is None else stands.event_id)
+                if saved:
+                    self._review.decide(item.id, decision, label=label, note=note)
+                elif stands is not None:
+                    saved = (stands.decision, stands.label, stands.note) == (decision, label, note)
             except ResultError as exc:
                 raise self._without_path(exc, item.slide_id) from exc
-            return {"left": self._review.left, "item": self._told(item)}
+            return {"saved": saved, "left": self._review.left, "item": self._told(item)}
 
     def _undo(self, asked: Asked) -> dict[str, Any]:
         asked.nothing_else()
@@ -344,7 +355,8 @@ class Desk:
 def _said(decision: Decision | None) -> dict[str, Any] | None:
     if decision is None:
         return None
-    return {"decision": decision.decision, "label": decision.label, "note": decision.note}
+    said = {"event_id": decision.event_id, "decision": decision.decision}
+    return said | {"label": decision.label, "note": decision.note}
 
 
 def _others(said: Mapping[str, Decision], reviewer: str) -> list[dict[str, str]]:

@@ -3,12 +3,13 @@
 Whoever else can reach the port gets nothing: each request for data shows the token, which is in the printed URL behind
 the ``#``, where no request line, log or other server sees it. It travels in a header and not in a cookie: browsers give
 a cookie of 127.0.0.1 to every port there, other users' too. A name that resolves to 127.0.0.1 (DNS rebinding) is no
-allowed Host; another site's page is no allowed Origin; nothing is cached, framed or shared. Connections are not
-limited: who opens a thousand keeps the server from answering.
+allowed Host; another site's page is no allowed Origin; nothing is cached, framed or shared. A connection that asks for
+nothing is closed, the oldest at once where there are many.
 """
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import json
 import logging
@@ -27,6 +28,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from slidescan.errors import ConfigError
 from slidescan.reviews.desk import WRITES, Desk, Picture
@@ -40,6 +42,8 @@ _LOOPBACK = "127.0.0.1"
 _HTTP_PORT = 80
 _TOKEN_BYTES = 32  # of randomness: 256 bits
 _MOST_QUERY_CHARS = 4096
+_MOST_CONNECTIONS = 64  # a browser makes six; of the 1024 files that a process may have open most are for slides
+_PATIENCE_S = 10.0  # for a whole request; a browser that connects ahead of need connects again
 _GRACE_S = 1  # how long an end waits for requests in flight; a decision takes ms
 # The one style that OpenSeadragon 6.1.1 puts into the document: no grey flash where a touch screen is touched.
 _OPENSEADRAGON_STYLE = "sha256-9xTiqzfwFaL2SGb1rmr8gysEwVVjIvqWAgmZgqFqpEE="
@@ -74,7 +78,8 @@ class ReviewServer:
         self._server = uvicorn.Server(
             uvicorn.Config(
                 make_app(desk, self._token, self.port),
-                http="h11",
+                http=_Connection,
+                backlog=_MOST_CONNECTIONS,
                 ws="none",
                 lifespan="off",
                 log_level="warning",
@@ -106,6 +111,38 @@ class ReviewServer:
     def stop(self) -> None:
         """End `run`, from another thread."""
         self._server.should_exit = True
+
+
+class _Connection(H11Protocol):
+    """One that asks for nothing is closed: after a while, or, being the oldest, when there are too many."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
+        super().connection_made(transport)
+        self._since_s, self._asked = self.loop.time(), self.cycle
+        self._look_again()
+        if len(self.connections) > _MOST_CONNECTIONS:
+            idle = [each for each in self.connections if isinstance(each, _Connection) and not each.at_work]
+            if idle:
+                oldest = min(idle, key=lambda each: each._since_s)
+                self.connections.discard(oldest)  # or the next, of many that come at once, would choose it, too
+                oldest.transport.abort()
+
+    @property
+    def at_work(self) -> bool:
+        """Whether something was asked that is not answered."""
+        return not getattr(self.cycle, "response_complete", True)  # there is none before the first
+
+    def _look_again(self) -> None:
+        self.loop.call_later(_PATIENCE_S, self._look)
+
+    def _look(self) -> None:
+        if self.transport.is_closing():
+            return
+        if self.at_work or self.cycle is not self._asked:
+            self._since_s, self._asked = self.loop.time(), self.cycle
+            self._look_again()
+        else:
+            self.transport.close()
 
 
 def make_app(desk: Desk, token: str, port: int) -> ASGIApp:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import socket
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 
 import slidescan as ss
 from slidescan.errors import ConfigError, ResultError, SlideError
+from slidescan.reviews import server as server_module
 from slidescan.reviews.desk import Desk
 from slidescan.reviews.server import ReviewServer
 from slidescan.slides import Slide
@@ -177,7 +179,7 @@ class TestAttacks:
         self.refused(call.post("decide", {**said, "note": "x" * 400_000}), 413)
         self.refused(call.post("decide", {**said, "note": "x" * 10_001}), 400)
         for changed in ({"decision": "delete"}, {"decision": None}, {"label": ""}, {"label": "a\nb"}, {"label": 5},
-                        {"note": 5}, {"note": "\ud800"}, {"reviewer": "ben"}, {"path": "x"}):  # fmt: skip
+                        {"note": 5}, {"note": "\ud800"}, {"over": 5}, {"reviewer": "ben"}, {"path": "x"}):  # fmt: skip
             self.refused(call.post("decide", {**said, **changed}), 400)
         self.refused(call.post("undo", {"region": item["id"]}), 400)
         self.refused(call("GET", f"/api/state?q={'x' * 5000}"), 400)
@@ -197,6 +199,32 @@ class TestAttacks:
                 except OSError:  # it hung up
                     break
             assert raw.recv(4096).startswith(b"HTTP/1.1 413")
+
+    def test_connections_that_ask_for_nothing(self, call: Caller) -> None:
+        """However many there are, the page's are answered; the oldest that are idle are closed."""
+        with ExitStack() as stack:
+
+            def connect() -> socket.socket:
+                return stack.enter_context(socket.create_connection(("127.0.0.1", call.port), timeout=30))
+
+            busy = connect()
+            head = f"POST /api/undo HTTP/1.1\r\nHost: 127.0.0.1:{call.port}\r\n{TOKEN}: {call.token}\r\n"
+            busy.sendall(f"{head}Content-Type: application/json\r\nContent-Length: 2\r\n\r\n".encode())
+            idle = [connect() for _ in range(200)]
+            assert call.get("state")[0] == 200
+            assert idle[0].recv(1) == b""
+            busy.sendall(b"{}")
+            assert busy.recv(4096).startswith(b"HTTP/1.1 200")
+
+    def test_a_request_that_is_never_whole(self, desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Nothing, the half of a head, or that after an answer: closed after a while."""
+        monkeypatch.setattr(server_module, "_PATIENCE_S", 0.05)
+        with running(desk) as server:
+            for sent in ("", "GET / HTTP/1.1\r\nHost: ", f"GET / HTTP/1.1\r\nHost: 127.0.0.1:{server.port}\r\n\r\nGET"):
+                with socket.create_connection(("127.0.0.1", server.port), timeout=30) as raw:
+                    raw.sendall(sent.encode())
+                    answer = b"".join(iter(lambda raw=raw: raw.recv(65536), b""))
+                    assert answer[:15] == (b"HTTP/1.1 200 OK" if sent.endswith("GET") else b"")
 
     def test_methods(self, call: Caller, case: Path) -> None:
         for kind in ("decide", "undo"):
@@ -222,8 +250,10 @@ class TestAttacks:
             "\0\x1b[31m\u2028",
             "=cmd()",
         ]
+        over = None
         for note in notes:
-            status, told = call.post("decide", {"id": item["id"], "decision": "accept", "note": note})
+            status, told = call.post("decide", {"id": item["id"], "decision": "accept", "note": note, "over": over})
+            over = told["item"]["decided"]["event_id"]
             assert (status, told["item"]["decided"]["note"]) == (200, note)
             assert "set-cookie" not in call.headers
         lines = (case / "decisions.jsonl").read_text().splitlines()
@@ -249,7 +279,7 @@ class TestAttacks:
             self.refused(answers[-1], 500)
             answers += [call.post("decide", {"id": id_, "decision": "accept"})]
             self.refused(answers[-1], 500)
-            assert "was not saved" in answers[-1][1]["error"]
+            assert answers[-1][1]["error"].startswith("cannot be read (Is a directory)")
             (case / "detections.parquet").unlink()
             answers += [call.get("boxes", slide=0), call.get("coverage", slide=0)]
             self.refused(answers[-1], 500)
@@ -284,7 +314,7 @@ class TestAttacks:
         """No value makes a desk fail in another way than by a line of its own."""
         desk, said = Desk(looked_at(case, slide)), [0]
         names = ["slide", "level", "x", "y", "id", "fov_um", "page", "size", "listing", "start", "decision", "note",
-                 "x_l0", "y_l0", "reach_l0"]  # fmt: skip
+                 "over", "x_l0", "y_l0", "reach_l0"]  # fmt: skip
         json_values = st.recursive(
             st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
             lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner, max_size=2),

@@ -70,6 +70,32 @@ def test_what_is_left_counts_whoever_decided(case: Path, slide: Slide) -> None:
     assert (review.undo(), review.left) == (ids[-1], 0)
 
 
+def test_a_decision_of_another_window_is_not_overruled_unseen(case: Path, slide: Slide) -> None:
+    """Two windows of one reviewer, of one server and of two, show an item that is undecided."""
+    review = looked_at(case, slide)
+    for other in (review, looked_at(case, slide)):
+        first, second = Desk(review), Desk(other)
+        id_ = review.items(decision="undecided")[0].id
+        made = first.answer("decide", {"id": id_, "decision": "accept", "note": "odd"})
+        told = second.answer("decide", {"id": id_, "decision": "reject"})
+        assert (made["saved"], told["saved"]) == (True, False)
+        assert told["item"]["decided"] == made["item"]["decided"]
+        assert told["left"] == second.answer("state", {})["left"]
+        seen = told["item"]["decided"]["event_id"]
+        assert second.answer("decide", {"id": id_, "decision": "reject", "over": seen})["saved"]
+        first.answer("undo", {})
+        assert first.answer("decide", {"id": id_, "decision": "unsure", "over": "gone"})["saved"] is False
+
+
+def test_a_decision_that_is_sent_again_is_there_once(case: Path, desk: Desk) -> None:
+    """No answer came, and a person or a carrier asks again."""
+    asked = {"id": desk.answer("items", {"page": 0, "size": 1})["items"][0]["id"], "decision": "accept", "note": "odd"}
+    answers = [desk.answer("decide", asked) for _ in range(2)]
+    assert answers[0] == answers[1]
+    assert answers[0]["saved"]
+    assert len((case / "decisions.jsonl").read_text().splitlines()) == 1
+
+
 def test_a_new_list_knows_what_others_decided_meanwhile(case: Path, desk: Desk) -> None:
     listed = {"page": 0, "size": 1}
     id_ = desk.answer("items", listed)["items"][0]["id"]

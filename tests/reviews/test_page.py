@@ -17,7 +17,7 @@ from slidescan.reviews.page import MODULES, _asset, asset, module
 from slidescan.slides import Slide
 from tests.chromium import CHROMIUM, WHY, Tab
 from tests.discs import discs
-from tests.paged import HOSTILE, READY, SEEN, N, at, decided, number, press
+from tests.paged import HOSTILE, READY, REVIEW, SEEN, N, at, decided, number, press
 
 # A connection that a browser holds open ends with the server's loop, of which asyncio complains.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -188,19 +188,29 @@ class TestDeciding:
         tab.run("document.getElementById('review').review.go(24)")
         at(tab, 25)
 
-    def test_undone_is_as_it_was(self, opened: Callable[..., Desk], tab: Tab, case: Path) -> None:
-        """Of the last of a list, which stays in view: its note goes with the decision that is taken back."""
+    @pytest.mark.parametrize("n", [1, N])
+    def test_undone_is_as_it_was(self, opened: Callable[..., Desk], tab: Tab, case: Path, n: int) -> None:
+        """Before it was decided: with its note in the field, for the right key. Of the last of a list, which stays in
+        view, and of one that was left."""
         opened()
-        tab.run("document.getElementById('review').review.go(document.getElementById('review').review.total - 1)")
-        at(tab, N)
+        tab.run(f"document.getElementById('review').review.go({n - 1})")
+        at(tab, n)
         press(tab, "n")
         tab.press("x")
         tab.press("Escape")
         press(tab, "a")
-        tab.wait("document.querySelector('[role=status]').textContent.includes('End of this list')")
+        tab.wait("/^Accepted|End of this list/.test(document.querySelector('[role=status]').textContent)")
         press(tab, "z")
         tab.wait("document.querySelector('[role=status]').textContent.startsWith('Undone')")
-        assert tab.run("document.querySelector('textarea').value") == ""
+        at(tab, n)
+        assert tab.run("document.querySelector('textarea').value") == "x"
+        assert tab.run("document.querySelector('.ss-unsaved').hidden") is False
+        press(tab, "r")
+        tab.wait("/^Rejected|End of this list/.test(document.querySelector('[role=status]').textContent)")
+        lines = [json.loads(line) for line in (case / "decisions.jsonl").read_text().splitlines()]
+        assert [(line.get("decision"), line.get("note")) for line in lines] == [
+            ("accept", "x"), (None, None), ("reject", "x")]  # fmt: skip
+        assert tab.run(f"{REVIEW}.panel.unsaved") is False
 
     def test_nothing_is_decided_that_is_not_shown(self, opened: Callable[..., Desk], tab: Tab, case: Path) -> None:
         """While a new list is there and its first item is not yet: the picture is of the old one."""
@@ -238,7 +248,7 @@ class TestDeciding:
         (case / "decisions.jsonl").mkdir()
         press(tab, "a")
         said = tab.wait("document.querySelector('[role=alert]').textContent")
-        assert said.startswith("Not saved: the decision was not saved")
+        assert said.startswith("Not saved: cannot be read (Is a directory)")
         assert str(case) not in said
         assert number(tab) == f"1 of {N}"
         assert tab.run("document.querySelector('.ss-left').textContent") == f"{N} left of {N}"

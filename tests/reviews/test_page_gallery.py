@@ -78,7 +78,7 @@ class TestGallery:
                 "(() => { const c = document.querySelector('[name=field]');"
                 f" c.value = '{fov_um}'; c.dispatchEvent(new Event('change')); }})()"
             )
-            tab.wait(f"{SEEN} && {REVIEW}.panel.field.wanted.endsWith(' {fov_um}')")
+            tab.wait(f"{SEEN} && {REVIEW}.panel.field.wanted.fovUm === {fov_um}")
             box, bar, text = tab.run(script)
             assert box == pytest.approx(item.box_l0.width * desk._review.cases["case"].frame.mpp / fov_um, abs=0.01)
             assert (bar, text) == (pytest.approx(bar_um / fov_um, abs=0.01), f"{bar_um} µm")

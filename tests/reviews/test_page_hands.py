@@ -211,6 +211,67 @@ def test_a_double_click_decides_once(opened: Callable[..., Desk], tab: Tab, case
     assert decided(case) == [("decide", "accept")] * 2
 
 
+def test_what_another_window_decided_is_told(opened: Callable[..., Desk], tab: Tab, case: Path) -> None:
+    """It stands until it was seen; what was typed here stays, to be decided with."""
+    desk = opened()
+    write_note(tab, "odd")
+    desk._review.decide(desk._review.items()[0].id, "reject", note="theirs")
+    press(tab, "a")
+    tab.wait(
+        "document.querySelector('[role=alert]').textContent.startsWith('Not saved: elsewhere you made it rejected')"
+    )
+    assert decided(case) == [("decide", "reject")]
+    assert tab.run(f"[{NOTE}, {REVIEW}.panel.unsaved]") == ["odd", True]
+    assert tab.run("document.querySelector('.ss-card').dataset.decision") == "reject"
+    press(tab, "a")
+    at(tab, 2)
+    assert decided(case) == [("decide", "reject"), ("decide", "accept")]
+    assert tab.run(f"{REVIEW}.panel.unsaved") is False
+    desk._review.decide(desk._review.items()[1].id, "reject", note="theirs")
+    press(tab, "a")
+    tab.wait("document.querySelector('[role=alert]').textContent !== ''")
+    assert tab.run(f"[{NOTE}, {REVIEW}.panel.unsaved]") == ["theirs", False]  # nothing was typed here
+
+
+def test_a_note_that_is_typed_while_a_decision_is_saved(opened: Callable[..., Desk], tab: Tab, case: Path) -> None:
+    """It is one note, of the item it was begun on."""
+    opened()
+    held = "new Promise((go) => { window.answer = () => { window.answer = null; go(ask(kind, ...rest)); }; })"
+    second_page(tab, f"(kind, ...rest) => kind === 'decide' ? {held} : ask(kind, ...rest)")
+    tab.wait("early.panel?.seen && !early.busy")
+    tab.run("early.root.dispatchEvent(new KeyboardEvent('keydown', { key: 'a' }))")
+    tab.wait("!!window.answer")
+    typed = "early.panel.note.value += '{}'; early.panel.note.dispatchEvent(new InputEvent('input'))".format
+    tab.run(typed("half"))
+    tab.run("answer()")
+    tab.wait("early.panel.status.textContent.startsWith('Accepted') && !early.busy")
+    tab.run(typed(" and half"))
+    tab.run("early.root.dispatchEvent(new KeyboardEvent('keydown', { key: 'u' }))")
+    tab.wait("!!window.answer")
+    tab.run("answer()")
+    tab.wait("early.index === 1 && early.panel.seen && !early.busy")
+    lines = [json.loads(text) for text in (case / "decisions.jsonl").read_text().splitlines()]
+    assert [(line["decision"], line["note"]) for line in lines] == [("accept", ""), ("unsure", "half and half")]
+    assert lines[0]["region"] == lines[1]["region"]
+    assert tab.run("[early.panel.note.value, early.panel.unsaved]") == ["", False]
+
+
+def test_an_arrow_held_down_fetches_few_pictures(opened: Callable[..., Desk], tab: Tab) -> None:
+    """Those passed by are not asked for, and the last is shown."""
+    opened()
+    tab.run("window.crops = []")
+    later = "new Promise((go) => { crops.push({ id: rest[0].id, answer: () => go(ask(kind, ...rest)) }); })"
+    second_page(tab, f"(kind, ...rest) => kind === 'crop' ? {later} : ask(kind, ...rest)")
+    tab.wait("early.shownPage === 0 && crops.length >= 4")
+    for n in range(1, 21):
+        tab.run("early.root.dispatchEvent(new KeyboardEvent('keydown', { key: 'ArrowRight', repeat: true }))")
+        tab.wait(f"early.index === {n}")
+    assert tab.run("crops.length") <= 5  # three of the page, two that were looked at
+    tab.wait("early.panel.seen || (crops.forEach((each) => each.answer()), false)")
+    assert tab.run("early.panel.field.root.dataset.item === early.at(20).id")
+    assert tab.run("early.panel.field.state") == "shown"
+
+
 def test_pictures_of_a_page_leave_room_for_a_decision(opened: Callable[..., Desk], tab: Tab) -> None:
     """A browser asks a server six things at once; what is wanted of a page that was left is not fetched any more."""
     opened()

@@ -49,10 +49,12 @@ def test_the_loop(call: Caller, case: Path) -> None:
     assert picture(crop)[60:68, 60:68].mean() < 100  # the disc is in the middle
     said = {"id": item["id"], "decision": "accept", "label": None, "note": "sure"}
     _, told = call.post("decide", said)
-    assert (told["left"], told["item"]["decided"]) == (11, {"decision": "accept", "label": None, "note": "sure"})
     (line,) = (json.loads(text) for text in (case / "decisions.jsonl").read_text().splitlines())
     assert (line["region"], line["decision"], line["note"]) == (item["id"], "accept", "sure")
-    assert call.post("decide", {**said, "decision": "reject"})[1]["left"] == 11
+    over = {"event_id": line["event_id"]}
+    assert (told["left"], told["item"]["decided"]) == (
+        11, over | {"decision": "accept", "label": None, "note": "sure"})  # fmt: skip
+    assert call.post("decide", {**said, "decision": "reject", "over": line["event_id"]})[1]["left"] == 11
     _, told = call.post("undo", {})
     assert (told["left"], told["item"]["decided"]["decision"]) == (11, "accept")
     _, told = call.post("undo", {})

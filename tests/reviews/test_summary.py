@@ -76,11 +76,12 @@ class TestOthers:
         """No answer names another reviewer, gives a verdict or a note of theirs, or sorts by them."""
         ids = three_reviewers(case)
         desk = Desk(by("ann", case, blinded=True))
+        shown = self.told(desk)[ids[0]]["decided"]["event_id"]
         answers = [
             desk.answer("state", {}),
             desk.answer("items", {"page": 0, "size": 100}),
             desk.answer("summary", {}),
-            desk.answer("decide", {"id": ids[0], "decision": "reject", "note": "mine"}),
+            desk.answer("decide", {"id": ids[0], "decision": "reject", "note": "mine", "over": shown}),
             desk.answer("undo", {}),
         ]
         text = json.dumps(answers)

@@ -1,7 +1,9 @@
 /* Pictures of items, fetched ahead of need and kept for a while. */
 
 const MOST_PICTURES = 300; // pictures of about 60 kB
-const MOST_AT_ONCE = 3; // of a browser's six for a server: what is looked at now, and decisions, never wait for them
+// Of a browser's six for a server: for a page and what comes; for what is looked at; the rest is for decisions and tiles.
+const MOST_AT_ONCE = 3;
+const MOST_LOOKED_AT = 2;
 
 export class Crops {
   constructor(transport, fovUm) {
@@ -11,6 +13,27 @@ export class Crops {
     this.turns = []; // what fetches the pictures of a page
     this.waiting = []; // items to come
     this.running = 0;
+    this.looks = 0; // fetches of what is, or was, looked at
+    this.look = null; // begins the next of them
+  }
+
+  /* The picture of the item looked at, which waits for no others but a few of those looked at just before: of an arrow
+     held down most are passed by, and are refused. */
+  async lookedAt(item) {
+    this.look?.(false);
+    this.look = null;
+    if (this.looks >= MOST_LOOKED_AT && !this.kept.has(`${item.id} ${this.fovUm}`)) {
+      const mine = await new Promise((begin) => { this.look = begin; });
+      if (!mine) throw new Error("Passed by.");
+    }
+    this.looks += 1;
+    try {
+      return await this.picture(item);
+    } finally {
+      this.looks -= 1;
+      this.look?.(true);
+      this.look = null;
+    }
   }
 
   picture(item) {

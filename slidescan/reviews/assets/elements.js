@@ -52,15 +52,15 @@ export class Field {
 
   /* Returns whether it came to show this item: another may have been wanted meanwhile; `inTurn`, after others. */
   async fill(item, crops, { inTurn = false } = {}) {
-    const fovUm = crops.fovUm;
-    this.wanted = `${item.id} ${fovUm}`;
-    const wanted = this.wanted;
+    const { fovUm } = crops;
+    const wanted = { fovUm };
+    this.wanted = wanted;
     this.state = "loading";
     this.root.dataset.state = this.state;
     let url = null;
     let why = "";
     try {
-      url = await (inTurn ? crops.inTurn(item) : crops.picture(item));
+      url = await (inTurn ? crops.inTurn(item) : crops.lookedAt(item));
     } catch (error) {
       why = error.message;
     }

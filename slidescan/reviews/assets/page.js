@@ -221,15 +221,23 @@ class Page {
       return;
     }
     const { index } = this;
-    const note = this.panel.note.value;
-    const answer = await this.#write("decide", { id: item.id, decision, label: this.panel.label, note });
+    const { label, note: { value: note } } = this.panel;
+    const over = item.decided?.event_id ?? null;
+    const answer = await this.#write("decide", { id: item.id, decision, label, note, over });
     if (!answer) return;
-    this.#decided(answer);
+    if (answer.saved) this.panel.saved(item.id);
+    this.#known(answer);
+    if (!answer.saved) {
+      const now = VERDICTS[answer.item.decided?.decision]?.done.toLowerCase() ?? "undecided";
+      this.panel.say(`Not saved: elsewhere you made it ${now} meanwhile. Decide again to overrule.`, { wrong: true });
+      return;
+    }
     this.panel.say(`${VERDICTS[decision].done}: ${counted(index + 1)} of ${counted(this.total)}.`);
     this.busy = true; // a key is for the picture that comes now, or for none
     const next = await this.#following(index);
     if (next < this.total) await this.#page(Math.floor(next / PER_PAGE)).catch(() => {}); // said when it is gone to
     this.busy = false;
+    if (this.panel.differs) return; // typed on meanwhile: it stays, for what is typed next; the panel says it is not saved
     if (next < this.total) await this.go(next);
     else this.panel.say(this.left ? "End of this list." : "All are decided.");
   }
@@ -249,11 +257,11 @@ class Page {
       this.panel.say("There is nothing to undo.");
       return;
     }
-    this.#decided(answer);
+    this.panel.undone([...this.pages.values()].flat().find(({ id }) => id === answer.item.id), answer.item);
+    this.#known(answer);
     for (const [number, items] of this.pages) {
       const i = items.findIndex(({ id }) => id === answer.item.id);
       if (i < 0) continue;
-      this.panel.forget(answer.item.id);
       await this.go(number * PER_PAGE + i);
       this.panel.say(`Undone: ${counted(number * PER_PAGE + i + 1)} of ${counted(this.total)}.`);
       return;
@@ -276,13 +284,14 @@ class Page {
     }
   }
 
-  #decided({ item, left }) {
+  /* Show of an item what is known of it now. */
+  #known({ item, left }) {
     for (const items of this.pages.values()) {
       const i = items.findIndex(({ id }) => id === item.id);
       if (i >= 0) items[i] = item;
     }
     this.gallery.update(item);
-    this.panel.decided(item);
+    if (this.panel.item?.id === item.id) this.panel.update(item);
     this.#progressed(left);
   }
 

@@ -8,6 +8,8 @@ const known = ({ decided, label }) => ({
   label: decided?.label ?? label,
 });
 
+const same = (a, b) => a.note === b.note && a.label === b.label;
+
 export class Panel {
   constructor({ acts, state }) {
     this.labels = state.classes;
@@ -47,9 +49,11 @@ export class Panel {
   }
 
   show(item, number, total, crops, { aloud = false } = {}) {
-    const same = this.item?.id === item.id; // shown again, larger or from elsewhere: what was typed stays
-    if (!same) this.#keep();
-    this.item = item;
+    if (this.item?.id !== item.id) { // else it is shown again, larger or from elsewhere: what was typed stays
+      this.#keep();
+      this.item = item;
+      this.#fill(this.drafts.get(item.id) ?? known(item));
+    }
     this.title.setAttribute("aria-live", aloud ? "polite" : "off"); // where focus moves to its card, that is read
     this.title.textContent = `${counted(number)} of ${counted(total)}`;
     const [x0, y0, x1, y1] = item.box_l0;
@@ -61,50 +65,56 @@ export class Panel {
       ["Rank on slide", item.rank === null ? "" : `${item.rank}`], ["Slide", item.slide_name], ["Group", item.group]];
     this.facts.replaceChildren(...facts.filter(([, value]) => value).map(([name, value]) =>
       element("div", {}, element("dt", { text: name }), element("dd", { text: value }))));
-    if (!same) {
-      const { note, label } = this.drafts.get(item.id) ?? known(item);
-      this.note.value = note;
-      this.#choose(label);
-    }
-    this.#update(item);
+    this.update(item);
     return this.field.fill(item, crops);
+  }
+
+  #fill({ note, label }) {
+    this.note.value = note;
+    this.#choose(label);
   }
 
   /* Keep what was typed or chosen and not decided with. */
   #keep() {
     if (!this.item) return;
-    if (this.#differs) this.drafts.set(this.item.id, { note: this.note.value, label: this.#chosen });
+    if (this.differs) this.drafts.set(this.item.id, this.#typed);
     else this.drafts.delete(this.item.id);
   }
 
-  get #differs() {
-    if (!this.item) return false;
-    const { note, label } = known(this.item);
-    return this.note.value !== note || this.#chosen !== label;
+  /* Whether something was typed or chosen for the item shown that no decision has saved. */
+  get differs() {
+    return this.item !== undefined && !same(this.#typed, known(this.item));
+  }
+
+  get #typed() {
+    return { note: this.note.value, label: this.#chosen };
   }
 
   #changed() {
-    this.unsavedHint.hidden = !this.#differs;
+    this.unsavedHint.hidden = !this.differs;
   }
 
-  /* Whether something was typed or chosen that no decision has saved. */
+  /* The same of all items. */
   get unsaved() {
-    return this.drafts.size > 0 || this.#differs;
+    return this.drafts.size > 0 || this.differs;
   }
 
-  /* Have an item shown as it is known the next time, even if it is shown now. */
-  forget(id) {
+  /* A decision on it was saved, with what was typed and chosen. */
+  saved(id) {
     this.drafts.delete(id);
-    if (this.item?.id === id) this.item = null;
   }
 
-  decided(item) {
-    this.drafts.delete(item.id);
-    if (this.item?.id === item.id) this.#update(item);
+  /* Its decision was taken back: what was typed or chosen for it is there again, to be decided with anew. */
+  undone(before, item) {
+    if (this.item?.id === item.id) this.item = item;
+    else if (before && !this.drafts.has(item.id) && !same(known(before), known(item))) this.drafts.set(item.id, known(before));
   }
 
-  #update(item) {
+  /* Show what is known of the item now; what was typed or chosen for it stays. */
+  update(item) {
+    const typed = this.differs;
     this.item = item;
+    if (!typed) this.#fill(known(item));
     const verdict = item.decided?.decision;
     this.root.dataset.decision = verdict ?? "none";
     for (const each of this.verdicts) each.setAttribute("aria-pressed", String(each.dataset.verdict === verdict));
