@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +126,33 @@ def test_a_finished_model_outlasts_a_run_that_ends(
     with pytest.raises(KeyboardInterrupt):
         run(fake_data, tmp_path / "run")
     assert {file.name: file.read_bytes() for file in (tmp_path / "run" / "0.25").iterdir()} == before
+
+
+def test_a_model_is_never_half_another(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped while it takes the place of the one before: there is none until it is published again."""
+    for place in ("drafts/0.25", "0.25"):
+        shutil.copytree(trained / "0.25", tmp_path / place)
+    card = tmp_path / "drafts" / "0.25" / "slidescan.json"
+    card.write_text(card.read_text().replace('"threshold"', '"threshold" '))
+    settings = load_settings(ROOT / "configs" / "train_mitosis.yaml").smoke()
+    again = training._Run(settings, tmp_path, print)
+    commit, put = training.commit, []
+
+    def stop(path: Path, write: Callable[[Path], Any]) -> None:
+        if path.name == "slidescan.json":
+            raise KeyboardInterrupt
+        put.append(path.name)
+        commit(path, write)
+
+    monkeypatch.setattr(training, "commit", stop)
+    with pytest.raises(KeyboardInterrupt):
+        again.publish(settings.variants[0])
+    assert "model.safetensors" in put
+    with pytest.raises(ModelError, match=r"config\.json"):
+        load_detector(tmp_path / "0.25")
+    monkeypatch.undo()
+    published = load_detector(again.publish(settings.variants[0]))
+    assert published.sha256 == load_detector(card.parent).sha256 != load_detector(trained / "0.25").sha256
 
 
 def test_the_crops_have_settings_of_their_own(fake_data: Path, tmp_path: Path) -> None:

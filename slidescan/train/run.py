@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from slidescan.commit import commit, made, sweep
-from slidescan.detect.card import Card, read_card, write_model
+from slidescan.detect.card import MODEL_FILES, Card, read_card, write_model
 from slidescan.detect.load import load_detector
 from slidescan.detect.model import Model
 from slidescan.detect.surgery import channels_last, lower_precision, set_anchors
@@ -154,11 +154,15 @@ class _Run:
         return self.out / _DRAFTS / f"{mpp:g}"
 
     def publish(self, variant: VariantSettings) -> Path:
-        """Put a finished variant where it is looked for; return where."""
+        """Put a finished variant where it is looked for; return where.
+
+        Stopped within, there is no model, for one is where its configuration is: never new weights with an old card.
+        """
         draft = self.draft(variant.mpp)
         directory = made(self.out / draft.name)
         sweep(directory)
-        for file in sorted(draft.iterdir()):
+        (directory / MODEL_FILES[0]).unlink(missing_ok=True)
+        for file in sorted(draft.iterdir(), key=lambda file: (file.name == MODEL_FILES[0], file.name)):
             commit(directory / file.name, lambda partial, file=file: shutil.copyfile(file, partial))  # type: ignore[misc]
         return directory
 
