@@ -5,7 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from slidescan.train.run import open_test, train_detector
 from slidescan.train.settings import TrainSettings, VariantSettings, load_settings
 from slidescan.train.windows import Example
 from tests.marked import dots, marked_crops
+from tests.once import once
 from tests.test_coco import coco
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -54,13 +56,26 @@ def fake_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def run(fake_data: Path, out: Path, **changes: object) -> list[str]:
-    """Train the smoke version of the shipped settings, of which 0.25 is finished, on one grid; return what was said."""
+def run(fake_data: Path, out: Path, *, measured: bool = False, **changes: object) -> list[str]:
+    """Train the smoke version of the shipped settings, of which 0.25 is finished, on one grid; return what was said.
+
+    Only `measured` it is shown the test patients: a third of the time, which changes no weight.
+    """
     settings = load_settings(ROOT / "configs" / "train_mitosis.yaml").smoke()
     said: list[str] = []
     changes = {"data": fake_data, "shifts": 0, **changes}
-    train_detector(settings.model_copy(update=changes), out, said.append)
+    with nullcontext() if measured else unmeasured():
+        train_detector(settings.model_copy(update=changes), out, said.append)
     return said
+
+
+@contextmanager
+def unmeasured() -> Iterator[None]:
+    """Have nothing shown to what is trained at the end."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(training, "evaluate", lambda *_, **__: {})
+        patched.setattr(training, "describe", lambda _: [])
+        yield
 
 
 def weights(path: Path) -> dict[str, NDArray[np.generic]]:
@@ -70,10 +85,8 @@ def weights(path: Path) -> dict[str, NDArray[np.generic]]:
 
 @pytest.fixture(scope="module")
 def trained(fake_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The directory of a whole smoke run."""
-    out = tmp_path_factory.mktemp("runs") / "train"
-    run(fake_data, out, shifts=1)
-    return out
+    """The directory of a whole smoke run; one for all processes of the tests, so it stays as it is."""
+    return once(tmp_path_factory, "trained", lambda out: run(fake_data, out, measured=True, shifts=1))
 
 
 def test_a_run_is_a_detector_with_its_numbers(trained: Path) -> None:
@@ -103,11 +116,11 @@ def test_a_run_is_a_detector_with_its_numbers(trained: Path) -> None:
     assert [row.split(",")[0] for row in rows] == ["4"]  # the last step is logged, whatever its number
 
 
-def test_a_run_that_ended_is_not_done_again(fake_data: Path, trained: Path) -> None:
+def test_a_run_that_ended_is_not_done_again(fake_data: Path, trained: Path, tmp_path: Path) -> None:
     """Run again, it changes no weight."""
     before = weights(trained / "0.25")
-    run(fake_data, trained)
-    after = weights(trained / "0.25")
+    run(fake_data, shutil.copytree(trained, tmp_path / "run"))
+    after = weights(tmp_path / "run" / "0.25")
     assert all(np.array_equal(before[key], after[key]) for key in before)
 
 
@@ -174,27 +187,27 @@ def test_the_crops_have_settings_of_their_own(fake_data: Path, tmp_path: Path) -
         run(fake_data, tmp_path / "run", attributes=[], variants=shorter)
 
 
-@pytest.mark.parametrize("at", [3, 15], ids=["learning", "finishing"])
 def test_a_killed_run_goes_on_to_the_same_weights(
-    fake_data: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
+    fake_data: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Stopped between two checkpoints, while learning or on validation patients: nothing tells it afterwards."""
+    """Stopped between two checkpoints, while learning and again on validation patients: nothing tells it afterwards."""
     from slidescan.train import loop
 
-    average, steps = loop._average, 0
+    average, steps = loop._average, iter(range(0))
 
     def stop(*arguments: object) -> None:
-        nonlocal steps
-        steps += 1
-        if steps == at:
+        if next(steps, None) is None:
             raise KeyboardInterrupt
         average(*arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(loop, "_average", stop)
-    with pytest.raises(KeyboardInterrupt):
-        run(fake_data, tmp_path)
-    assert (tmp_path / "drafts" / "0.5").exists() == (at > 8)  # of two times four steps
-    assert not (tmp_path / "0.5").exists()
+    # Of four steps a variant, of which the first two are kept, and then four of each stage of the finish.
+    for n, learned in ((2, False), (2 + 4 + 6, True)):
+        steps = iter(range(n))
+        with pytest.raises(KeyboardInterrupt):
+            run(fake_data, tmp_path)
+        assert (tmp_path / "drafts" / "0.5").exists() == learned
+        assert not (tmp_path / "0.5").exists()
     monkeypatch.undo()
     run(fake_data, tmp_path)
     for variant in ("0.25", "0.5"):
@@ -259,14 +272,25 @@ def test_the_validation_patients_are_trained_on_when_all_is_chosen(
 
 
 @pytest.mark.parametrize(("capability", "told"), [("AVX2", True), ("AVX512", False)])
-def test_all_of_the_network_is_finished(
+def test_a_processor_without_bfloat16_is_told_of(
     fake_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capability: str, told: bool
 ) -> None:
-    """In bfloat16 the first convolution too, and what is kept at zero stays there; a CPU without it is told of."""
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     settings = load_settings(ROOT / "configs" / "train_mitosis.yaml").smoke()
-    said = run(fake_data, tmp_path, variants=settings.variants[:1], precision="bf16")
+    said: list[str] = []
+    with pytest.raises(ModelError, match="start from"):  # which is found out next
+        train_detector(
+            settings.model_copy(update={"data": fake_data, "precision": "bf16", "variants": settings.variants[1:]}),
+            tmp_path,
+            said.append,
+        )
     assert any("no instructions for bfloat16" in line for line in said) == told
+
+
+def test_all_of_the_network_is_finished(fake_data: Path, tmp_path: Path) -> None:
+    """In bfloat16 the first convolution too, and what is kept at zero stays there."""
+    settings = load_settings(ROOT / "configs" / "train_mitosis.yaml").smoke()
+    run(fake_data, tmp_path, variants=settings.variants[:1], precision="bf16")
     before, after = safetensors.numpy.load_file(tmp_path / "losses-0.25.safetensors"), weights(tmp_path / "0.25")
     kernels = [key for key in after if key.startswith("model.backbone") and after[key].ndim == 4]
     assert len(kernels) > 5
@@ -412,7 +436,8 @@ def test_what_is_found_on_empty_tissue_is_unlearned(
     settings = settings.model_copy(update={"data": fake_data, "shifts": 0, "variants": settings.variants[1:]})
     tissue = np.random.default_rng(0).normal((190, 110, 160), 30, (256, 320, 3)).clip(0, 255).astype(np.uint8)
     said: list[str] = []
-    train_detector(settings, tmp_path / "run", said.append, mine_slides=[memory_slide(tissue, 0.5)])
+    with unmeasured():
+        train_detector(settings, tmp_path / "run", said.append, mine_slides=[memory_slide(tissue, 0.5)])
     count = len(list((tmp_path / "run" / "mined-0.5").glob("*.png")))
     assert count > 0
     assert any(f"mined {count} false alarms on 1 slides" in line for line in said)
@@ -420,7 +445,8 @@ def test_what_is_found_on_empty_tissue_is_unlearned(
     assert card["training"]["mined"] == count
     after = weights(tmp_path / "run" / "0.5")
     assert any(not np.array_equal(before[key], after[key]) for key in before)
-    train_detector(settings, tmp_path / "run", said.append)
+    with unmeasured():
+        train_detector(settings, tmp_path / "run", said.append)
     again = weights(tmp_path / "run" / "0.5")
     assert all(np.array_equal(again[key], after[key]) for key in after)
     with pytest.raises(ConfigError, match="other slides"):
