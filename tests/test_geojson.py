@@ -401,7 +401,7 @@ def test_the_nuclei_of_a_slide(shared: Path, tmp_path: Path) -> None:
     part, part_mib = _export_nuclei(shared, path, 15_000)
     assert part == 15_000
     assert part_mib < 500
+    assert validate_geojson(path) == []
     more, more_mib = _export_nuclei(shared, path, 150_000)
     assert more == 150_000
     assert more_mib < part_mib + 50  # held in memory, they would take 115 MiB more
-    assert validate_geojson(path) == []
