@@ -11,7 +11,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
 from slidescan.errors import ConfigError
 
@@ -63,6 +72,11 @@ class TilingConfig(_Section):
     where a network's strides lay differently on the tissue."""
 
 
+def _one_or_more(classes: Any) -> Any:
+    """Take a name for a list of one."""
+    return (classes,) if isinstance(classes, str) else classes
+
+
 class DetectConfig(_Section):
     """How tiles are scored."""
 
@@ -70,6 +84,9 @@ class DetectConfig(_Section):
     """Detections below it are not kept at all; the operating threshold is the model's and applies later."""
     batch_tiles: Annotated[int, Field(ge=1, le=256)] = 8
     """Tiles scored together."""
+    classes: Annotated[tuple[str, ...], BeforeValidator(_one_or_more), Field(min_length=1)] | None = None
+    """Classes that are kept, by name; default: all of the detector's. What it finds of others, such as look-alikes that
+    it was taught as a class of their own, is in no map, no region and no count."""
     threshold: Fraction | None = None
     """Score at which a detection counts as found; default: the detector's own operating point."""
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from slidescan.config import ScanConfig
 from slidescan.detections import Detector
@@ -18,7 +19,7 @@ from slidescan.region import scored_at_once
 from slidescan.slides import Slide
 from slidescan.slides.tissue import TissueMask, tissue_mask
 
-__all__ = ["Prepared", "estimate_s", "halo_px", "prepare", "slack_px", "threshold_of"]
+__all__ = ["Prepared", "estimate_s", "halo_px", "operating_point", "prepare", "slack_px"]
 
 # Tiles that are timed on a CPU, which scores one after the other.
 _PROBED_ON_CPU = 2
@@ -49,14 +50,14 @@ def prepare(slide: Slide, detector: Detector, config: ScanConfig, *, allow_coars
     ResolutionError
         If the slide's µm/px is unknown, implausible, or too coarse for the detector.
     ConfigError
-        If its anomaly map would have more px than there is room for, or nothing is kept that is not above threshold.
+        If its anomaly map would have more px than there is room for, or as `operating_point`.
     SlideUnsupportedError
         If it shines on a dark ground, and tissue is looked for.
     """
     started = time.perf_counter()
     _refuse_large_map(slide.frame, config.map.um_per_px)
     variant = detector.at(slide.frame.mpp, allow_coarse=allow_coarse)
-    threshold_of(variant, config)
+    operating_point(variant, config)
     plane = slide.plane(variant.mpp)
     thumbnail, thumbnail_frame = slide.thumbnail(config.tissue.thumbnail_px)
     tissue = tissue_mask(thumbnail.rgb, mpp=thumbnail_frame.mpp) if config.tissue.enabled else None
@@ -90,21 +91,24 @@ def _refuse_large_map(frame: Frame, um_per_px: float) -> None:
         raise ConfigError(f"map.um_per_px: expected {least:g} µm or more for a slide of this size, got {um_per_px:g}")
 
 
-def threshold_of(detector: Detector, config: ScanConfig) -> float:
-    """Return the score from which a detection counts.
+def operating_point(detector: Detector, config: ScanConfig) -> tuple[float, NDArray[np.bool_]]:
+    """Return the score from which a detection counts, and of each of the detector's classes whether it is kept.
 
     Raises
     ------
     ConfigError
-        If nothing is kept that is not above it.
+        If nothing is kept that is not above that score, or a class is not one of the detector's.
     """
+    wanted = detector.classes if config.detect.classes is None else config.detect.classes
+    if unknown := [name for name in wanted if name not in detector.classes]:
+        raise ConfigError(f"detect.classes: expected some of {', '.join(detector.classes)}, got {unknown[0]!r}")
     threshold = detector.threshold if config.detect.threshold is None else config.detect.threshold
     if config.detect.min_score > threshold:
         raise ConfigError(
             f"detect.min_score must not exceed the threshold {threshold:g}, below which nothing counts, got "
             f"{config.detect.min_score:g}"
         )
-    return threshold
+    return threshold, np.isin(np.array(detector.classes), wanted)
 
 
 def slack_px(detector: Detector, plane: Frame, config: ScanConfig) -> float:

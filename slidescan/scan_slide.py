@@ -29,7 +29,7 @@ from slidescan.heap import give_back_freed, give_back_pixels, keep_freed
 from slidescan.lease import claimed
 from slidescan.manifest import read_manifest
 from slidescan.overview import draw_overview
-from slidescan.prepare import Prepared, prepare, slack_px, threshold_of
+from slidescan.prepare import Prepared, operating_point, prepare, slack_px
 from slidescan.provenance import describe_slide, peak_rss_mb, run_key, versions
 from slidescan.region import RegionPart
 from slidescan.result import ScanResult
@@ -126,7 +126,7 @@ def scan(
     known = () if opened.backend == "memory" else stamp(opened.path)  # whose name may be that of some file here
     variant = detector.at(opened.frame.mpp, allow_coarse=allow_coarse)
     opened = opened.colored(config.color or variant.color)
-    threshold = threshold_of(variant, config)
+    operating_point(variant, config)
     key = run_key(opened, variant, config)
     with contextlib.ExitStack() as held:
         # Regions are committed to disk even where nothing is to be kept: that is what bounds the memory.
@@ -164,7 +164,7 @@ def scan(
         if is_changed:
             shutil.rmtree(parts_dir, ignore_errors=True)  # nothing tells which are of which files
             raise changed(opened.path)
-        result = _assemble(opened, prepared, config, parts, profile, key, threshold, started)
+        result = _assemble(opened, prepared, config, parts, profile, key, started)
         if out is not None:
             drawn = result
             result = save_result(
@@ -192,14 +192,14 @@ def _assemble(
     parts: list[RegionPart],
     profile: Profile,
     key: str,
-    threshold: float,
     started: float,
 ) -> ScanResult:
     """Stitch the regions' parts, lay the map, and say how it came about."""
     stitching = time.perf_counter()
     detector, plane, frame = prepared.detector, prepared.plane, slide.frame
-    slack = slack_px(detector, plane, config)
+    slack, (threshold, is_kept) = slack_px(detector, plane, config), operating_point(detector, config)
     detections, failed, saturated = _stitch_parts(parts, plane, frame, slack=slack, iou=config.stitch.iou)
+    detections = detections[is_kept[detections.label]]
     map_frame = frame.at(config.map.um_per_px)
     tissue = None if prepared.tissue is None else prepared.tissue.mask
     coverage = coverage_map(map_frame, prepared.plan.grid, prepared.plan.has_tissue, failed, saturated, tissue)

@@ -29,6 +29,8 @@ def test_default_yaml_equals_the_code() -> None:
         ("tiling:\n  tile_px: 7\n", "tiling.tile_px"),
         ("map:\n  um_per_px: .inf\n", "map.um_per_px"),
         ("detect:\n  threshold: yes\n", "detect.threshold"),
+        ("detect:\n  classes: []\n", "detect.classes"),
+        ("detect:\n  classes: [1]\n", "detect.classes.0"),
         ("map:\n  density_sigma_um: 1.0e+12\n", "map.density_sigma_um"),
         ("stitch:\n  iou: many\n", "got 'many'"),
         ("- 1\n", "expected sections"),

@@ -39,6 +39,40 @@ def test_every_disc_exactly_once(tmp_path: Path) -> None:
     assert sum(r.n for r in result.regions) == len(result.found)
 
 
+class Both(OracleDetector):
+    """Takes pale discs for look-alikes."""
+
+    __slots__ = ()
+    classes = ("figure", "look-alike")  # type: ignore[assignment]
+
+    def detect(self, tiles: np.ndarray, min_score: float) -> list[Detections]:
+        found = OracleDetector.detect(self, tiles, min_score)
+        return [Detections.build(each.xyxy, each.score, each.score < 0.7) for each in found]
+
+
+def test_classes_that_are_not_wanted_are_in_nothing(tmp_path: Path) -> None:
+    """No map, no region, no count; what is kept is as it was, and has the number of its class."""
+    rgb = tissue((1100, 900), discs(n=30, size_wh=(1100, 900))[1])
+    pale = np.where((rgb < 100).all(2, keepdims=True), rgb // 2 + np.uint8(62), rgb)  # score 0.63 for 0.76
+    slide = memory_slide(np.concatenate([rgb, pale], 1), MPP)
+    detector = Both(mpp=MPP, input_px=256, object_um=20.0, max_per_tile=1000)
+    whole = ss.scan(slide, detector, config=config())
+    assert np.bincount(whole.detections.label).tolist() == [30, 30]
+    for names, label in (("figure", 0), (["look-alike"], 1)):
+        some = ss.scan(slide, detector, out=tmp_path / str(label), config=config(detect__classes=names))
+        of_class = whole.detections[whole.detections.label == label]
+        np.testing.assert_array_equal(in_order(some), of_class.xyxy[np.lexsort(of_class.xyxy.T)])
+        assert set(some.detections.label) == {label}
+        assert {region.label for region in some.regions} == {detector.classes[label]}
+        assert sum(region.n for region in some.regions) == len(some.found) == 30
+        elsewhere = some.anomaly.score[:, 73:] if label == 0 else some.anomaly.score[:, :65]  # the halves meet at 68.75
+        assert np.nanmax(elsewhere) == 0 < np.nanmax(some.anomaly.score)
+    both = ss.scan(slide, detector, config=config(detect__classes=["look-alike", "figure"]))
+    np.testing.assert_array_equal(in_order(both), in_order(whole))
+    with pytest.raises(ConfigError, match=r"detect\.classes: expected some of figure, look-alike, got 'disc'"):
+        ss.scan(slide, detector, config=config(detect__classes=["figure", "disc"]))
+
+
 @settings(max_examples=15)
 @given(
     st.integers(200, 400),

@@ -25,7 +25,7 @@ from slidescan.commit import disk_error, made, sweep
 from slidescan.config import ScanConfig
 from slidescan.detect import Family, Model
 from slidescan.detections import Detector
-from slidescan.prepare import threshold_of
+from slidescan.prepare import operating_point
 from slidescan.processes import processes
 from slidescan.region import scored_at_once
 from slidescan.slides.fingerprint import stamp
@@ -61,7 +61,7 @@ class Run:
 
             detector = load_detector(detector)
         for variant in detector.variants if isinstance(detector, Family) else (detector,):
-            threshold_of(variant, config)  # now, and not when the first slide comes that needs this one
+            operating_point(variant, config)  # now, and not when the first slide comes that needs this one
         self.detector, self._config, self._coarse, self._timeout_s = detector, config, allow_coarse, timeout_s
         identity = detector.sha256, detector.mpp, detector.runs_on
         settings = [VERSION, *identity, config.model_dump(mode="json"), allow_coarse]
