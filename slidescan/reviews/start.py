@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import getpass
 import os
+import unicodedata
 import warnings
 from collections.abc import Mapping, Sequence
 from os import PathLike
@@ -76,6 +77,7 @@ def review(
     kind: What = "region" if of == "regions" else "detection"
     who = _logged_in() if reviewer is None else reviewer
     check_name("reviewer", who, "a name on one line")
+    who = unicodedata.normalize("NFC", who).strip()  # macOS gives an é as two characters, and nobody is two reviewers
     if top is not None and top < 1:
         raise ConfigError(f"top: expected a number of items, got {top}")
     if isinstance(what, ScanResult):

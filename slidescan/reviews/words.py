@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import unicodedata
+
 from slidescan.errors import ConfigError
 
 __all__ = ["MOST_TEXT", "check_name", "check_note"]
 
 MOST_TEXT = 10_000  # characters of a note: some pages, and a line that is still written in one piece
+_JOINERS = "\u200c\u200d"  # that Persian and the scripts of India are written with
 
 
 def check_name(name: str, value: object, expected: str) -> None:
-    """Refuse what is no text on one line."""
-    if not isinstance(value, str) or not value.strip() or not value.isprintable() or len(value) > MOST_TEXT:
+    """Refuse what is no text on one line; any space will do, such as the wide one of Japanese."""
+    if not isinstance(value, str) or not value.strip() or len(value) > MOST_TEXT or not all(map(_is_plain, value)):
         raise ConfigError(f"{name}: expected {expected}, got {value!r}")
+
+
+def _is_plain(letter: str) -> bool:
+    return letter.isprintable() or letter in _JOINERS or unicodedata.category(letter) == "Zs"
 
 
 def check_note(note: object) -> None:
