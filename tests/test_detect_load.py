@@ -56,6 +56,11 @@ def test_an_empty_directory_and_a_missing_device_are_refused(tmp_path: Path, tin
         load_detector(tiny, device="cuda:99").detect(noise(1, 64, 64), 0.0)
     with pytest.raises(ModelError, match="precision"):
         load_detector(tiny, precision="fp8")  # type: ignore[arg-type]
+    with pytest.raises(ModelError, match="model: expected a name or a directory, got int"):
+        load_detector(5)  # type: ignore[arg-type]
+    for mpp in ("0.25", 0, -1.0, float("nan"), float("inf"), True):
+        with pytest.raises(ModelError, match="mpp: expected µm/px above 0, or px, got"):
+            load_detector(tiny, mpp=mpp)  # type: ignore[arg-type]
 
 
 class _LibrarysOwnError(Exception):

@@ -6,6 +6,7 @@ several resolutions.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from pathlib import Path
@@ -61,6 +62,10 @@ def load_detector(
     """
     if precision not in ("auto", "fp32", "bf16"):
         raise ModelError(f"{name_or_path}: expected precision auto, fp32 or bf16, got {precision}")
+    if not (mpp in (None, "px") or (isinstance(mpp, int | float) and not isinstance(mpp, bool) and 0 < mpp < math.inf)):
+        raise ModelError(f"mpp: expected µm/px above 0, or px, got {mpp!r}")
+    if not isinstance(name_or_path, str | os.PathLike):
+        raise ModelError(f"model: expected a name or a directory, got {type(name_or_path).__name__}")
     name = os.fspath(name_or_path)
     if not name:
         raise ModelError("model: expected a name or a directory, got an empty text; . is the directory you are in")

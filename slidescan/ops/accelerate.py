@@ -11,7 +11,7 @@ import inspect
 import types
 from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +40,8 @@ def accelerate(model: nn.Module, backend: Backend = "auto") -> int:
     Raises
     ------
     ModelError
-        If it is no model, or has no deformable attention of these kinds: it would silently stay as slow as it is.
+        If it is no model, or has no deformable attention of these kinds: it would silently stay as slow as it is; or if
+        there is no such backend.
 
     Examples
     --------
@@ -52,6 +53,8 @@ def accelerate(model: nn.Module, backend: Backend = "auto") -> int:
     """
     if not isinstance(model, nn.Module):
         raise ModelError(f"model: expected a loaded transformers model, got {type(model).__name__}; load it first")
+    if backend not in get_args(Backend):
+        raise ModelError(f"backend: expected one of {', '.join(get_args(Backend))}, got {backend!r}")
     changed = sum(_swap(module, backend) for module in model.modules())
     if changed == 0:
         raise ModelError(

@@ -60,7 +60,7 @@ class MemorySource:
         backend: str = "memory",
     ) -> None:
         for pixels in levels:
-            if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] not in (3, 4):
+            if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] not in (3, 4) or not pixels.size:
                 raise SlideFormatError(
                     f"{name}: expected uint8 arrays (H, W, 3) or (H, W, 4), got {pixels.dtype} {pixels.shape}"
                 )

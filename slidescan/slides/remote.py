@@ -189,6 +189,10 @@ def locate(path: Any) -> Where:
             said = f"{scheme.lower()}://…: expected a URL such as https://host/slide.svs, got a malformed one ({exc})"
             raise ConfigError(said) from exc
         return Remote(f"{scheme.lower()}://{rest}")
+    if not isinstance(path, str | os.PathLike):
+        raise ConfigError(
+            f"path: expected that of a slide, got {type(path).__name__}; of pixels in memory use detect_image"
+        )
     if path == "":
         raise ConfigError("path: expected that of a slide, got an empty one")
     local = unquote(urlsplit(path).path) if isinstance(path, str) and path.startswith("file://") else path

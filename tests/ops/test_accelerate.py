@@ -240,6 +240,8 @@ def test_a_model_without_the_attention_is_refused() -> None:
         accelerate(nn.Linear(2, 2))
     assert str(caught.value).startswith("Linear: ")
     assert "\n" not in str(caught.value)
+    with pytest.raises(ModelError, match="backend: expected one of auto, triton, torch, reference, got 'cuda'"):
+        accelerate(nn.Linear(2, 2), backend="cuda")  # type: ignore[arg-type]
     with pytest.raises(ModelError, match="model: expected a loaded transformers model, got str; load it first"):
         accelerate("my-rt-detr")  # type: ignore[arg-type]
 

@@ -291,11 +291,13 @@ def test_a_giant_without_pyramid_is_streamed() -> None:
 
 def test_memory_slides_refuse_what_is_no_picture() -> None:
     """Arrays of another type or shape, and levels out of order, are named as such."""
-    for bad in (np.zeros((5, 5), np.uint8), np.zeros((5, 5, 3), np.float32)):
+    for bad in (np.zeros((5, 5), np.uint8), np.zeros((5, 5, 3), np.float32), np.zeros((0, 0, 3), np.uint8)):
         with pytest.raises(SlideFormatError, match="expected uint8 arrays"):
             memory_slide(bad, 0.5)
     with pytest.raises(SlideFormatError, match="from the largest to the smallest"):
         memory_slide([np.zeros((5, 5, 3), np.uint8), np.zeros((9, 9, 3), np.uint8)], 0.5)
+    with pytest.raises(ConfigError, match="path: expected that of a slide, got ndarray; of pixels in memory use"):
+        open_slide(np.zeros((5, 5, 3), np.uint8))  # type: ignore[arg-type]
 
 
 def test_a_level_that_is_not_the_whole_slide_is_no_thumbnail() -> None:
