@@ -61,6 +61,24 @@ def test_strides_that_no_network_has(rt_detr: Path, strides: list[int]) -> None:
         load_detector(changed(rt_detr, feat_strides=strides), mpp=1.0).detect(picture()[None], 0.5)
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"encoder_attention_heads": 3}, r"fails on tiles of \d+ x \d+ px \(RuntimeError: shape .* is invalid"),
+        (
+            {"encoder_ffn_dim": 33},
+            r"expected model\.safetensors to fit config\.json; \d+ entries do not, such",
+        ),
+        ({"decoder_layers": 3}, r"expected model\.safetensors to fit config\.json; \d+ entries do not, such"),
+    ],
+)
+def test_weights_of_another_network(rt_detr: Path, change: dict[str, Any], said: str) -> None:
+    """Found where they are loaded, or with the first tile; told in a line."""
+    with pytest.raises(ModelError, match=said) as caught:
+        load_detector(changed(rt_detr, **change), mpp=1.0).detect(picture()[None], 0.5)
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json"])
 def test_nesting_without_end_is_no_json(detr: Path, name: str) -> None:
     (detr / name).write_text("[" * 100_000)

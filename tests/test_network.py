@@ -59,6 +59,17 @@ def test_where_there_is_no_room_for_a_batch_it_is_halved() -> None:
         network.detect(tiles, 0.0)
 
 
+@pytest.mark.parametrize("said", ["CUDA error: unspecified launch failure", "[enforce fail] not enough memory"])
+def test_what_a_device_says_is_not_taken_for_a_fault_of_the_model(said: str) -> None:
+    """An archive tries the slide in another process then."""
+
+    def forward(_: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        raise RuntimeError(said)
+
+    with pytest.raises(RuntimeError, match=said.split()[-1]):
+        Network(forward, name="x", device="cpu").detect(np.zeros((1, 32, 32, 3), np.uint8), 0.5)
+
+
 @pytest.mark.parametrize(
     ("capability", "kind", "expected"), [(8, "d_fine", "bf16"), (7, "d_fine", "fp32"), (9, "detr", "fp32")]
 )

@@ -31,7 +31,8 @@ from slidescan.detect.card import Colours
 from slidescan.detect.device import Precision
 from slidescan.detect.surgery import channels_last, fold, leave_out, lower_precision, set_anchors
 from slidescan.detections import Detections, distinct
-from slidescan.errors import ModelError
+from slidescan.endings import is_short_of_memory, lost_device
+from slidescan.errors import ModelError, SlidescanError
 from slidescan.ops import accelerate
 from slidescan.stages import stage
 
@@ -78,7 +79,7 @@ class Network:
         Raises
         ------
         ModelError
-            If H or W is no multiple of 32 px, or the network's output is not finite.
+            If H or W is no multiple of 32 px, the network fails on such a tile, or its output is not finite.
         """
         if tiles.ndim != 4 or tiles.shape[3] != 3 or tiles.dtype != np.uint8:
             raise ModelError(
@@ -98,7 +99,15 @@ class Network:
                 pixels = torch.from_numpy(np.array(chunk, order="C")).to(self._device)
             # Also where the caller computes in half: what becomes a coordinate does not.
             with torch.inference_mode(), torch.autocast(self._device.type, enabled=False):
-                scores, labels, boxes, attributes = self._scored(pixels)
+                try:
+                    scores, labels, boxes, attributes = self._scored(pixels)
+                except Exception as exc:  # what a network that does not fit its configuration ends in is any error
+                    if isinstance(exc, SlidescanError) or is_short_of_memory(exc) or lost_device(exc):
+                        raise
+                    said = next(iter(str(exc).strip().splitlines()), "")
+                    raise ModelError(
+                        f"{self._name}: fails on tiles of {width} x {height} px ({type(exc).__name__}: {said})"
+                    ) from exc
                 boxes = boxes.clamp(min=0).minimum(boxes.new_tensor([width, height] * 2))
                 if not all(torch.isfinite(part).all() for part in (scores, boxes, attributes)):
                     raise ModelError(

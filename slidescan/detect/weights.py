@@ -36,7 +36,7 @@ def load_network(path: Path) -> nn.Module:
         with _quiet():
             model, notes = AutoModelForObjectDetection.from_pretrained(
                 path, dtype=torch.float32, use_safetensors=True, local_files_only=True, output_loading_info=True,
-                trust_remote_code=False,
+                trust_remote_code=False, ignore_mismatched_sizes=True,  # they are told of below
             )  # fmt: skip
     except (SlidescanError, MemoryError):
         raise
@@ -45,8 +45,10 @@ def load_network(path: Path) -> nn.Module:
         said = next(iter(str(exc).strip().splitlines()), type(exc).__name__)
         raise ModelError(f"{path.name}: cannot load the weights: {said}") from exc
     kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
+    # Those of another shape come with both shapes.
+    keys = [key if isinstance(key, str) else key[0] for kind in kinds for key in notes.get(kind, ())]
     # Steps that a batch norm has counted are in many published DETRs, and say nothing of its result.
-    wrong = [key for kind in kinds for key in map(str, notes.get(kind, ())) if not key.endswith(_COUNTED)]
+    wrong = sorted(key for key in keys if not key.endswith(_COUNTED))
     if wrong:
         raise ModelError(
             f"{path.name}: expected model.safetensors to fit config.json; {len(wrong)} entries do not, such as "
