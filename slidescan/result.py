@@ -52,6 +52,7 @@ class ScanResult:
     frame: Frame
     """Level 0: size in px and µm/px."""
     classes: tuple[str, ...]
+    """The detector's, those that are kept; a detection's label is the number of one."""
     detections: Detections
     """All detections from the lowest score kept, best first."""
     anomaly: AnomalyMap

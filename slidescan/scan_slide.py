@@ -9,6 +9,7 @@ often it was killed.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import shutil
 import tempfile
@@ -200,6 +201,8 @@ def _assemble(
     slack, (threshold, is_kept) = slack_px(detector, plane, config), operating_point(detector, config)
     detections, failed, saturated = _stitch_parts(parts, plane, frame, slack=slack, iou=config.stitch.iou)
     detections = detections[is_kept[detections.label]]
+    detections = dataclasses.replace(detections, label=(is_kept.cumsum() - 1).astype(np.int16)[detections.label])
+    classes = tuple(name for name, kept in zip(detector.classes, is_kept, strict=True) if kept)
     map_frame = frame.at(config.map.um_per_px)
     tissue = None if prepared.tissue is None else prepared.tissue.mask
     coverage = coverage_map(map_frame, prepared.plan.grid, prepared.plan.has_tissue, failed, saturated, tissue)
@@ -239,7 +242,7 @@ def _assemble(
         "profile": profile.told(),
         "peak_rss_mb": peak_rss_mb(),
     }
-    return ScanResult(frame, tuple(detector.classes), detections, anomaly, provenance)
+    return ScanResult(frame, classes, detections, anomaly, provenance)
 
 
 def _is_done(out: Path, key: str, slide: Slide, detector: Detector, config: ScanConfig, *, overwrite: bool) -> bool:

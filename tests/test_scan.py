@@ -51,7 +51,7 @@ class Both(OracleDetector):
 
 
 def test_classes_that_are_not_wanted_are_in_nothing(tmp_path: Path) -> None:
-    """No map, no region, no count; what is kept is as it was, and has the number of its class."""
+    """No map, no region, no count, no text; what is kept is as it was."""
     rgb = tissue((1100, 900), discs(n=30, size_wh=(1100, 900))[1])
     pale = np.where((rgb < 100).all(2, keepdims=True), rgb // 2 + np.uint8(62), rgb)  # score 0.63 for 0.76
     slide = memory_slide(np.concatenate([rgb, pale], 1), MPP)
@@ -62,7 +62,8 @@ def test_classes_that_are_not_wanted_are_in_nothing(tmp_path: Path) -> None:
         some = ss.scan(slide, detector, out=tmp_path / str(label), config=config(detect__classes=names))
         of_class = whole.detections[whole.detections.label == label]
         np.testing.assert_array_equal(in_order(some), of_class.xyxy[np.lexsort(of_class.xyxy.T)])
-        assert set(some.detections.label) == {label}
+        assert (some.classes, set(some.detections.label)) == ((detector.classes[label],), {0})
+        assert f"30 {detector.classes[label]}s at score" in repr(some)
         assert {region.label for region in some.regions} == {detector.classes[label]}
         assert sum(region.n for region in some.regions) == len(some.found) == 30
         elsewhere = some.anomaly.score[:, 73:] if label == 0 else some.anomaly.score[:, :65]  # the halves meet at 68.75
