@@ -218,7 +218,7 @@ def test_what_another_window_decided_is_told(opened: Callable[..., Desk], tab: T
     desk._review.decide(desk._review.items()[0].id, "reject", note="theirs")
     press(tab, "a")
     tab.wait(
-        "document.querySelector('[role=alert]').textContent.startsWith('Not saved: elsewhere you made it rejected')"
+        "document.querySelector('[role=alert]').textContent.startsWith('Not saved: meanwhile it is rejected, by you')"
     )
     assert decided(case) == [("decide", "reject")]
     assert tab.run(f"[{NOTE}, {REVIEW}.panel.unsaved]") == ["odd", True]

@@ -229,7 +229,7 @@ class Page {
     this.#known(answer);
     if (!answer.saved) {
       const now = VERDICTS[answer.item.decided?.decision]?.done.toLowerCase() ?? "undecided";
-      this.panel.say(`Not saved: elsewhere you made it ${now} meanwhile. Decide again to overrule.`, { wrong: true });
+      this.panel.say(`Not saved: meanwhile it is ${now}, by you in another window. Decide again to overrule.`, { wrong: true });
       return;
     }
     this.panel.say(`${VERDICTS[decision].done}: ${counted(index + 1)} of ${counted(this.total)}.`);
