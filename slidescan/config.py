@@ -36,9 +36,9 @@ class _Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _is_no_truth_value(cls, value: Any, info: ValidationInfo) -> Any:
-        """Refuse YAML's `yes` where a number is wanted: it would be 1."""
+        """Refuse YAML's `yes`, which would be 1, where it is no setting to be on or off."""
         if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
-            raise ValueError("expected a number")
+            raise ValueError("expected something else than yes or no")
         return value
 
 
@@ -74,6 +74,8 @@ class TilingConfig(_Section):
 
 def _one_or_more(classes: Any) -> Any:
     """Take a name for a list of one."""
+    if not isinstance(classes, str | list | tuple | None):
+        raise ValueError("expected the name of a class, or a list of them")
     return (classes,) if isinstance(classes, str) else classes
 
 

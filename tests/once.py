@@ -13,11 +13,11 @@ __all__ = ["once"]
 
 
 def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
-    """Return a directory that `make` fills; it is not to be changed, for others read it."""
+    """Return a directory that `make` makes; it is not to be changed, for others read it."""
     base = factory.getbasetemp()
     shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
     with FileLock(shared / f"{name}.lock"):
         if not (done := shared / name).exists():
-            make(base / name)
-            (base / name).rename(done)
+            make(base / f"{name}.partial")
+            (base / f"{name}.partial").rename(done)
     return done

@@ -30,6 +30,8 @@ def test_default_yaml_equals_the_code() -> None:
         ("map:\n  um_per_px: .inf\n", "map.um_per_px"),
         ("detect:\n  threshold: yes\n", "detect.threshold"),
         ("detect:\n  classes: []\n", "detect.classes"),
+        ("detect:\n  classes: 5\n", "expected the name of a class, or a list of them, got 5"),
+        ("detect:\n  classes: yes\n", "expected something else than yes or no, got True"),
         ("detect:\n  classes: [1]\n", "detect.classes.0"),
         ("map:\n  density_sigma_um: 1.0e+12\n", "map.density_sigma_um"),
         ("stitch:\n  iou: many\n", "got 'many'"),

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import huggingface_hub
+import numpy as np
 import pytest
 
 from slidescan.detect import Family, load_detector
@@ -58,6 +59,7 @@ def test_an_empty_directory_and_a_missing_device_are_refused(tmp_path: Path, tin
         load_detector(tiny, precision="fp8")  # type: ignore[arg-type]
     with pytest.raises(ModelError, match="model: expected a name or a directory, got int"):
         load_detector(5)  # type: ignore[arg-type]
+    assert load_detector(tiny, mpp=np.float32(0.25)).mpp == load_detector(tiny).mpp
     for mpp in ("0.25", 0, -1.0, float("nan"), float("inf"), True):
         with pytest.raises(ModelError, match="mpp: expected µm/px above 0, or px, got"):
             load_detector(tiny, mpp=mpp)  # type: ignore[arg-type]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -149,21 +149,32 @@ def test_a_model_is_never_half_another(trained: Path, tmp_path: Path, monkeypatc
     card.write_text(card.read_text().replace('"threshold"', '"threshold" '))
     settings = load_settings(ROOT / "configs" / "train_mitosis.yaml").smoke()
     again = training._Run(settings, tmp_path, print)
-    commit, put = training.commit, []
 
-    def stop(path: Path, write: Callable[[Path], Any]) -> None:
-        if path.name == "slidescan.json":
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(training, "commit", stop)  # as a full disk does
+        with pytest.raises(KeyboardInterrupt):
+            again.publish(settings.variants[0])
+    assert load_detector(tmp_path / "0.25").sha256 == load_detector(trained / "0.25").sha256
+    replace, put = Path.replace, list[str]()
+
+    def stop_late(path: Path, to: Path) -> Path:
+        if to.name == "slidescan.json":
             raise KeyboardInterrupt
-        put.append(path.name)
-        commit(path, write)
+        put.extend([to.name] if path.suffix == ".new" else [])
+        return replace(path, to)
 
-    monkeypatch.setattr(training, "commit", stop)
-    with pytest.raises(KeyboardInterrupt):
-        again.publish(settings.variants[0])
-    assert "model.safetensors" in put
-    with pytest.raises(ModelError, match=r"config\.json"):
-        load_detector(tmp_path / "0.25")
-    monkeypatch.undo()
+    shutil.copytree(trained / "0.5", tmp_path / "0.5")
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "replace", stop_late)
+        with pytest.raises(KeyboardInterrupt):
+            again.publish(settings.variants[0])
+    assert put[-1] == "model.safetensors"
+    for where in (tmp_path / "0.25", tmp_path):  # nor is the other variant taken for both
+        with pytest.raises(ModelError, match=r"0\.25: expected config\.json beside its weights"):
+            load_detector(where)
     published = load_detector(again.publish(settings.variants[0]))
     assert published.sha256 == load_detector(card.parent).sha256 != load_detector(trained / "0.25").sha256
 

@@ -10,7 +10,7 @@ import math
 import os
 import re
 from pathlib import Path
-from typing import Literal
+from typing import Literal, SupportsFloat
 
 from slidescan.detect.card import MODEL_FILES, SHARDS, title
 from slidescan.detect.model import Family, Model, Precision
@@ -20,6 +20,7 @@ from slidescan.errors import ModelError
 __all__ = ["load_detector"]
 
 _BUNDLED = Path(__file__).parent / "models"
+_TRAINED = ("model.safetensors", "slidescan.json")  # what a training leaves that is killed as it puts a variant there
 _ULTRALYTICS = "ultralytics:"
 _MOST_NAME = 80  # characters of a name that cannot be one
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
@@ -62,8 +63,7 @@ def load_detector(
     """
     if precision not in ("auto", "fp32", "bf16"):
         raise ModelError(f"{name_or_path}: expected precision auto, fp32 or bf16, got {precision}")
-    if not (mpp in (None, "px") or (isinstance(mpp, int | float) and not isinstance(mpp, bool) and 0 < mpp < math.inf)):
-        raise ModelError(f"mpp: expected µm/px above 0, or px, got {mpp!r}")
+    mpp = mpp if mpp is None or mpp == "px" else _above_0(mpp)
     if not isinstance(name_or_path, str | os.PathLike):
         raise ModelError(f"model: expected a name or a directory, got {type(name_or_path).__name__}")
     name = os.fspath(name_or_path)
@@ -75,6 +75,13 @@ def load_detector(
     except OSError as exc:
         why = exc.strerror or type(exc).__name__
         raise ModelError(f"{name[:_MOST_NAME]}: expected a model directory, cannot read it ({why})") from exc
+
+
+def _above_0(mpp: object) -> float:
+    number = float(mpp) if isinstance(mpp, SupportsFloat) and not isinstance(mpp, bool) else math.nan
+    if not 0 < number < math.inf:
+        raise ModelError(f"mpp: expected µm/px above 0, or px, got {mpp!r}")
+    return number
 
 
 def _found(
@@ -91,6 +98,10 @@ def _found(
     directories = [path, *sorted(sub for sub in path.iterdir() if os.access(sub, os.R_OK | os.X_OK))]
     if (path / kind.files[0]).is_file():
         return kind(path.resolve(), device, precision, mpp)
+    unfinished = [sub for sub in directories if all((sub / name).is_file() for name in _TRAINED)]
+    for sub in unfinished if kind is Model else ():
+        if not (sub / kind.files[0]).is_file():  # else it would be another variant that is taken
+            raise ModelError(f"{sub.name}: expected {kind.files[0]} beside its weights, found none; train it again")
     below = [sub for sub in directories if (sub / kind.files[0]).is_file()]
     try:
         models = [kind(sub.resolve(), device, precision, mpp) for sub in below]

@@ -29,6 +29,7 @@ from typing import Any, Literal, get_args
 
 from slidescan.errors import ResultError
 from slidescan.geometry import Box
+from slidescan.reviews.words import person
 
 __all__ = ["DECISIONS", "Decision", "DecisionLog", "Standing", "Undo", "Verdict", "What"]
 
@@ -277,7 +278,7 @@ def _events(line: bytes) -> Iterator[Decision | Undo | None]:
 
 
 def _undo(told: dict[str, Any]) -> Undo:
-    return Undo(_text(told["event_id"]), _time(told["at"]), _text(told["reviewer"]), _text(told["undoes"]))
+    return Undo(_text(told["event_id"]), _time(told["at"]), person(_text(told["reviewer"])), _text(told["undoes"]))
 
 
 def _decision(told: dict[str, Any]) -> Decision:
@@ -290,7 +291,7 @@ def _decision(told: dict[str, Any]) -> Decision:
     return Decision(
         event_id=_text(told["event_id"]),
         at=_time(told["at"]),
-        reviewer=_text(told["reviewer"]),
+        reviewer=person(_text(told["reviewer"])),
         what=told["what"],
         region=_text(told["region"]),
         decision=told["decision"],

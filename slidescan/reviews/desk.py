@@ -219,11 +219,13 @@ class Desk:
         asked.nothing_else()
         with self._lock:
             try:
-                id_ = self._review.undo()
+                undone = self._review.take_back()
             except ResultError as exc:
                 raise ResultError("the undo was not saved; the terminal says why") from exc
-            item = None if id_ is None else self._told(self._review.item(id_))
-            return {"left": self._review.left, "item": item}
+            if undone is None:
+                return {"left": self._review.left, "item": None}
+            item = self._told(self._review.item(undone[0]))
+            return {"left": self._review.left, "item": item, "undone": _said(undone[1])}
 
     def _crop(self, asked: Asked) -> Picture:
         item = self._item(asked)

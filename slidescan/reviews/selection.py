@@ -12,6 +12,7 @@ from slidescan.result import ScanResult
 from slidescan.reviews.attach import at_one_place, boxes_of
 from slidescan.reviews.case import Case
 from slidescan.reviews.decisions import DECISIONS, Decision, Verdict
+from slidescan.reviews.words import person
 
 __all__ = ["decided", "decided_ids"]
 
@@ -48,6 +49,7 @@ def decided(result: ScanResult, decisions: str, *, reviewer: str | None = None) 
         raise ResultError(f"{regions.path}: no {DECISIONS} there; review the result first")
     made = list(regions.log.standing.latest_first())
     names = sorted({decision.reviewer for decision in made})
+    reviewer = None if reviewer is None else person(reviewer)
     if reviewer is not None and reviewer not in names:
         raise ConfigError(f"reviewer: expected one who decided here ({', '.join(names) or 'nobody'}), got {reviewer!r}")
     last = _last(regions, reviewer)

@@ -43,7 +43,7 @@ _HTTP_PORT = 80
 _TOKEN_BYTES = 32  # of randomness: 256 bits
 _MOST_QUERY_CHARS = 4096
 _MOST_CONNECTIONS = 64  # a browser makes six; of the 1024 files that a process may have open most are for slides
-_PATIENCE_S = 10.0  # for a whole request; a browser that connects ahead of need connects again
+_PATIENCE_S = 10.0  # for the head of a request; a browser that connects ahead of need connects again
 _GRACE_S = 1  # how long an end waits for requests in flight; a decision takes ms
 # The one style that OpenSeadragon 6.1.1 puts into the document: no grey flash where a touch screen is touched.
 _OPENSEADRAGON_STYLE = "sha256-9xTiqzfwFaL2SGb1rmr8gysEwVVjIvqWAgmZgqFqpEE="

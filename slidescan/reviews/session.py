@@ -20,7 +20,7 @@ from slidescan.reviews.chosen import Choice, Sort
 from slidescan.reviews.decisions import Decision, Verdict
 from slidescan.reviews.figure import views
 from slidescan.reviews.items import ReviewItem
-from slidescan.reviews.words import check_name, check_note
+from slidescan.reviews.words import check_name, check_note, person
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -216,6 +216,11 @@ class Review:
 
         Again: the one before. What was decided on the item earlier stands again.
         """
+        taken_back = self.take_back()
+        return None if taken_back is None else taken_back[0]
+
+    def take_back(self) -> tuple[str, Decision] | None:
+        """Undo, and return the decision, too."""
         lasts = []
         for case in self._cases.values():
             shown = [(item_id, made) for item_id, made in case.made_by(self.reviewer) if item_id in self._items]
@@ -229,11 +234,11 @@ class Review:
         before = self._cases[slide_id].log.events
         self._cases[slide_id].undo(decision)
         self._wrote(slide_id, before, int(self.decision(item_id) is None))
-        return item_id
+        return item_id, decision
 
     def decision(self, item_id: str, reviewer: str | None = None) -> Decision | None:
         """Return what stands for an item by this reviewer or another; None if nothing."""
-        return self.decisions(item_id).get(reviewer or self.reviewer)
+        return self.decisions(item_id).get(person(reviewer or self.reviewer))
 
     def decisions(self, item_id: str) -> dict[str, Decision]:
         """Return what stands for an item by reviewer, who decided last at the end.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import getpass
 import os
-import unicodedata
 import warnings
 from collections.abc import Mapping, Sequence
 from os import PathLike
@@ -22,7 +21,7 @@ from slidescan.reviews.case import Case, SlideAt
 from slidescan.reviews.decisions import DECISIONS, What
 from slidescan.reviews.items import ReviewItem
 from slidescan.reviews.session import Review
-from slidescan.reviews.words import check_name
+from slidescan.reviews.words import check_name, person
 from slidescan.saved import load_result
 from slidescan.slides import Slide
 from slidescan.whereabouts import recalled
@@ -77,7 +76,6 @@ def review(
     kind: What = "region" if of == "regions" else "detection"
     who = _logged_in() if reviewer is None else reviewer
     check_name("reviewer", who, "a name on one line")
-    who = unicodedata.normalize("NFC", who).strip()  # macOS gives an é as two characters, and nobody is two reviewers
     if top is not None and top < 1:
         raise ConfigError(f"top: expected a number of items, got {top}")
     if isinstance(what, ScanResult):
@@ -93,7 +91,7 @@ def review(
     if top is not None:
         shown = sorted(shown, key=lambda item: (-(item.evidence or 0.0), item.slide_id, item.rank))[:top]
     _read_from(what, slides, cases)
-    return Review(cases, shown, reviewer=who, blinded=blinded)
+    return Review(cases, shown, reviewer=person(who), blinded=blinded)
 
 
 def open_runs(path: str | Path) -> ScanResult | Archive:

@@ -137,8 +137,8 @@ def load_decided(runs: Path, slides: Slides | None, settings: TrainSettings) -> 
     Raises
     ------
     ConfigError
-        If it is not known where a slide is, one is another, a class is not one of the settings', or nothing decided
-        teaches.
+        If it is not known where a slide is, one is another, a class is not one of the settings', nothing decided
+        teaches, or a scan kept only some of the detector's classes.
     ResultError
         If `runs` is no result and no archive, or one is damaged.
     SlideError
@@ -209,6 +209,11 @@ def _told(
     accepted, rejected = by_ruling.pop("accept", []), by_ruling.pop("reject", [])
     if not accepted and not rejected:
         return None
+    if result.config.detect.classes is not None:  # what else was detected must be ignored, and is not known
+        raise ConfigError(
+            f"decisions on {case.slide_id!r}: expected a scan that keeps all classes, got one with detect.classes; "
+            "scan it again without, and the decisions find their places"
+        )
     slide = case.slide()
     objects = Objects(slide, tuple(settings.classes), tuple(settings.attributes))
     for word in accepted:

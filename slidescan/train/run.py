@@ -156,14 +156,18 @@ class _Run:
     def publish(self, variant: VariantSettings) -> Path:
         """Put a finished variant where it is looked for; return where.
 
-        Stopped within, there is no model, for one is where its configuration is: never new weights with an old card.
+        First beside what is there, so that a full disk costs nothing; its configuration, without which there is no
+        model, goes first and comes last: never new weights with an old card.
         """
         draft = self.draft(variant.mpp)
         directory = made(self.out / draft.name)
         sweep(directory)
+        names = sorted((file.name for file in draft.iterdir()), key=lambda name: (name == MODEL_FILES[0], name))
+        for name in names:
+            commit(directory / f"{name}.new", lambda partial, name=name: shutil.copyfile(draft / name, partial))  # type: ignore[misc]
         (directory / MODEL_FILES[0]).unlink(missing_ok=True)
-        for file in sorted(draft.iterdir(), key=lambda file: (file.name == MODEL_FILES[0], file.name)):
-            commit(directory / file.name, lambda partial, file=file: shutil.copyfile(file, partial))  # type: ignore[misc]
+        for name in names:
+            (directory / f"{name}.new").replace(directory / name)
         return directory
 
     def _settle(self, average: torch.nn.Module, card: Card, source: Source) -> Card:

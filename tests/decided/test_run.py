@@ -46,6 +46,17 @@ def test_what_is_measured_on_was_not_decided_on(run: Path, slide: Slide) -> None
         decided.refuse_leaks(validation=measured(other, "case"), test=[])
 
 
+def test_a_scan_that_left_classes_out_teaches_nothing(run: Path, slide: Slide) -> None:
+    """What it left out near an object would be taught as nothing; the decisions are there after another scan."""
+    decide(run, "accept")
+    some = APART.model_copy(update={"detect": APART.detect.model_copy(update={"classes": ("disc",)})})
+    ss.scan(slide, ORACLE, out=run, config=some, overwrite=True)
+    with pytest.raises(ConfigError, match="expected a scan that keeps all classes, got one with"):
+        load(run, slide)
+    ss.scan(slide, ORACLE, out=run, config=APART, overwrite=True)
+    assert load(run, slide)[1].accepted == 1
+
+
 def test_a_run_goes_on_with_the_same_decisions(run: Path, slide: Slide, tmp_path: Path) -> None:
     """What is written names nobody; before the first checkpoint anything goes, after it nothing else."""
     out = tmp_path / "model"

@@ -256,6 +256,50 @@ def test_a_note_that_is_typed_while_a_decision_is_saved(opened: Callable[..., De
     assert tab.run("[early.panel.note.value, early.panel.unsaved]") == ["", False]
 
 
+def test_a_note_that_is_taken_back_while_a_decision_is_saved(opened: Callable[..., Desk], tab: Tab) -> None:
+    """It was saved with it, and what is wanted now is not: the page says so and stays."""
+    opened()
+    held = "new Promise((go) => { window.answer = () => { window.answer = null; go(ask(kind, ...rest)); }; })"
+    second_page(tab, f"(kind, ...rest) => kind === 'decide' ? {held} : ask(kind, ...rest)")
+    tab.wait("early.panel?.seen && !early.busy")
+    typed = "early.panel.note.value = '{}'; early.panel.note.dispatchEvent(new InputEvent('input'))".format
+    tab.run(typed("wrong"))
+    tab.run("early.root.dispatchEvent(new KeyboardEvent('keydown', { key: 'a' }))")
+    tab.wait("!!window.answer")
+    tab.run(typed(""))
+    tab.run("answer()")
+    tab.wait("early.panel.status.textContent.startsWith('Accepted') && !early.busy")
+    assert tab.run("[early.panel.note.value, early.panel.unsaved, early.index]") == ["", True, 0]
+
+
+def test_what_is_undone_is_what_was_decided_last(opened: Callable[..., Desk], tab: Tab, case: Path) -> None:
+    """In another window, twice: the page knows of neither, and has the note of the one that is taken back."""
+    desk = opened()
+    id_ = desk._review.items()[0].id
+    press(tab, "ArrowRight")
+    at(tab, 2)
+    desk._review.decide(id_, "accept", note="important")
+    desk._review.decide(id_, "reject", note="second")
+    press(tab, "z")
+    at(tab, 1)
+    assert tab.run(f"[{NOTE}, {REVIEW}.panel.unsaved]") == ["second", True]
+    assert tab.run("document.querySelector('[aria-pressed=true]').dataset.verdict") == "accept"
+
+
+def test_a_note_comes_back_with_an_item_that_is_not_listed(opened: Callable[..., Desk], tab: Tab) -> None:
+    opened()
+    write_note(tab, "odd")
+    press(tab, "a")
+    at(tab, 2)
+    tab.run(f"document.querySelector('[name=decision]').value = 'undecided'; {REVIEW}.list()")
+    at(tab, 1, N - 1)
+    press(tab, "z")
+    tab.wait("document.querySelector('[role=status]').textContent.startsWith('Undone')")
+    tab.run(f"document.querySelector('[name=decision]').value = ''; {REVIEW}.list()")
+    at(tab, 1)
+    assert tab.run(NOTE) == "odd"
+
+
 def test_an_arrow_held_down_fetches_few_pictures(opened: Callable[..., Desk], tab: Tab) -> None:
     """Those passed by are not asked for, and the last is shown."""
     opened()

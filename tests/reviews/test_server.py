@@ -56,7 +56,7 @@ def test_the_loop(call: Caller, case: Path) -> None:
         11, over | {"decision": "accept", "label": None, "note": "sure"})  # fmt: skip
     assert call.post("decide", {**said, "decision": "reject", "over": line["event_id"]})[1]["left"] == 11
     _, told = call.post("undo", {})
-    assert (told["left"], told["item"]["decided"]["decision"]) == (11, "accept")
+    assert (told["left"], told["item"]["decided"]["decision"], told["undone"]["decision"]) == (11, "accept", "reject")
     _, told = call.post("undo", {})
     assert (told["left"], told["item"]["id"], told["item"]["decided"]) == (12, item["id"], None)
     assert call.post("undo", {}) == (200, {"left": 12, "item": None})

@@ -18,7 +18,7 @@ import pytest
 import slidescan as ss
 from slidescan.archive.record import Record
 from slidescan.errors import ConfigError, ResultError
-from slidescan.reviews import Review
+from slidescan.reviews import Review, decided_ids
 from slidescan.slides import Slide, memory_slide
 from tests.archives import write_slide
 from tests.discs import MPP, ORACLE, config
@@ -75,7 +75,9 @@ def test_names_of_people(result: ss.ScanResult) -> None:
     first.refresh()
     assert list(first.decisions(first.items()[0].id)) == ["山田\u3000太郎", "نی\u200cلوفر"]
     assert list(first.decisions(first.items()[1].id)) == ["Ren\u00e9"]
-    for name in ("a\nb", "a\u2028b", "a\x1b[31m", "\u202eann", "\u3000", "\ud800"):
+    assert first.decision(first.items()[1].id, "Rene\u0301") is not None
+    assert decided_ids(result, "unsure", reviewer="Rene\u0301") >= {first.items()[1].id}
+    for name in ("a\nb", "a\u2028b", "a\x1b[31m", "\u202eann", "\u3000", "\u200d", "\ud800"):
         with pytest.raises(ConfigError, match="reviewer: expected a name on one line"):
             ss.review(result, reviewer=name)
 

@@ -221,11 +221,11 @@ class Page {
       return;
     }
     const { index } = this;
-    const { label, note: { value: note } } = this.panel;
+    const { label, typed } = this.panel;
     const over = item.decided?.event_id ?? null;
-    const answer = await this.#write("decide", { id: item.id, decision, label, note, over });
+    const answer = await this.#write("decide", { id: item.id, decision, label, note: typed.note, over });
     if (!answer) return;
-    if (answer.saved) this.panel.saved(item.id);
+    if (answer.saved) this.panel.saved(answer.item, typed);
     this.#known(answer);
     if (!answer.saved) {
       const now = VERDICTS[answer.item.decided?.decision]?.done.toLowerCase() ?? "undecided";
@@ -257,7 +257,7 @@ class Page {
       this.panel.say("There is nothing to undo.");
       return;
     }
-    this.panel.undone([...this.pages.values()].flat().find(({ id }) => id === answer.item.id), answer.item);
+    this.panel.undone(answer.item, answer.undone);
     this.#known(answer);
     for (const [number, items] of this.pages) {
       const i = items.findIndex(({ id }) => id === answer.item.id);

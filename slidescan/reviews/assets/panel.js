@@ -77,16 +77,16 @@ export class Panel {
   /* Keep what was typed or chosen and not decided with. */
   #keep() {
     if (!this.item) return;
-    if (this.differs) this.drafts.set(this.item.id, this.#typed);
+    if (this.differs) this.drafts.set(this.item.id, this.typed);
     else this.drafts.delete(this.item.id);
   }
 
   /* Whether something was typed or chosen for the item shown that no decision has saved. */
   get differs() {
-    return this.item !== undefined && !same(this.#typed, known(this.item));
+    return this.item !== undefined && !same(this.typed, known(this.item));
   }
 
-  get #typed() {
+  get typed() {
     return { note: this.note.value, label: this.#chosen };
   }
 
@@ -99,15 +99,23 @@ export class Panel {
     return this.drafts.size > 0 || this.differs;
   }
 
-  /* A decision on it was saved, with what was typed and chosen. */
-  saved(id) {
-    this.drafts.delete(id);
+  /* A decision on it was saved, with what was typed and chosen then; what was changed since stays. */
+  saved(item, sent) {
+    this.drafts.delete(item.id);
+    if (this.item?.id !== item.id) return;
+    const changed = !same(this.typed, sent);
+    this.item = item;
+    if (!changed) this.#fill(known(item));
   }
 
   /* Its decision was taken back: what was typed or chosen for it is there again, to be decided with anew. */
-  undone(before, item) {
-    if (this.item?.id === item.id) this.item = item;
-    else if (before && !this.drafts.has(item.id) && !same(known(before), known(item))) this.drafts.set(item.id, known(before));
+  undone(item, decided) {
+    const before = known({ ...item, decided });
+    if (this.item?.id === item.id) {
+      const typed = this.differs;
+      this.item = item;
+      if (!typed) this.#fill(before);
+    } else if (!this.drafts.has(item.id) && !same(before, known(item))) this.drafts.set(item.id, before);
   }
 
   /* Show what is known of the item now; what was typed or chosen for it stays. */
