@@ -171,7 +171,7 @@ def test_a_model_is_never_half_another(trained: Path, tmp_path: Path, monkeypatc
         patched.setattr(Path, "replace", stop_late)
         with pytest.raises(KeyboardInterrupt):
             again.publish(settings.variants[0])
-    assert put[-1] == "model.safetensors"
+    assert "model.safetensors" in put
     for where in (tmp_path / "0.25", tmp_path):  # nor is the other variant taken for both
         with pytest.raises(ModelError, match=r"0\.25: expected config\.json beside its weights"):
             load_detector(where)
