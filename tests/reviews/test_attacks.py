@@ -211,7 +211,9 @@ class TestAttacks:
 
             busy = connect()
             head = f"POST /api/undo HTTP/1.1\r\nHost: 127.0.0.1:{call.port}\r\n{TOKEN}: {call.token}\r\n"
-            busy.sendall(f"{head}Content-Type: application/json\r\nContent-Length: 2\r\n\r\n".encode())
+            head += "Content-Type: application/json\r\nContent-Length: 2\r\nExpect: 100-continue\r\n\r\n"
+            busy.sendall(head.encode())
+            assert busy.recv(4096).startswith(b"HTTP/1.1 100")  # it was heard, before all others
             idle = [connect() for _ in range(200)]
             assert call.get("state")[0] == 200
             assert idle[0].recv(1) == b""
