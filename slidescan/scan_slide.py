@@ -127,7 +127,7 @@ def scan(
     known = () if opened.backend == "memory" else stamp(opened.path)  # whose name may be that of some file here
     variant = detector.at(opened.frame.mpp, allow_coarse=allow_coarse)
     opened = opened.colored(config.color or variant.color)
-    operating_point(variant, config)
+    operating_point(variant, config)  # before what it is to replace is gone
     key = run_key(opened, variant, config)
     with contextlib.ExitStack() as held:
         # Regions are committed to disk even where nothing is to be kept: that is what bounds the memory.

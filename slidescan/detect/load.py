@@ -20,7 +20,7 @@ from slidescan.errors import ModelError
 __all__ = ["load_detector"]
 
 _BUNDLED = Path(__file__).parent / "models"
-_TRAINED = ("model.safetensors", "slidescan.json")  # what a training leaves that is killed as it puts a variant there
+_TRAINED = ("model.safetensors", "slidescan.json")  # what a training has put there before the configuration
 _ULTRALYTICS = "ultralytics:"
 _MOST_NAME = 80  # characters of a name that cannot be one
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
@@ -98,11 +98,11 @@ def _found(
     directories = [path, *sorted(sub for sub in path.iterdir() if os.access(sub, os.R_OK | os.X_OK))]
     if (path / kind.files[0]).is_file():
         return kind(path.resolve(), device, precision, mpp)
-    unfinished = [sub for sub in directories if all((sub / name).is_file() for name in _TRAINED)]
-    for sub in unfinished if kind is Model else ():
-        if not (sub / kind.files[0]).is_file():  # else it would be another variant that is taken
-            raise ModelError(f"{sub.name}: expected {kind.files[0]} beside its weights, found none; train it again")
     below = [sub for sub in directories if (sub / kind.files[0]).is_file()]
+    trained = [sub for sub in directories if all((sub / name).is_file() for name in _TRAINED)]
+    if kind is Model and (unfinished := set(trained) - set(below)):  # another variant would be taken in its place
+        one = min(unfinished).name
+        raise ModelError(f"{one}: expected {kind.files[0]} beside its weights, found none; run its training again")
     try:
         models = [kind(sub.resolve(), device, precision, mpp) for sub in below]
     except ModelError as exc:

@@ -79,7 +79,7 @@ class ReviewServer:
             uvicorn.Config(
                 make_app(desk, self._token, self.port),
                 http=_Connection,
-                backlog=_MOST_CONNECTIONS,
+                backlog=_MOST_CONNECTIONS,  # as many are accepted in one go, before any is closed
                 ws="none",
                 lifespan="off",
                 log_level="warning",
@@ -114,7 +114,7 @@ class ReviewServer:
 
 
 class _Connection(H11Protocol):
-    """One that asks for nothing is closed: after a while, or, being the oldest, when there are too many."""
+    """One that asks for nothing is closed: after a while, or, known to be idle the longest, when there are too many."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
         super().connection_made(transport)

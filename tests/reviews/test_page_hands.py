@@ -20,6 +20,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
 PER_PAGE = 24
+HELD = "new Promise((go) => { window.answer = () => { window.answer = null; go(ask(kind, ...rest)); }; })"
 NOTE = "document.querySelector('textarea').value"
 
 
@@ -163,8 +164,7 @@ def test_a_key_before_there_is_a_list(opened: Callable[..., Desk], tab: Tab, cas
 def test_a_key_while_the_next_page_comes_decides_nothing(opened: Callable[..., Desk], tab: Tab, case: Path) -> None:
     """The one that is shown is not the one that was asked for."""
     opened()
-    held = "new Promise((go) => { window.answer = () => { window.answer = null; go(ask(kind, ...rest)); }; })"
-    second_page(tab, f"(kind, ...rest) => kind === 'items' && rest[0].page > 0 ? {held} : ask(kind, ...rest)")
+    second_page(tab, f"(kind, ...rest) => kind === 'items' && rest[0].page > 0 ? {HELD} : ask(kind, ...rest)")
     pressed = "early.root.dispatchEvent(new KeyboardEvent('keydown', {{ key: '{}' }}))".format
     tab.wait("early.panel?.seen && !early.busy")
     tab.run("early.turn('last')")
@@ -233,19 +233,27 @@ def test_what_another_window_decided_is_told(opened: Callable[..., Desk], tab: T
     assert tab.run(f"[{NOTE}, {REVIEW}.panel.unsaved]") == ["theirs", False]  # nothing was typed here
 
 
+def decisions_held(tab: Tab) -> Callable[[str], None]:
+    """Make such a review whose decisions wait for `answer()`; return what puts a note into its field."""
+    second_page(tab, f"(kind, ...rest) => kind === 'decide' ? {HELD} : ask(kind, ...rest)")
+    tab.wait("early.panel?.seen && !early.busy")
+
+    def typed(note: str) -> None:
+        tab.run(f"early.panel.note.value = '{note}'; early.panel.note.dispatchEvent(new InputEvent('input'))")
+
+    return typed
+
+
 def test_a_note_that_is_typed_while_a_decision_is_saved(opened: Callable[..., Desk], tab: Tab, case: Path) -> None:
     """It is one note, of the item it was begun on."""
     opened()
-    held = "new Promise((go) => { window.answer = () => { window.answer = null; go(ask(kind, ...rest)); }; })"
-    second_page(tab, f"(kind, ...rest) => kind === 'decide' ? {held} : ask(kind, ...rest)")
-    tab.wait("early.panel?.seen && !early.busy")
+    typed = decisions_held(tab)
     tab.run("early.root.dispatchEvent(new KeyboardEvent('keydown', { key: 'a' }))")
     tab.wait("!!window.answer")
-    typed = "early.panel.note.value += '{}'; early.panel.note.dispatchEvent(new InputEvent('input'))".format
-    tab.run(typed("half"))
+    typed("half")
     tab.run("answer()")
     tab.wait("early.panel.status.textContent.startsWith('Accepted') && !early.busy")
-    tab.run(typed(" and half"))
+    typed("half and half")
     tab.run("early.root.dispatchEvent(new KeyboardEvent('keydown', { key: 'u' }))")
     tab.wait("!!window.answer")
     tab.run("answer()")
@@ -259,14 +267,11 @@ def test_a_note_that_is_typed_while_a_decision_is_saved(opened: Callable[..., De
 def test_a_note_that_is_taken_back_while_a_decision_is_saved(opened: Callable[..., Desk], tab: Tab) -> None:
     """It was saved with it, and what is wanted now is not: the page says so and stays."""
     opened()
-    held = "new Promise((go) => { window.answer = () => { window.answer = null; go(ask(kind, ...rest)); }; })"
-    second_page(tab, f"(kind, ...rest) => kind === 'decide' ? {held} : ask(kind, ...rest)")
-    tab.wait("early.panel?.seen && !early.busy")
-    typed = "early.panel.note.value = '{}'; early.panel.note.dispatchEvent(new InputEvent('input'))".format
-    tab.run(typed("wrong"))
+    typed = decisions_held(tab)
+    typed("wrong")
     tab.run("early.root.dispatchEvent(new KeyboardEvent('keydown', { key: 'a' }))")
     tab.wait("!!window.answer")
-    tab.run(typed(""))
+    typed("")
     tab.run("answer()")
     tab.wait("early.panel.status.textContent.startsWith('Accepted') && !early.busy")
     assert tab.run("[early.panel.note.value, early.panel.unsaved, early.index]") == ["", True, 0]

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +12,11 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import torch
-from numpy.typing import NDArray
 from PIL import Image as Picture
 
 from slidescan.detect import Family, load_detector
 from slidescan.detect.model import Model
-from slidescan.errors import ConfigError, ModelError, ResultError
+from slidescan.errors import ConfigError, ModelError
 from slidescan.slides import memory_slide
 from slidescan.train import evaluate as evaluation
 from slidescan.train import metrics
@@ -29,64 +26,9 @@ from slidescan.train.mitosis import CropSource
 from slidescan.train.run import open_test, train_detector
 from slidescan.train.settings import TrainSettings, VariantSettings, load_settings
 from slidescan.train.windows import Example
-from tests.marked import dots, marked_crops
-from tests.once import once
+from tests.marked import dots
 from tests.test_coco import coco
-
-ROOT = Path(__file__).resolve().parents[1]
-
-
-@pytest.fixture(scope="module")
-def fake_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory laid out like the real crops, with green dots for figures."""
-    root = tmp_path_factory.mktemp("data")
-    folder = root / "midog21" / "images"
-    folder.mkdir(parents=True)
-    images, annotations = [], []
-    for i, crop in enumerate(marked_crops(24)):
-        Picture.fromarray(crop.image).save(folder / f"MIDOG21_{i}.png")
-        split = "test" if i % 4 == 0 else "train"
-        row = {"id": i, "file_name": f"MIDOG21_{i}.png", "slide": f"{i % 12}", "benchmark_split": split}
-        images.append(
-            {**row, "x0": 1000.0 * i, "y0": 0.0, "majority": ("Normal", "Atypical")[i % 3 == 0], "scanner": "s"}
-        )
-        annotations.append({"image_id": i, "category_id": 1, "bbox": [39, 39, 50, 50], "source": f"MIDOG++ #{i}"})
-    table = {"images": images, "annotations": annotations}
-    (root / "midog21" / "annotations.coco.json").write_text(json.dumps(table))
-    return root
-
-
-def run(fake_data: Path, out: Path, *, measured: bool = False, **changes: object) -> list[str]:
-    """Train the smoke version of the shipped settings, of which 0.25 is finished, on one grid; return what was said.
-
-    Only `measured` it is shown the test patients: a third of the time, which changes no weight.
-    """
-    settings = load_settings(ROOT / "configs" / "train_mitosis.yaml").smoke()
-    said: list[str] = []
-    changes = {"data": fake_data, "shifts": 0, **changes}
-    with nullcontext() if measured else unmeasured():
-        train_detector(settings.model_copy(update=changes), out, said.append)
-    return said
-
-
-@contextmanager
-def unmeasured() -> Iterator[None]:
-    """Have nothing shown to what is trained at the end."""
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(training, "evaluate", lambda *_, **__: {})
-        patched.setattr(training, "describe", lambda _: [])
-        yield
-
-
-def weights(path: Path) -> dict[str, NDArray[np.generic]]:
-    """The weights of a model directory."""
-    return safetensors.numpy.load_file(path / "model.safetensors")
-
-
-@pytest.fixture(scope="module")
-def trained(fake_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The directory of a whole smoke run; one for all processes of the tests, so it stays as it is."""
-    return once(tmp_path_factory, "trained", lambda out: run(fake_data, out, measured=True, shifts=1))
+from tests.training.smoke import ROOT, run, unmeasured, weights
 
 
 def test_a_run_is_a_detector_with_its_numbers(trained: Path) -> None:
@@ -116,69 +58,6 @@ def test_a_run_is_a_detector_with_its_numbers(trained: Path) -> None:
     assert [row.split(",")[0] for row in rows] == ["4"]  # the last step is logged, whatever its number
 
 
-def test_a_run_that_ended_is_not_done_again(fake_data: Path, trained: Path, tmp_path: Path) -> None:
-    """Run again, it changes no weight."""
-    before = weights(trained / "0.25")
-    run(fake_data, shutil.copytree(trained, tmp_path / "run"))
-    after = weights(tmp_path / "run" / "0.25")
-    assert all(np.array_equal(before[key], after[key]) for key in before)
-
-
-@pytest.mark.parametrize("at", ["_settle", "publish"])
-def test_a_finished_model_outlasts_a_run_that_ends(
-    fake_data: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
-) -> None:
-    """Run again and stopped anywhere, it is what it was, and not one that is uncalibrated or half taught."""
-    shutil.copytree(trained, tmp_path / "run")
-    before = {file.name: file.read_bytes() for file in (tmp_path / "run" / "0.25").iterdir()}
-
-    def stop(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(training._Run, at, stop)
-    with pytest.raises(KeyboardInterrupt):
-        run(fake_data, tmp_path / "run")
-    assert {file.name: file.read_bytes() for file in (tmp_path / "run" / "0.25").iterdir()} == before
-
-
-def test_a_model_is_never_half_another(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stopped while it takes the place of the one before: there is none until it is published again."""
-    for place in ("drafts/0.25", "0.25"):
-        shutil.copytree(trained / "0.25", tmp_path / place)
-    card = tmp_path / "drafts" / "0.25" / "slidescan.json"
-    card.write_text(card.read_text().replace('"threshold"', '"threshold" '))
-    settings = load_settings(ROOT / "configs" / "train_mitosis.yaml").smoke()
-    again = training._Run(settings, tmp_path, print)
-
-    def stop(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr(training, "commit", stop)  # as a full disk does
-        with pytest.raises(KeyboardInterrupt):
-            again.publish(settings.variants[0])
-    assert load_detector(tmp_path / "0.25").sha256 == load_detector(trained / "0.25").sha256
-    replace, put = Path.replace, list[str]()
-
-    def stop_late(path: Path, to: Path) -> Path:
-        if to.name == "slidescan.json":
-            raise KeyboardInterrupt
-        put.extend([to.name] if path.suffix == ".new" else [])
-        return replace(path, to)
-
-    shutil.copytree(trained / "0.5", tmp_path / "0.5")
-    with monkeypatch.context() as patched:
-        patched.setattr(Path, "replace", stop_late)
-        with pytest.raises(KeyboardInterrupt):
-            again.publish(settings.variants[0])
-    assert "model.safetensors" in put
-    for where in (tmp_path / "0.25", tmp_path):  # nor is the other variant taken for both
-        with pytest.raises(ModelError, match=r"0\.25: expected config\.json beside its weights"):
-            load_detector(where)
-    published = load_detector(again.publish(settings.variants[0]))
-    assert published.sha256 == load_detector(card.parent).sha256 != load_detector(trained / "0.25").sha256
-
-
 def test_the_crops_have_settings_of_their_own(fake_data: Path, tmp_path: Path) -> None:
     """What would be left out of account, or wrong without a word, is refused; no attribute is one of the choices."""
     for changes, told in (
@@ -196,34 +75,6 @@ def test_the_crops_have_settings_of_their_own(fake_data: Path, tmp_path: Path) -
     shorter = [alone.model_copy(update={"steps": 2})]
     with pytest.raises(ConfigError, match=r"steps: expected 4 or more, as trained, got 2"):
         run(fake_data, tmp_path / "run", attributes=[], variants=shorter)
-
-
-def test_a_killed_run_goes_on_to_the_same_weights(
-    fake_data: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Stopped between two checkpoints, while learning and again on validation patients: nothing tells it afterwards."""
-    from slidescan.train import loop
-
-    average, steps = loop._average, iter(range(0))
-
-    def stop(*arguments: object) -> None:
-        if next(steps, None) is None:
-            raise KeyboardInterrupt
-        average(*arguments)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(loop, "_average", stop)
-    # Of four steps a variant, of which the first two are kept, and then four of each stage of the finish.
-    for n, learned in ((2, False), (2 + 4 + 6, True)):
-        steps = iter(range(n))
-        with pytest.raises(KeyboardInterrupt):
-            run(fake_data, tmp_path)
-        assert (tmp_path / "drafts" / "0.5").exists() == learned
-        assert not (tmp_path / "0.5").exists()
-    monkeypatch.undo()
-    run(fake_data, tmp_path)
-    for variant in ("0.25", "0.5"):
-        whole, resumed = weights(trained / variant), weights(tmp_path / variant)
-        assert all(np.array_equal(whole[key], resumed[key]) for key in whole)
 
 
 def spied_splits(monkeypatch: pytest.MonkeyPatch) -> list[Sequence[str]]:
@@ -313,16 +164,6 @@ def test_all_of_the_network_is_finished(fake_data: Path, tmp_path: Path) -> None
     assert not any(value.any() for value in pinned)
 
 
-def test_other_weights_are_finished_anew(fake_data: Path, tmp_path: Path) -> None:
-    """A run that is made longer does not end with what its former weights became."""
-    (variant,) = load_settings(ROOT / "configs" / "train_mitosis.yaml").smoke().variants[:1]
-    run(fake_data, tmp_path, variants=[variant])
-    before = weights(tmp_path / "0.25")
-    run(fake_data, tmp_path, variants=[variant.model_copy(update={"steps": 6})])
-    after = weights(tmp_path / "0.25")
-    assert any(not np.array_equal(before[key], after[key]) for key in before)
-
-
 def test_a_cycle_begins_anew(fake_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of two cycles of two steps, the second has the learning rates of the first."""
     from slidescan.train import loop
@@ -380,40 +221,12 @@ def test_the_threshold_is_chosen_where_figures_are_rare_too(fake_data: Path) -> 
     assert list(dict.fromkeys(kinds)) == ["field", "sparse", "mosaic"]
 
 
-@pytest.mark.parametrize(("old", "new"), [("optimiser.adamw.", "optimiser."), ("network.", "net.")])
-def test_a_checkpoint_of_something_else_is_named(
-    fake_data: Path, trained: Path, tmp_path: Path, old: str, new: str
-) -> None:
-    """It is not read as far as it goes, and what is said of it is no page long."""
-    name = "losses-0.25.safetensors"
-    (tmp_path / name).write_bytes(b"broken")
-    with pytest.raises(ModelError, match="expected a checkpoint"):
-        run(fake_data, tmp_path)
-    arrays = {key.replace(old, new): value for key, value in safetensors.numpy.load_file(trained / name).items()}
-    safetensors.numpy.save_file(arrays, tmp_path / name, {"run": '{"step": 1, "seconds": 1}'})
-    with pytest.raises(ModelError, match="expected a checkpoint") as caught:
-        run(fake_data, tmp_path)
-    assert len(str(caught.value)) < 400
-
-
 def test_start_weights_must_exist(fake_data: Path, tmp_path: Path) -> None:
     """A variant that starts from one not trained yet is an error that says so."""
     for first in ([], [VariantSettings(mpp=0.25, steps=1)]):  # before any is trained
         with pytest.raises(ModelError, match="start from"):
             run(fake_data, tmp_path, variants=[*first, VariantSettings(mpp=0.5, start_mpp=1.0, steps=1)])
         assert not list(tmp_path.glob("losses*"))
-
-
-def test_a_full_disk_is_told(fake_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a line, and what was kept before stays."""
-
-    def full(path: Path, data: bytes) -> int:
-        raise OSError(errno.ENOSPC, "no space left")
-
-    monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(ResultError, match="the disk is full; free some space and run the same command to continue"):
-        run(fake_data, tmp_path)
-    assert not list(tmp_path.glob("*losses*.safetensors"))
 
 
 def test_pictures_are_measured_at_the_scale_they_were_trained_at(trained: Path, tmp_path: Path) -> None:
